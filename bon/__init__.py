@@ -1,0 +1,3 @@
+"""Best-of-N reranking by backward inference."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Engines: language models behind one contract."""

@@ -1,0 +1,223 @@
+"""The engine contract, and how a name becomes an engine.
+
+An engine is a language model that can be sampled and that can rate a given continuation. Back ends load on first
+use: nothing here imports torch, vllm or an HTTP client.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from bon.errors import InputError, MissingExtraError, UnknownNameError
+from bon.types import FinishReason, Message, Sampling, Tokens
+
+Piece = str | Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A message whose content is a run of pieces, each encoded by itself.
+
+    Pieces that many prompts share (a preamble, a history) therefore become the same token ids in all of them, and
+    their keys and values can be shared.
+    """
+
+    role: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return "".join(p if isinstance(p, str) else p.text for p in self.pieces)
+
+
+Prompt = tuple[Turn, ...]
+
+
+def as_prompt(messages: Sequence[Message]) -> Prompt:
+    """Messages as an engine's prompt."""
+    return tuple(Turn(m.role, (m.content,)) for m in messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A completion under way, as ``keep`` sees it.
+
+    Args:
+        prompt_index, sample_index: which completion.
+        text: what has been decoded so far; an unfinished multi-byte character is held back.
+        completion_tokens: tokens so far.
+    """
+
+    prompt_index: int
+    sample_index: int
+    text: str
+    completion_tokens: int
+
+
+Keep = Callable[[Partial], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished completion.
+
+    Args:
+        prompt_index: which of the prompts passed in.
+        sample_index: which of its n samples.
+        text: decoded text without special tokens, cut before a stop string.
+        finish_reason: "stop" (end token or stop string), "length" (max_tokens or context), "pruned" (``keep`` said no).
+        tokens: the text's own token ids (special tokens and anything past a stop string removed), when the engine has
+            them and they decode to the text.
+        cumulative_logprob: sum of log p of the sampled tokens, the end token included, under the model itself
+            (temperature 1, before top-p and the like), when the engine knows it.
+        logprobs: the same, per sampled token.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens sampled, the end token included.
+        cached_tokens: prompt tokens that were not computed again for this completion.
+    """
+
+    prompt_index: int
+    sample_index: int
+    text: str
+    finish_reason: FinishReason
+    tokens: Tokens | None = None
+    cumulative_logprob: float | None = None
+    logprobs: tuple[float, ...] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loglikelihood:
+    """How likely a model finds a continuation.
+
+    Args:
+        total: sum of log p(token | prompt and the tokens before it) over the continuation, in nats.
+        tokens: how many tokens that sum runs over.
+        prompt_tokens, cached_tokens: as in ``Completion``.
+    """
+
+    total: float
+    tokens: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Log-probability per token, in nats."""
+        return self.total / self.tokens
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A language model behind bon.
+
+    Attributes:
+        name: what to call it in a table or a log line.
+        max_model_len: tokens that prompt and completion may have together; None when the engine does not know.
+        overlaps: True when requests join a running batch (vLLM, HTTP), so that scoring may start while others are
+            still sampled; False when one call at a time should bring everything (torch).
+    """
+
+    @property
+    def name(self) -> str:
+        """What to call the engine in a table or a log line."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and completion together."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether requests join a running batch."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
+    ) -> AsyncIterator[Completion]:
+        """Sample n completions of each prompt and yield each the moment it finishes, in any order.
+
+        Closing the iterator aborts what is still running. ``keep`` is called with the text so far, every few tokens
+        and not after a completion's end; where it returns False the completion ends with finish_reason "pruned".
+
+        Raises:
+            PromptTooLongError: before anything is sampled.
+            InputError: a sampling option that this engine does not know, or n < 1.
+            EngineError: the model failed.
+        """
+
+    async def loglikelihood(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
+    ) -> list[Loglikelihood]:
+        """Rate continuations[i] as the answer to prompts[i], by prefill alone.
+
+        Args:
+            prompts: as in ``generate``.
+            continuations: the texts to rate, as many as there are prompts.
+            end: count the end-of-turn token as the continuation's last token.
+
+        Raises:
+            PromptTooLongError: prompt and continuation do not fit the context.
+        """
+
+    async def aclose(self) -> None:
+        """Stop what is running and free the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Where an engine lives, and what to type when it cannot be imported."""
+
+    target: str
+    module: str
+    install: str
+
+
+ENGINES: dict[str, Backend] = {
+    "torch": Backend("bon.engines.torch:TorchEngine", "torch", "pip install bon"),
+    "scripted": Backend("bon.engines.scripted:ScriptedEngine", "bon", "pip install bon"),
+}
+
+
+def load_engine(model: str | Path | None = None, *, engine: str | None = None, **options: Any) -> Engine:
+    """Load the model that a name, a path or a URL stands for.
+
+    Args:
+        model: a Hugging Face name, a folder, or None for the embedded mini model.
+        engine: a key of ``ENGINES``; None chooses.
+        options: passed on to the engine, which refuses those it does not know.
+
+    Raises:
+        UnknownNameError: no such engine.
+        ModelNotFoundError: the model is neither on disk nor can be fetched.
+        MissingExtraError: the engine needs a package that is not installed.
+    """
+    if engine is not None and engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
+    if isinstance(model, str) and model.startswith(("http://", "https://")) and engine is None:
+        raise InputError(
+            f"{model!r} is a URL, and this version of bon has no HTTP engine yet. "
+            "Pass a model name, a folder, or a function that calls the endpoint."
+        )
+    if model is None:
+        from bon.mini import WEIGHTS
+
+        model = WEIGHTS
+    return engine_class(engine or "torch")(model, **options)
+
+
+def engine_class(name: str) -> Callable[..., Engine]:
+    """Import the class behind a key of ``ENGINES``."""
+    backend = ENGINES[name]
+    module, _, attribute = backend.target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"the engine {name!r} needs the package {error.name!r}, which", backend.install
+        ) from error

@@ -1,0 +1,81 @@
+"""Every error bon raises on purpose.
+
+    BonError                      .retryable says whether the same call may succeed when it is made again
+    ├── InputError                what the caller passed is wrong: exit code 2
+    │   ├── UnknownNameError      a name that is not in a list of known ones; carries "did you mean"
+    │   ├── PromptTooLongError    prompt (and completion) do not fit the model's context
+    │   └── ModelNotFoundError    a model that is not on disk and cannot be fetched
+    ├── MissingExtraError         an optional package is not installed; the message has the command to type
+    ├── EngineError               a language model failed while it ran (retryable where the type says so)
+    ├── PolicyError               a user's generator raised or returned something that is not n texts
+    └── ScorerError               a user's scorer raised or returned something that is not one reward per candidate
+
+A message says what happened, with the offending value, and what to type next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BonError(Exception):
+    """Base of all errors that bon raises on purpose."""
+
+    retryable = False
+
+
+class InputError(BonError):
+    """What the caller passed is wrong; the message names the value, the place and the remedy."""
+
+
+class UnknownNameError(InputError):
+    """A name that is not in a list of known ones."""
+
+    def __init__(self, what: str, name: object, known: Iterable[str]) -> None:
+        names = sorted(known)
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(f"unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+        self.what, self.name, self.known = what, name, tuple(names)
+
+
+class PromptTooLongError(InputError):
+    """A prompt that does not fit the model's context.
+
+    Args:
+        tokens: length of the rendered prompt, in tokens.
+        limit: tokens that the prompt may have (the model's context less one token for the answer).
+        where: which prompt, for the message.
+    """
+
+    def __init__(self, tokens: int, limit: int, where: str = "the prompt") -> None:
+        super().__init__(
+            f"{where} has {tokens} tokens, {tokens - limit} more than the {limit} that fit this model's context. "
+            "Shorten it, or use a model with a longer context."
+        )
+        self.tokens, self.limit = tokens, limit
+
+
+class ModelNotFoundError(InputError):
+    """A model that is neither on disk nor can be fetched."""
+
+
+class MissingExtraError(BonError):
+    """An optional package is missing."""
+
+    def __init__(self, what: str, command: str) -> None:
+        super().__init__(f"{what} is not installed. Type: {command}")
+        self.command = command
+
+
+class EngineError(BonError):
+    """A language model failed while it ran."""
+
+
+class PolicyError(BonError):
+    """A generator that the user passed in raised or did not return the texts it was asked for."""
+
+
+class ScorerError(BonError):
+    """A scorer that the user passed in raised or did not return one reward for each candidate."""

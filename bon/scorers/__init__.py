@@ -1,0 +1,1 @@
+"""Scorers: what turns candidates into rewards."""

@@ -1,0 +1,371 @@
+"""The values that travel along the data path, in the order in which they appear.
+
+    Message ─▶ Task ─▶ (sample) ─▶ Candidate ─▶ (score) ─▶ Score ─▶ (select) ─▶ Selection ─▶ Result
+
+All are frozen. A fact that can be derived is a property. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bon.errors import InputError, UnknownNameError
+
+FinishReason = Literal["stop", "length", "pruned"]
+ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, as in OpenAI's chat format with plain text content."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise UnknownNameError("message role", self.role, ROLES)
+        if not isinstance(self.content, str):
+            raise InputError(f"the content of a {self.role} message must be text, not {type(self.content).__name__}.")
+
+
+Conversation = str | Sequence[Message | Mapping[str, Any]]
+
+
+def as_messages(prompt: Conversation) -> tuple[Message, ...]:
+    """Turn a prompt string or an OpenAI-style list of messages into checked messages.
+
+    Raises:
+        InputError: empty prompt, a message that is not role and content, no user turn at the end.
+    """
+    if isinstance(prompt, str):
+        messages: tuple[Message, ...] = (Message("user", prompt),)
+    elif isinstance(prompt, Sequence) and prompt:
+        messages = tuple(_as_message(m, i) for i, m in enumerate(prompt))
+    else:
+        raise InputError(f"a prompt must be text or a non-empty list of messages, not {prompt!r}.")
+    if messages[-1].role not in ("user", "tool"):
+        raise InputError(f"the last message must come from the user, not from {messages[-1].role!r}.")
+    if not messages[-1].content.strip():
+        raise InputError("the prompt is empty: the last message has no text.")
+    return messages
+
+
+def _as_message(message: Message | Mapping[str, Any], index: int) -> Message:
+    if isinstance(message, Message):
+        return message
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise InputError(f"message {index} must have 'role' and 'content', got {message!r}.")
+    if extra := message.keys() - {"role", "content", "name"}:
+        raise InputError(f"message {index} has fields that bon does not know: {', '.join(sorted(extra))}.")
+    return Message(message["role"], message["content"])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are sampled; the names and meanings are vLLM's.
+
+    Args:
+        temperature: 0 decodes greedily.
+        top_p: nucleus mass, in (0, 1].
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        min_p: drop tokens whose probability is below min_p times the likeliest one's.
+        max_tokens: tokens of one completion at most; the room left in the context bounds it as well.
+        stop: strings at which a completion ends; they are not part of its text.
+        seed: the same seed, prompt and sample index give the same completion, whatever else is in the batch.
+        extra: options of one engine under that engine's own names; an engine refuses those it does not know.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, float, lambda v: v >= 0, "a number >= 0")
+        _require("top_p", self.top_p, float, lambda v: 0 < v <= 1, "a number in (0, 1]")
+        _require("top_k", self.top_k, int, lambda v: v >= 0, "a whole number >= 0 (0 keeps every token)")
+        _require("min_p", self.min_p, float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        _require("max_tokens", self.max_tokens, int, lambda v: v >= 1, "a whole number >= 1")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise InputError(f"stop must be a tuple of non-empty strings, got {self.stop!r}.")
+        if self.seed is not None:
+            _require("seed", self.seed, int, lambda v: v >= 0, "a whole number >= 0")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | Sampling | None) -> Sampling:
+        """Read sampling options from a mapping; refuse names that no field has.
+
+        Raises:
+            UnknownNameError: an option that does not exist (a typo is never ignored).
+            InputError: a value out of range.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, Sampling):
+            return options
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise UnknownNameError("sampling option", name, known)
+        values = dict(options)
+        if "stop" in values:
+            values["stop"] = (values["stop"],) if isinstance(values["stop"], str) else tuple(values["stop"])
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Sampling:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def _require(name: str, value: Any, kind: type, holds: Any, expected: str) -> None:
+    numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not numeric or not math.isfinite(value) or not holds(value):
+        raise InputError(f"{name} must be {expected}, got {value!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is asked: the conversation, and which part of it is the instruction to be inferred back.
+
+    Args:
+        messages: the conversation that the policy continues.
+        instruction: x, the text that backward inference should recover; the last user message unless the caller says.
+        context: what a reader of the response knew beforehand (the history; the rest of a long prompt), or "".
+    """
+
+    messages: tuple[Message, ...]
+    instruction: str
+    context: str = ""
+
+    @classmethod
+    def of(cls, prompt: Conversation | Task, instruction: str | None = None) -> Task:
+        """Build a task; ``instruction`` names the part of the last message that is the instruction proper.
+
+        Raises:
+            InputError: an empty prompt or instruction, or an instruction that is not part of the last message.
+        """
+        if isinstance(prompt, Task):
+            return prompt
+        messages = as_messages(prompt)
+        last = messages[-1].content
+        history = [f"{m.role.capitalize()}: {m.content}" for m in messages[:-1]]
+        if instruction is None:
+            return cls(messages, last, "\n".join(history))
+        if not instruction.strip():
+            raise InputError("the instruction is empty.")
+        if instruction not in last:
+            raise InputError(f"the instruction must be part of the last message; {instruction[:60]!r} is not.")
+        rest = "\n".join(part.strip() for part in last.split(instruction, 1) if part.strip())
+        return cls(messages, instruction, "\n".join([*history, rest] if rest else history))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Text whose token ids are known, so that an engine with the same vocabulary need not encode it again.
+
+    Args:
+        text: the text that the ids decode to.
+        ids: token ids, without special tokens.
+        vocabulary: fingerprint of the tokenizer that made them.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    vocabulary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One response of the policy to one task.
+
+    Args:
+        index: position among the n candidates of its task.
+        text: the response as the policy gave it.
+        finish_reason: "stop" when it ended by itself, "length" when it was cut off.
+        tokens: the same text as token ids, when the policy's engine has them.
+        cumulative_logprob: sum of log p of its tokens under the policy, when known.
+        completion_tokens: tokens sampled, counting the end token; None for callables.
+        started, finished: seconds since the run began.
+    """
+
+    index: int
+    text: str
+    finish_reason: FinishReason = "stop"
+    tokens: Tokens | None = None
+    cumulative_logprob: float | None = None
+    completion_tokens: int | None = None
+    started: float = 0.0
+    finished: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a scorer found out about one candidate.
+
+    Args:
+        candidate: index of the candidate.
+        reward: the reward, comparable within one task only; None when there is none, and then ``reason`` says why.
+        status: "ok"; "repaired" and "fallback" when the reconstruction had to be salvaged; "failed" when it could
+            not be parsed; "empty" when the candidate has no text; "pruned" when it provably could not win.
+        inferred: the instruction that backward inference arrived at (of several samples, the one nearest the mean).
+        precision, recall: the parts of the word F1.
+        tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
+        tokens: tokens that the scorer decoded for this candidate.
+        upper_bound: for "pruned": the reward could not have exceeded this.
+        reason: why there is no reward.
+        same_as: index of an identical candidate whose score this is.
+        samples: rewards of the single reconstructions, when there are several.
+        started, finished: seconds since the run began.
+    """
+
+    candidate: int
+    reward: float | None
+    status: ScoreStatus = "ok"
+    inferred: str | None = None
+    precision: float | None = None
+    recall: float | None = None
+    tie_break: float | None = None
+    tokens: int = 0
+    upper_bound: float | None = None
+    reason: str | None = None
+    same_as: int | None = None
+    samples: tuple[float, ...] = ()
+    started: float = 0.0
+    finished: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which candidates a selector picked.
+
+    Args:
+        best: index of the winner, or None when the selector abstains.
+        ranking: all candidate indices, best first; those without a reward come last.
+        chosen: the picked candidates (one, k of them, or none when it abstains).
+        weights: one number per candidate where the selector works with weights (softmax, vote).
+        reason: why it abstained.
+    """
+
+    best: int | None
+    ranking: tuple[int, ...]
+    chosen: tuple[int, ...] = ()
+    weights: tuple[float, ...] | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the seconds of one run went; prompts that ran in one batch share the figures of that batch.
+
+    Args:
+        sample: until the last candidate was there.
+        score: from the first score's start to the last score's end.
+        total: from the call to the result.
+    """
+
+    sample: float
+    score: float
+    total: float
+
+    @property
+    def overlap(self) -> float:
+        """Seconds in which sampling and scoring went on at the same time."""
+        return max(0.0, self.sample + self.score - self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that were computed, by who computed them.
+
+    Args:
+        policy_prompt_tokens, policy_completion_tokens: the policy's; a prompt sampled n times counts once.
+        scorer_prompt_tokens, scorer_completion_tokens: the scorer's.
+        cached_tokens: prompt tokens of both that a shared prefix saved from being computed.
+    """
+
+    policy_prompt_tokens: int = 0
+    policy_completion_tokens: int = 0
+    scorer_prompt_tokens: int = 0
+    scorer_completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Everything but what was cached."""
+        return (
+            self.policy_prompt_tokens
+            + self.policy_completion_tokens
+            + self.scorer_prompt_tokens
+            + self.scorer_completion_tokens
+            - self.cached_tokens
+        )
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The best candidate of one task, with all the evidence.
+
+    ``candidates`` and ``scores`` are aligned: ``scores[i]`` is about ``candidates[i]``.
+    """
+
+    task: Task
+    candidates: tuple[Candidate, ...]
+    scores: tuple[Score, ...]
+    selection: Selection
+    timing: Timing
+    usage: Usage
+
+    @property
+    def best(self) -> int | None:
+        """Index of the winner; None when the selector abstained."""
+        return self.selection.best
+
+    @property
+    def text(self) -> str | None:
+        """The winner's text; None when the selector abstained."""
+        return None if self.best is None else self.candidates[self.best].text
+
+    @property
+    def reward(self) -> float | None:
+        """The winner's reward; None when it has none."""
+        return None if self.best is None else self.scores[self.best].reward
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many scores have each status."""
+        statuses = [score.status for score in self.scores]
+        return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything a reader of JSON needs: ``text``, ``reward``, ``best``, candidates, scores, timing, usage."""
+        return {
+            "text": self.text,
+            "reward": self.reward,
+            "best": self.best,
+            "ranking": list(self.selection.ranking),
+            "chosen": list(self.selection.chosen),
+            "reason": self.selection.reason,
+            "instruction": self.task.instruction,
+            "candidates": [_drop(dataclasses.asdict(c), "tokens") for c in self.candidates],
+            "scores": [dataclasses.asdict(s) for s in self.scores],
+            "timing": {**dataclasses.asdict(self.timing), "overlap": self.timing.overlap},
+            "usage": {**dataclasses.asdict(self.usage), "total_tokens": self.usage.total_tokens},
+        }
+
+
+def _drop(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
