@@ -4,11 +4,10 @@
     ├── InputError                what the caller passed is wrong: exit code 2
     │   ├── UnknownNameError      a name that is not in a list of known ones; carries "did you mean"
     │   ├── PromptTooLongError    prompt (and completion) do not fit the model's context
-    │   └── ModelNotFoundError    a model that is not on disk and cannot be fetched
+    │   ├── ModelNotFoundError    a model that is not on disk and cannot be fetched
+    │   └── UserCodeError         a function passed as policy or scorer raised, or returned something unusable
     ├── MissingExtraError         an optional package is not installed; the message has the command to type
-    ├── EngineError               a language model failed while it ran (retryable where the type says so)
-    ├── PolicyError               a user's generator raised or returned something that is not n texts
-    └── ScorerError               a user's scorer raised or returned something that is not one reward per candidate
+    └── EngineError               a language model failed while it ran
 
 A message says what happened, with the offending value, and what to type next.
 """
@@ -16,7 +15,7 @@ A message says what happened, with the offending value, and what to type next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class BonError(Exception):
@@ -47,18 +46,23 @@ class PromptTooLongError(InputError):
         tokens: length of the rendered prompt, in tokens.
         limit: tokens that the prompt may have (the model's context less one token for the answer).
         where: which prompt, for the message.
+        indices: all prompts of the call that do not fit, so that the others can be tried without them.
     """
 
-    def __init__(self, tokens: int, limit: int, where: str = "the prompt") -> None:
+    def __init__(self, tokens: int, limit: int, where: str = "the prompt", indices: Sequence[int] = ()) -> None:
         super().__init__(
             f"{where} has {tokens} tokens, {tokens - limit} more than the {limit} that fit this model's context. "
             "Shorten it, or use a model with a longer context."
         )
-        self.tokens, self.limit = tokens, limit
+        self.tokens, self.limit, self.indices = tokens, limit, tuple(indices)
 
 
 class ModelNotFoundError(InputError):
     """A model that is neither on disk nor can be fetched."""
+
+
+class UserCodeError(InputError):
+    """A function that was passed in as policy or scorer raised, or returned something unusable."""
 
 
 class MissingExtraError(BonError):
@@ -71,11 +75,3 @@ class MissingExtraError(BonError):
 
 class EngineError(BonError):
     """A language model failed while it ran."""
-
-
-class PolicyError(BonError):
-    """A generator that the user passed in raised or did not return the texts it was asked for."""
-
-
-class ScorerError(BonError):
-    """A scorer that the user passed in raised or did not return one reward for each candidate."""

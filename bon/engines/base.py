@@ -7,8 +7,8 @@ use: nothing here imports torch, vllm or an HTTP client.
 from __future__ import annotations
 
 import importlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,12 +35,23 @@ class Turn:
         return "".join(p if isinstance(p, str) else p.text for p in self.pieces)
 
 
-Prompt = tuple[Turn, ...]
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What an engine continues.
 
+    Args:
+        turns: the conversation so far.
+        template: variables for the chat template, such as ``{"enable_thinking": False}``; they take precedence over
+            those that the engine was built with, so that one engine can think as a policy and not as a scorer.
+    """
 
-def as_prompt(messages: Sequence[Message]) -> Prompt:
-    """Messages as an engine's prompt."""
-    return tuple(Turn(m.role, (m.content,)) for m in messages)
+    turns: tuple[Turn, ...]
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> Prompt:
+        """Messages as a prompt, each content one piece."""
+        return cls(tuple(Turn(m.role, (m.content,)) for m in messages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +215,12 @@ def load_engine(model: str | Path | None = None, *, engine: str | None = None, *
             f"{model!r} is a URL, and this version of bon has no HTTP engine yet. "
             "Pass a model name, a folder, or a function that calls the endpoint."
         )
-    if model is None:
+    name = engine or "torch"
+    if model is None and name != "scripted":
         from bon.mini import WEIGHTS
 
         model = WEIGHTS
-    return engine_class(engine or "torch")(model, **options)
+    return engine_class(name)(model, **options)
 
 
 def engine_class(name: str) -> Callable[..., Engine]:
