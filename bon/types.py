@@ -46,10 +46,10 @@ def as_messages(prompt: Conversation) -> tuple[Message, ...]:
     """
     if isinstance(prompt, str):
         messages: tuple[Message, ...] = (Message("user", prompt),)
-    elif isinstance(prompt, Sequence) and prompt:
-        messages = tuple(_as_message(m, i) for i, m in enumerate(prompt))
-    else:
+    elif not isinstance(prompt, Sequence) or not prompt:
         raise InputError(f"a prompt must be text or a non-empty list of messages, not {prompt!r}.")
+    else:
+        messages = tuple(_as_message(m, i) for i, m in enumerate(prompt))
     if messages[-1].role not in ("user", "tool"):
         raise InputError(f"the last message must come from the user, not from {messages[-1].role!r}.")
     if not messages[-1].content.strip():
@@ -57,7 +57,7 @@ def as_messages(prompt: Conversation) -> tuple[Message, ...]:
     return messages
 
 
-def _as_message(message: Message | Mapping[str, Any], index: int) -> Message:
+def _as_message(message: Any, index: int) -> Message:
     if isinstance(message, Message):
         return message
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
