@@ -85,10 +85,7 @@ class ScriptedEngine:
         try:
             while rows:
                 await asyncio.sleep(self.step_seconds)
-                finished = []
-                for row in rows:
-                    if done := self._step(row, sampling, keep):
-                        finished.append(done)
+                finished = [done for row in rows if (done := self._step(row, sampling, keep))]
                 rows = [row for row in rows if not row.done]
                 for done in finished:
                     left -= 1

@@ -1,0 +1,122 @@
+"""A plain function as an engine: wrap any generator, sync or async.
+
+The function is called as ``f(prompt)`` and returns one text, or as ``f(prompt, n)`` where it takes ``n`` (by that name,
+or as its second positional parameter) and returns a list of n texts. ``prompt`` is the text when the conversation is a
+single user message, else the list of role-and-content dicts. A function that is not async runs in a thread, one call
+at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
+from bon.errors import BonError, InputError, UserCodeError
+from bon.types import Sampling
+
+
+class FunctionEngine:
+    """An engine around a function; it can be sampled and cannot rate.
+
+    How a function samples is its own business: temperature, seed and the like do not reach it.
+
+    Args:
+        function: see the module's docstring.
+        name: shown in tables and errors; the function's own name by default.
+    """
+
+    max_model_len: int | None = None
+    overlaps = True
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+        self.function = function
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self._takes_n = _takes_n(function)
+        self._one_at_a_time = threading.Lock()
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
+    ) -> AsyncIterator[Completion]:
+        """Call the function for each prompt; see ``Engine.generate``. ``keep`` has nothing to stop."""
+        if n < 1:
+            raise InputError(f"n must be at least 1, got {n}.")
+        if sampling.extra:
+            raise InputError(f"{self.name!r} is a function and takes no sampling options: {', '.join(sampling.extra)}.")
+        return self._generate(prompts, n)
+
+    async def _generate(self, prompts: Sequence[Prompt], n: int) -> AsyncIterator[Completion]:
+        calls = [asyncio.ensure_future(self._texts(prompt, n)) for prompt in prompts]
+        try:
+            for call in asyncio.as_completed([_tagged(i, call) for i, call in enumerate(calls)]):
+                prompt_index, texts = await call
+                for sample_index, text in enumerate(texts):
+                    yield Completion(prompt_index, sample_index, text, "stop")
+        finally:
+            for pending in calls:
+                pending.cancel()
+
+    async def _texts(self, prompt: Prompt, n: int) -> list[str]:
+        if self._takes_n:
+            return self._check(await self._call(prompt, n), n)
+        first = await self._call(prompt)
+        if not isinstance(first, str):
+            return self._check(first, n)
+        return self._check([first, *await asyncio.gather(*(self._call(prompt) for _ in range(n - 1)))], n)
+
+    async def _call(self, prompt: Prompt, *args: Any) -> Any:
+        argument: Any = [{"role": turn.role, "content": turn.text} for turn in prompt.turns]
+        if len(argument) == 1:
+            argument = argument[0]["content"]
+        try:
+            if _is_async(self.function):
+                return await self.function(argument, *args)
+            return await asyncio.to_thread(self._call_alone, argument, *args)
+        except BonError:
+            raise
+        except Exception as error:
+            raise UserCodeError(f"the function {self.name!r} raised {type(error).__name__}: {error}") from error
+
+    def _call_alone(self, *args: Any) -> Any:
+        with self._one_at_a_time:
+            return self.function(*args)
+
+    def _check(self, texts: Any, n: int) -> list[str]:
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise UserCodeError(f"the function {self.name!r} must return {n} texts, but returned {texts!r:.80}.")
+        if len(texts) != n:
+            raise UserCodeError(f"the function {self.name!r} must return {n} texts, but returned {len(texts)}.")
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserCodeError(f"the function {self.name!r} must return texts, but returned {text!r:.80}.")
+        return list(texts)
+
+    async def loglikelihood(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
+    ) -> list[Loglikelihood]:
+        """Refuse: a function returns texts, not probabilities."""
+        raise InputError(f"{self.name!r} is a function and gives no probabilities; this scorer needs a model.")
+
+    async def aclose(self) -> None:
+        """Nothing to free."""
+
+
+async def _tagged(index: int, call: asyncio.Future[list[str]]) -> tuple[int, list[str]]:
+    return index, await call
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _takes_n(function: Callable[..., Any]) -> bool:
+    """Whether the function wants to know how many texts to return."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 and (positional[1].name == "n" or positional[1].default is inspect.Parameter.empty)

@@ -1,0 +1,89 @@
+"""What the user says, as engines and scorers: names, folders, URLs, functions and objects all end up here."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bon.engines.base import Engine, load_engine
+from bon.engines.function import FunctionEngine
+from bon.errors import InputError
+from bon.scorers import BackwardLikelihood, Flip
+from bon.scorers.base import Scorer
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def as_policy(policy: Any, engine: str | None = None) -> Engine:
+    """Turn what was passed as policy into an engine.
+
+    Raises:
+        InputError: not a model, an engine or a function.
+    """
+    if isinstance(policy, Engine):
+        return policy
+    if policy is None or isinstance(policy, (str, Path)):
+        if isinstance(policy, str) and _FUNCTION.fullmatch(policy):
+            return FunctionEngine(import_object(policy), policy)
+        return load_engine(policy, engine=engine)
+    if callable(policy):
+        return FunctionEngine(policy)
+    raise InputError(f"a policy is a model name, a folder, an engine or a function, not {policy!r:.80}.")
+
+
+def as_scorer(flip: Any, policy: Any, policy_engine: Engine, engine: str | None = None) -> Scorer:
+    """Turn what was passed as flip into a scorer.
+
+    Args:
+        flip: see ``BestOfN``.
+        policy: what the user passed as policy; the same name means the same engine.
+        policy_engine: the engine that it became.
+        engine: which back end loads a model given by name.
+
+    Raises:
+        InputError: not a model, an engine, a function or a scorer; or nothing, and the policy is a function.
+    """
+    if isinstance(flip, (Flip, BackwardLikelihood)) and flip.engine is None:
+        return flip.on(_own_engine(policy_engine))
+    if isinstance(flip, Scorer):
+        return flip
+    if flip is None:
+        return Flip(_own_engine(policy_engine))
+    if isinstance(flip, (str, Path)) and flip == policy:
+        return Flip(policy_engine)
+    if isinstance(flip, (str, Path, Engine)) or callable(flip):
+        return Flip(as_policy(flip, engine))
+    raise InputError(f"flip is a model name, a folder, an engine, a function or a scorer, not {flip!r:.80}.")
+
+
+def _own_engine(policy_engine: Engine) -> Engine:
+    if isinstance(policy_engine, FunctionEngine):
+        raise InputError(
+            f"the policy {policy_engine.name!r} is a function, which cannot score by itself. "
+            "Name a model to score with, for example flip='Qwen/Qwen3-0.6B'."
+        )
+    return policy_engine
+
+
+def import_object(path: str) -> Callable[..., Any]:
+    """Import "package.module:name"; modules in the current folder are found too.
+
+    Raises:
+        InputError: no such module or name, or it is not callable.
+    """
+    module_name, _, name = path.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"cannot import {path!r}: there is no module {error.name!r}.") from error
+    except AttributeError as error:
+        raise InputError(f"cannot import {path!r}: the module {module_name!r} has no {name!r}.") from error
+    if not callable(found):
+        raise InputError(f"{path!r} is not a function but {type(found).__name__}.")
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,109 @@
+"""The books of one run: what was sampled, what it scored, when, and what it cost.
+
+Identical candidates of a task are scored once. Candidates without text are not scored at all (status "empty"), and
+neither are those whose sampling was stopped because a good enough one had been found (status "pruned"). Truncated
+candidates are scored like any other; their finish_reason says what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from time import perf_counter
+
+from bon.errors import EngineError
+from bon.sampler import Sampled
+from bon.scorers.base import Board, Item, Scorer
+from bon.selectors import Selector, select
+from bon.types import Candidate, Result, Score, Task, Timing, Usage
+
+
+class Run:
+    """Candidates and scores of some tasks that run together.
+
+    Args:
+        tasks: what is asked.
+        boards: one for each task; the scorer posts finished rewards there.
+        scorer: where rewards come from.
+    """
+
+    def __init__(self, tasks: Sequence[Task], boards: Sequence[Board], scorer: Scorer) -> None:
+        self._tasks, self._boards, self._scorer = tasks, boards, scorer
+        self._candidates: list[dict[int, Candidate]] = [{} for _ in tasks]
+        self._scores: list[dict[int, Score]] = [{} for _ in tasks]
+        self._first: list[dict[str, int]] = [{} for _ in tasks]  # text -> the candidate that is scored for it
+        self._usage = [Usage() for _ in tasks]
+        self._start = perf_counter()
+
+    def admit(self, batch: Sequence[Sampled]) -> list[tuple[int, Item]]:
+        """Take candidates in; return those that need a score of their own, with the index of their task."""
+        items = []
+        for sampled in batch:
+            task, candidate = sampled.task, sampled.candidate
+            self._candidates[task][candidate.index] = candidate
+            self._usage[task] += sampled.usage
+            if candidate.finish_reason == "pruned":
+                reason = f"not needed: a reward of {self._boards[task].best} was reached"
+                self._scores[task][candidate.index] = Score(candidate.index, None, "pruned", reason=reason)
+            elif not candidate.text.strip():
+                self._scores[task][candidate.index] = Score(candidate.index, None, "empty", reason="no text")
+            elif self._first[task].setdefault(candidate.text, candidate.index) == candidate.index:
+                items.append((task, Item(self._tasks[task], candidate, self._boards[task])))
+        return items
+
+    async def score(self, items: Sequence[tuple[int, Item]]) -> None:
+        """Score candidates and record each score as it comes.
+
+        Raises:
+            EngineError: the scorer left one out or scored one twice.
+        """
+        if not items:
+            return
+        started = self._now()
+        async with aclosing(self._scorer.score([item for _, item in items])) as scores:  # type: ignore[type-var]
+            async for scored in scores:
+                task, item = items[scored.item]
+                if self._scores[task].setdefault(item.candidate.index, scored.score) is not scored.score:
+                    raise EngineError(f"{self._scorer.name} scored candidate {item.candidate.index} twice.")
+                stamped = replace(scored.score, candidate=item.candidate.index, started=started, finished=self._now())
+                self._scores[task][item.candidate.index] = stamped
+                self._usage[task] += scored.usage
+        for task, item in items:
+            if item.candidate.index not in self._scores[task]:
+                raise EngineError(f"{self._scorer.name} did not score candidate {item.candidate.index}.")
+
+    def results(self, selector: Selector) -> list[Result]:
+        """Select a winner for each task and close the books."""
+        total = self._now()
+        sample = max((c.finished for of_task in self._candidates for c in of_task.values()), default=0.0)
+        timed = [s for of_task in self._scores for s in of_task.values() if s.finished]
+        score = max(s.finished for s in timed) - min(s.started for s in timed) if timed else 0.0
+        return [self._result(task, selector, Timing(sample, score, total)) for task in range(len(self._tasks))]
+
+    def _result(self, task: int, selector: Selector, timing: Timing) -> Result:
+        candidates = tuple(self._candidates[task][i] for i in sorted(self._candidates[task]))
+        scores = tuple(self._score_of(task, candidate) for candidate in candidates)
+        selection = select(selector, scores, candidates)
+        return Result(self._tasks[task], candidates, scores, selection, timing, self._usage[task])
+
+    def _score_of(self, task: int, candidate: Candidate) -> Score:
+        if candidate.index in self._scores[task]:
+            return self._scores[task][candidate.index]
+        first = self._first[task][candidate.text]
+        return replace(self._scores[task][first], candidate=candidate.index, same_as=first, tokens=0)
+
+    def _now(self) -> float:
+        return perf_counter() - self._start
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Raise the first error of a task group by itself: callers catch ``BonError``, not exception groups."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from error.__cause__
