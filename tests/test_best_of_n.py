@@ -1,0 +1,336 @@
+import asyncio
+import threading
+import time
+
+import pytest
+
+from bon import BestOfN, BackwardLikelihood, Candidate, Flip, RewardFunction, Sampling
+from bon.engines.scripted import ScriptedEngine
+from bon.errors import BonError, EngineError, InputError, PromptTooLongError, UserCodeError
+from bon.scorers.base import Scored
+from bon.types import Score
+
+PROMPT = "Write a short poem about the red fox"
+
+
+def inverts(responses):
+    """A scripted scorer: response -> the instruction that it "infers"."""
+
+    def script(text, draw):
+        return responses[text.rpartition("Response:\n")[2]]
+
+    return ScriptedEngine(script)
+
+
+def best_of(answers, inferred, **options):
+    policy = ScriptedEngine(answers, overlaps=options.pop("overlaps", True))
+    flip = inverts(dict(zip(answers, inferred, strict=True)))
+    flip.overlaps = policy.overlaps
+    options.setdefault("n", len(answers))
+    return BestOfN(policy, flip, **options)
+
+
+def test_the_candidate_whose_inferred_instruction_is_nearest_wins():
+    bon = best_of(["A cat.", "A red fox.", "A dog."], ["Write about a cat", PROMPT, "Write about a dog"])
+    result = bon(PROMPT)
+    assert (result.text, result.reward, result.best) == ("A red fox.", 1.0, 1)
+    assert result.scores[1].inferred == PROMPT
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_all_evidence_is_in_the_result(overlaps):
+    bon = best_of(["A cat.", "A red fox."], ["Write about a cat", PROMPT], prune=False, overlaps=overlaps)
+    result = bon(PROMPT)
+    assert [c.text for c in result.candidates] == ["A cat.", "A red fox."]
+    assert [s.candidate for s in result.scores] == [0, 1]
+    assert result.selection.ranking == (1, 0)
+    assert result.counts == {"ok": 2}
+    assert 0 < result.timing.sample <= result.timing.total
+    assert result.usage.policy_prompt_tokens == 8, "a prompt that is sampled twice counts once"
+    assert result.usage.policy_completion_tokens == 2 + 1 + 3 + 1, "end tokens count"
+    assert result.usage.scorer_completion_tokens > 0
+    for score in result.scores:
+        assert 0 <= score.started <= score.finished <= result.timing.total
+
+
+def test_identical_candidates_are_scored_once():
+    policy = ScriptedEngine(["same", "same", "other"])
+    flip = inverts({"same": PROMPT, "other": "x"})
+    result = BestOfN(policy, flip, n=3)(PROMPT)
+    assert flip.calls == 2
+    first, second = sorted(result.scores[:2], key=lambda s: s.same_as is not None)
+    assert second.same_as == first.candidate
+    assert second.reward == first.reward == 1.0
+
+
+def test_candidates_without_text_are_kept_but_never_scored_nor_picked():
+    result = best_of(["", "  \n", "bad"], ["x", "x", "nothing alike"])(PROMPT)
+    assert [s.status for s in result.scores] == ["empty", "empty", "ok"]
+    assert result.scores[0].reward is None
+    assert result.text == "bad", "a scored candidate wins even with reward 0"
+
+
+def test_nothing_is_picked_when_no_candidate_has_a_reward():
+    result = best_of(["", " "], ["x", "x"])(PROMPT)
+    assert result.best is None
+    assert result.text is None
+    assert "empty" in result.selection.reason
+
+
+def test_truncated_candidates_are_scored_like_any_other_and_say_so():
+    bon = BestOfN(ScriptedEngine(["a b c d"]), ScriptedEngine([PROMPT]), n=1, sampling={"max_tokens": 2})
+    result = bon(PROMPT)
+    assert result.candidates[0].finish_reason == "length"
+    assert result.reward == 1.0
+
+
+def test_a_reward_below_the_minimum_makes_the_result_abstain():
+    result = best_of(["A cat."], ["nothing alike"], min_reward=0.5)(PROMPT)
+    assert result.text is None
+    assert "0.5" in result.selection.reason
+
+
+def test_pruning_keeps_the_winner_and_saves_words():
+    answers = ["A cat.", "A red fox.", "A dog."]
+    inferred = ["zig zag " * 30, PROMPT, "zoo " * 40]
+    pruned = best_of(answers, inferred)(PROMPT)
+    full = best_of(answers, inferred, prune=False)(PROMPT)
+    assert pruned.best == full.best == 1
+    assert [s.status for s in pruned.scores] == ["pruned", "ok", "pruned"]
+    assert pruned.scores[0].upper_bound < 1.0
+    assert [s.status for s in full.scores] == ["ok"] * 3
+    assert pruned.usage.scorer_completion_tokens < full.usage.scorer_completion_tokens
+
+
+def test_reaching_stop_at_stops_sampling_and_scoring():
+    policy = ScriptedEngine(["A red fox.", "word " * 500])
+    result = BestOfN(policy, inverts({"A red fox.": PROMPT}), n=2, stop_at=1.0)(PROMPT)
+    assert result.text == "A red fox."
+    assert result.reward == 1.0
+    assert policy.decoded < 100
+    assert result.candidates[1].finish_reason == "pruned"
+    assert result.scores[1].status == "pruned"
+
+
+def test_scoring_overlaps_sampling_where_both_engines_allow_it():
+    policy = ScriptedEngine(["short", "word " * 30], step_seconds=0.002)
+    flip = ScriptedEngine([PROMPT], step_seconds=0.002)
+    result = BestOfN(policy, flip, n=2, prune=False)(PROMPT)
+    assert result.scores[0].finished < result.candidates[1].finished
+    assert result.timing.overlap > 0
+
+
+def test_a_scorer_that_wants_batches_gets_what_is_ready_while_it_was_busy():
+    batches = []
+
+    class Slow:
+        name, overlaps = "slow", False
+
+        async def score(self, items):
+            batches.append(len(items))
+            await asyncio.sleep(0.05)
+            for i, item in enumerate(items):
+                yield Scored(i, Score(item.candidate.index, 0.5))
+
+        async def aclose(self):
+            pass
+
+    answers = ["a", "b c", "d e f", "g h i j", "k l m n o"]
+    BestOfN(ScriptedEngine(answers), Slow(), n=5)(PROMPT)
+    assert sum(batches) == 5
+    assert 1 < len(batches) < 5
+
+
+def test_engines_that_want_whole_batches_score_everything_in_one_call():
+    flip = inverts({"a": "x", "b": PROMPT})
+    flip.overlaps = False
+    bon = BestOfN(ScriptedEngine(["a", "b"], overlaps=False), flip, n=2)
+    assert [r.text for r in bon.map([PROMPT] * 3)] == ["b"] * 3
+    assert flip.calls == 1
+
+
+def test_map_keeps_the_order_of_the_prompts():
+    prompts = [f"Say {'word ' * (9 - i)}{i}" for i in range(9)]
+    results = list(BestOfN(ScriptedEngine(), n=2).map(iter(prompts)))
+    assert [r.task.instruction for r in results] == prompts
+
+
+def test_leaving_map_early_stops_the_work():
+    engine = ScriptedEngine(step_seconds=0.001)
+    for _ in BestOfN(engine, n=4).map(f"Prompt number {i}" for i in range(1000)):
+        break
+    time.sleep(0.02)
+    assert engine.running == 0
+
+
+def test_one_prompt_that_is_too_long_does_not_take_the_others_with_it():
+    engine = ScriptedEngine(overlaps=False, max_model_len=40)
+    prompts = ["Say one thing", "word " * 50, "Say another thing", ""]
+
+    async def collect():
+        return [outcome async for outcome in BestOfN(engine, n=2).stream(prompts)]
+
+    outcomes = dict(asyncio.run(collect()))
+    assert isinstance(outcomes[1], PromptTooLongError)
+    assert isinstance(outcomes[3], InputError)
+    assert outcomes[0].reward is not None
+    assert outcomes[2].reward is not None
+    assert sorted(outcomes) == [0, 1, 2, 3]
+
+
+def test_results_before_a_failing_prompt_are_not_lost():
+    bon = BestOfN(ScriptedEngine(), n=2)
+    seen = []
+    with pytest.raises(InputError, match="empty"):
+        for result in bon.map(["Say one thing", "", "Say three"]):
+            seen.append(result)  # noqa: PERF402
+    assert len(seen) == 1
+
+
+def test_rerank_scores_what_came_from_elsewhere():
+    bon = best_of(["A cat.", "A red fox."], ["Write about a cat", PROMPT])
+    result = bon.rerank(PROMPT, ["A cat.", Candidate(7, "A red fox.")])
+    assert result.text == "A red fox."
+    assert [c.index for c in result.candidates] == [0, 1]
+    assert result.usage.policy_completion_tokens == 0
+
+
+@pytest.mark.parametrize("candidates", [[], [3]])
+def test_rerank_refuses_candidates_that_are_none(candidates):
+    with pytest.raises(InputError, match="candidate"):
+        BestOfN(ScriptedEngine()).rerank(PROMPT, candidates)
+
+
+def test_run_is_the_same_inside_an_event_loop():
+    result = asyncio.run(best_of(["A cat.", "A red fox."], ["x", PROMPT]).run(PROMPT))
+    assert result.text == "A red fox."
+
+
+def test_calls_from_many_threads_do_not_mix_their_answers():
+    bon = BestOfN(ScriptedEngine(step_seconds=0.001), n=2)
+    texts = {}
+    threads = [threading.Thread(target=lambda i=i: texts.update({i: bon(f"Say {i}").task.instruction})) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == {i: f"Say {i}" for i in range(8)}
+
+
+def test_context_comes_before_the_response_and_is_not_part_of_the_instruction():
+    seen = []
+
+    def script(text, draw):
+        seen.append(text)
+        return "Shorter please"
+
+    messages = [
+        {"role": "user", "content": "Write about foxes"},
+        {"role": "assistant", "content": "Foxes are red and quick."},
+        {"role": "user", "content": "Shorter please"},
+    ]
+    result = BestOfN(ScriptedEngine(["Foxes: red."]), ScriptedEngine(script), n=1)(messages)
+    assert result.reward == 1.0
+    assert seen[0].index("Foxes are red and quick.") < seen[0].index("Foxes: red.")
+    assert "Shorter please" not in seen[0]
+
+
+def test_the_policys_own_model_scores_when_no_other_is_named():
+    engine = ScriptedEngine()
+    assert BestOfN(engine).scorer.engine is engine
+    assert BestOfN(engine, Flip(samples=2)).scorer.engine is engine
+    assert BestOfN(engine, BackwardLikelihood()).scorer.engine is engine
+
+
+def test_a_function_policy_needs_a_scorer_and_says_so():
+    with pytest.raises(InputError, match="flip="):
+        BestOfN(lambda prompt: "x")
+
+
+def test_functions_serve_as_policy_and_as_flip():
+    bon = BestOfN(lambda prompt, n: [f"answer {i}" for i in range(n)], lambda prompt: PROMPT if "answer 2" in str(prompt) else "no", n=4)
+    assert bon(PROMPT).text == "answer 2"
+
+
+def test_a_reward_function_is_a_scorer():
+    bon = BestOfN(ScriptedEngine(["a", "bbb", "cc"]), RewardFunction(lambda prompt, texts: [len(t) for t in texts]), n=3)
+    assert (bon(PROMPT).text, bon(PROMPT).reward) == ("bbb", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        (lambda prompt, texts: [1.0], "must return 3 rewards, but returned 1"),
+        (lambda prompt, texts: 1 / 0, "raised ZeroDivisionError"),
+        (lambda prompt, texts: ["good"] * 3, "must return numbers"),
+        (lambda prompt, texts: [float("nan")] * 3, "finite"),
+    ],
+)
+def test_a_reward_function_that_fails_is_an_error_and_never_a_reward(function, complaint):
+    with pytest.raises(UserCodeError, match=complaint):
+        BestOfN(ScriptedEngine(["a", "b", "c"]), RewardFunction(function), n=3)(PROMPT)
+
+
+def test_a_reward_function_may_have_no_reward_for_some():
+    result = BestOfN(ScriptedEngine(["a", "b"]), RewardFunction(lambda p, t: [None, -5.0]), n=2)(PROMPT)
+    assert result.text == "b"
+    assert result.scores[0].status == "failed"
+
+
+def test_a_policy_that_returns_too_few_samples_is_found_out():
+    class Short(ScriptedEngine):
+        async def _generate(self, prompts, sampling, n, keep):
+            async for completion in super()._generate(prompts, sampling, n - 1, keep):
+                yield completion
+
+    with pytest.raises(EngineError, match="1 of 2"):
+        BestOfN(Short(), n=2)(PROMPT)
+
+
+def test_a_scorer_that_leaves_a_candidate_out_is_found_out():
+    class Forgetful:
+        name, overlaps = "forgetful", False
+
+        async def score(self, items):
+            yield Scored(0, Score(0, 1.0))
+
+        async def aclose(self):
+            pass
+
+    with pytest.raises(EngineError, match="did not score candidate 1"):
+        BestOfN(ScriptedEngine(["a", "b"]), Forgetful(), n=2)(PROMPT)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_an_engine_that_fails_raises_its_own_error_not_a_group(overlaps):
+    with pytest.raises(EngineError, match="told to fail"):
+        BestOfN(ScriptedEngine(fail_after=5, overlaps=overlaps), n=4)(PROMPT)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, True, "8"])
+def test_n_must_be_a_positive_whole_number(n):
+    with pytest.raises(InputError, match="n must be"):
+        BestOfN(ScriptedEngine(), n=n)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"policy": 5}, "a policy is"),
+        ({"flip": 5}, "flip is"),
+        ({"policy": "http://127.0.0.1:8000/v1"}, "URL"),
+        ({"engine": "tortch", "policy": "x"}, "Did you mean 'torch'"),
+        ({"selector": "bets"}, "Did you mean 'best'"),
+        ({"sampling": {"temprature": 1}}, "Did you mean 'temperature'"),
+        ({"policy": "no_such_module_here:f"}, "no module 'no_such_module_here'"),
+        ({"policy": "json:dumpz"}, "has no 'dumpz'"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_hint(options, complaint):
+    with pytest.raises(BonError, match=complaint):
+        BestOfN(**{"policy": ScriptedEngine(), **options})
+
+
+def test_the_same_seed_gives_the_same_candidates():
+    bon = BestOfN(ScriptedEngine(), n=4, sampling=Sampling(seed=3))
+    assert [c.text for c in bon(PROMPT).candidates] == [c.text for c in bon(PROMPT).candidates]

@@ -1,0 +1,110 @@
+import subprocess
+import sys
+
+import pytest
+
+import bon
+from bon.errors import InputError, UnknownNameError
+from bon.types import Message, Sampling, Task, Usage, as_messages
+
+
+def test_a_string_prompt_is_one_user_message():
+    assert as_messages("Hello") == (Message("user", "Hello"),)
+
+
+def test_openai_style_dicts_become_messages():
+    messages = as_messages([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "Ann"}])
+    assert [m.role for m in messages] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ([], "non-empty list"),
+        (7, "non-empty list"),
+        (["hi"], "message 0"),
+        ([{"role": "user"}], "'content'"),
+        ([{"role": "usr", "content": "x"}], "Did you mean 'user'"),
+        ([{"role": "user", "content": ["x"]}], "must be text, not list"),
+        ([{"role": "user", "content": "x", "colour": 1}], "colour"),
+        ([{"role": "assistant", "content": "x"}], "must come from the user"),
+    ],
+)
+def test_a_bad_prompt_is_refused_with_its_reason(prompt, complaint):
+    with pytest.raises(InputError, match=complaint):
+        as_messages(prompt)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", "hot"),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", 2.5),
+        ("top_k", True),
+        ("min_p", 2),
+        ("max_tokens", 0),
+        ("stop", ("",)),
+        ("seed", -1),
+    ],
+)
+def test_a_sampling_option_out_of_range_is_refused_by_name(option, value):
+    with pytest.raises(InputError, match=option):
+        Sampling.of({option: value})
+
+
+def test_a_typo_in_a_sampling_option_is_never_ignored():
+    with pytest.raises(UnknownNameError, match="Did you mean 'temperature'"):
+        Sampling.of({"temprature": 1.0})
+
+
+def test_one_stop_string_may_be_given_bare():
+    assert Sampling.of({"stop": "END"}).stop == ("END",)
+
+
+def test_the_last_user_message_is_the_instruction_and_the_history_its_context():
+    task = Task.of(
+        [
+            {"role": "system", "content": "You are a poet."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "Write a haiku"},
+        ]
+    )
+    assert task.instruction == "Write a haiku"
+    assert task.context == "System: You are a poet.\nUser: Hi\nAssistant: Hello"
+
+
+def test_a_named_instruction_leaves_the_rest_of_the_prompt_as_context():
+    task = Task.of("Here is a text.\n\nSummarise it.\n\nThanks.", "Summarise it.")
+    assert task.instruction == "Summarise it."
+    assert task.context == "Here is a text.\nThanks."
+
+
+@pytest.mark.parametrize(("instruction", "complaint"), [("  ", "empty"), ("Translate", "part of the last message")])
+def test_an_instruction_that_is_not_in_the_prompt_is_refused(instruction, complaint):
+    with pytest.raises(InputError, match=complaint):
+        Task.of("Summarise it.", instruction)
+
+
+def test_usage_adds_up_and_leaves_out_what_was_cached():
+    usage = Usage(10, 20, 30, 40, 5) + Usage(1, 2, 3, 4, 0)
+    assert usage == Usage(11, 22, 33, 44, 5)
+    assert usage.total_tokens == 105
+
+
+def test_every_public_name_can_be_imported():
+    for name in bon.__all__:
+        assert getattr(bon, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'BestOfM'"):
+        bon.BestOfM  # noqa: B018
+
+
+def test_importing_bon_imports_neither_torch_nor_transformers():
+    code = "import sys, bon, bon.types, bon.best_of_n; print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
