@@ -1,0 +1,280 @@
+"""Messages become token ids, and text never becomes a control token.
+
+The chat template is rendered once per sequence of roles with placeholders instead of contents. Its own pieces may
+hold control tokens (``<|im_end|>``, ``<think>``, ...); whatever comes from users and candidates is encoded by a copy
+of the tokenizer that knows none of them, so the same characters inside a message are plain characters. For ordinary
+conversations the ids are those of ``tokenizer.apply_chat_template(..., tokenize=True)``.
+
+It does not continue an unfinished assistant turn, and knows no tools and no images.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import jinja2.meta
+
+from bon.engines.base import Piece, Prompt, Turn
+from bon.engines.vocabulary import PlainEncoder
+from bon.errors import InputError, UnknownNameError
+from bon.types import Tokens
+
+log = logging.getLogger(__name__)
+
+_PAD = "\t\t \t\t"  # white space around a placeholder: a template that trims a content takes it away
+_SLOT = re.compile(rf"({_PAD})?BONxSLOTx(\d+)xEND({_PAD})?")
+_ALWAYS_ACCEPTED = {"enable_thinking"}  # callers pass it without knowing the template
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where the content of turn ``turn`` goes, and which of its ends the template trims."""
+
+    turn: int
+    trim_left: bool
+    trim_right: bool
+
+
+_Part = int | str | _Slot  # a control token, the template's plain text, a content
+
+
+class Renderer:
+    """Turns prompts into token ids for one tokenizer.
+
+    Tokenizers without a chat template get a plain format: ``System: ...``, ``User: ...`` and ``Assistant:``, separated
+    by empty lines, after the beginning-of-text token where the tokenizer adds one.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
+        eos_ids: further ids that end a completion (the generation config's).
+
+    Raises:
+        UnknownNameError: an argument that the chat template does not read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.plain = PlainEncoder(tokenizer)
+        self.fingerprint = self.plain.fingerprint
+        self._kwargs = dict(chat_template_kwargs or {})
+        self._skeletons: dict[tuple[Any, ...], list[_Part]] = {}
+        if not tokenizer.chat_template:
+            log.warning("the tokenizer has no chat template; prompts are written as 'User: ...' and 'Assistant:'")
+        self._check_arguments(self._kwargs)
+        self.end_id: int | None = self._turn_end()
+        own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        self.end_ids: frozenset[int] = frozenset((*eos_ids, *own, *(() if self.end_id is None else (self.end_id,))))
+
+    def render(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the assistant's answer starts.
+
+        Every piece of a turn is encoded by itself; a ``Tokens`` piece of the same vocabulary is taken as it is, unless
+        it holds control tokens or the template trims it.
+
+        Raises:
+            InputError: the chat template refuses this sequence of roles.
+        """
+        turns, parts = self._skeleton(prompt)
+        ids: list[int] = []
+        text, inner = "", False  # plain text not yet encoded, and whether it continues a run of plain text
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+                continue
+            if isinstance(part, int):
+                ids += self.plain.encode(text, inner=inner)
+                ids.append(part)
+                text, inner = "", False
+                continue
+            for index, piece in enumerate(_trimmed(turns[part.turn].pieces, part)):
+                known = self._known_ids(piece)
+                if known is not None or index:
+                    ids += self.plain.encode(text, inner=inner)
+                    text, inner = "", True
+                if known is not None:
+                    ids += known
+                else:
+                    text += piece if isinstance(piece, str) else piece.text
+        return (*ids, *self.plain.encode(text, inner=inner))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Plain text as the start of an answer: no control tokens, whatever it says."""
+        return tuple(self.plain.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.plain.decode(ids)
+
+    def as_tokens(self, ids: Sequence[int], text: str) -> Tokens | None:
+        """The ids of a completion without special tokens, or None where they do not decode to ``text``."""
+        kept = tuple(i for i in ids if i not in self.plain.special_ids)
+        while kept and len(self.decode(kept)) > len(text):
+            kept = kept[:-1]
+        return Tokens(text, kept, self.fingerprint) if self.decode(kept) == text else None
+
+    def _known_ids(self, piece: Piece) -> tuple[int, ...] | None:
+        if isinstance(piece, str) or piece.vocabulary != self.fingerprint or self.plain.control_ids & set(piece.ids):
+            return None
+        return piece.ids
+
+    def _skeleton(self, prompt: Prompt) -> tuple[tuple[Turn, ...], list[_Part]]:
+        """The template's pieces for these roles, and the turns they ask for (system turns folded where refused)."""
+        turns = self._known_roles(prompt.turns)
+        try:
+            return turns, self._parts(tuple(t.role for t in turns), prompt.template)
+        except _RefusedError as refusal:
+            folded = _fold_system(turns)
+            if folded is None:
+                raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
+        try:
+            return folded, self._parts(tuple(t.role for t in folded), prompt.template)
+        except _RefusedError as refusal:
+            raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
+
+    def _known_roles(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        if "developer" in str(self.tokenizer.chat_template):
+            return turns
+        return tuple(Turn("system", t.pieces) if t.role == "developer" else t for t in turns)
+
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        template = self.tokenizer.chat_template or ""
+        sources = template.values() if isinstance(template, dict) else [template]
+        known = frozenset[str]().union(*map(_arguments_of, sources))
+        for name in arguments:
+            if name not in known | _ALWAYS_ACCEPTED:
+                raise UnknownNameError("chat template argument", name, known)
+
+    def _parts(self, roles: tuple[str, ...], arguments: Mapping[str, Any]) -> list[_Part]:
+        key = (roles, *((name, repr(value)) for name, value in sorted(arguments.items())))
+        if key not in self._skeletons:
+            self._check_arguments(arguments)
+            parts = self._split(self._apply(roles, {**self._kwargs, **arguments}, generation=True))
+            if missing := set(range(len(roles))) - {p.turn for p in parts if isinstance(p, _Slot)}:
+                raise _RefusedError(f"it leaves out the {roles[min(missing)]} message")
+            if not self.tokenizer.chat_template:
+                parts = [*self.plain.start_ids, *parts]
+            self._skeletons[key] = parts
+        return self._skeletons[key]
+
+    def _apply(self, roles: Sequence[str], arguments: Mapping[str, Any], *, generation: bool) -> str:
+        slots = [f"{_PAD}BONxSLOTx{i}xEND{_PAD}" for i in range(len(roles))]
+        if not self.tokenizer.chat_template:
+            turns = [f"{role.capitalize()}: {slot}" for role, slot in zip(roles, slots, strict=True)]
+            return "\n\n".join([*turns, "Assistant:"] if generation else turns)
+        messages = [{"role": role, "content": slot} for role, slot in zip(roles, slots, strict=True)]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, **arguments
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise _RefusedError(str(error)) from error
+        return str(rendered)
+
+    def _split(self, rendered: str) -> list[_Part]:
+        parts: list[_Part] = []
+        at = 0
+        for slot in _SLOT.finditer(rendered):
+            parts += self.plain.split(rendered[at : slot.start()])
+            parts.append(_Slot(int(slot[2]), trim_left=slot[1] is None, trim_right=slot[3] is None))
+            at = slot.end()
+        return parts + self.plain.split(rendered[at:])
+
+    def _turn_end(self) -> int | None:
+        """The control token that the template puts after an assistant message; without one, the tokenizer's eos."""
+        eos = self.tokenizer.eos_token_id
+        if self.tokenizer.chat_template:
+            try:
+                parts = self._split(self._apply(("user", "assistant"), self._kwargs, generation=False))
+            except _RefusedError:
+                parts = []
+            slots = [i for i, part in enumerate(parts) if isinstance(part, _Slot)]
+            after = parts[slots[-1] + 1 :] if slots else []
+            for part in after:
+                if isinstance(part, int):
+                    return part
+        return None if eos is None else int(eos)
+
+
+class TextStream:
+    """Decodes one completion as it grows; bytes of an unfinished character are held back."""
+
+    __slots__ = ("_decode", "_ids", "_read", "_start", "text")
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._decode = renderer.decode
+        self._ids: list[int] = []
+        self._start = 0  # decoding restarts here, a few tokens back, so that joined pieces come out right
+        self._read = 0  # tokens whose text is in ``text``
+        self.text = ""
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Add token ids; return all the text that is certain so far."""
+        self._ids += ids
+        before = self._decode(self._ids[self._start : self._read])
+        now = self._decode(self._ids[self._start :])
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            self.text += now[len(before) :]
+            self._start, self._read = self._read, len(self._ids)
+        return self.text
+
+
+class _RefusedError(Exception):
+    """The chat template refused a sequence of roles."""
+
+
+def _fold_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...] | None:
+    """Put the system text in front of the first user turn; None where there is nothing to fold."""
+    system: tuple[Piece, ...] = tuple(p for t in turns if t.role == "system" for p in (*t.pieces, "\n\n"))
+    rest = [t for t in turns if t.role != "system"]
+    first = next((i for i, t in enumerate(rest) if t.role == "user"), None)
+    if not system or first is None:
+        return None
+    rest[first] = Turn("user", (*system, *rest[first].pieces))
+    return tuple(rest)
+
+
+def _trimmed(pieces: Sequence[Piece], slot: _Slot) -> Sequence[Piece]:
+    """The pieces of a content without the white space that the template takes off its ends."""
+    kept = list(pieces)
+    while slot.trim_left and kept:
+        kept[0] = _without(kept[0], str.lstrip)
+        if _text(kept[0]):
+            break
+        kept.pop(0)
+    while slot.trim_right and kept:
+        kept[-1] = _without(kept[-1], str.rstrip)
+        if _text(kept[-1]):
+            break
+        kept.pop()
+    return kept
+
+
+def _text(piece: Piece) -> str:
+    return piece if isinstance(piece, str) else piece.text
+
+
+def _without(piece: Piece, strip: Any) -> Piece:
+    text: str = strip(_text(piece))
+    return piece if text == _text(piece) else text
+
+
+@functools.lru_cache(maxsize=16)
+def _arguments_of(template: str) -> frozenset[str]:
+    """Names that a chat template reads from its caller."""
+    # transformers' own block tag; without it the rest is ordinary Jinja.
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    return frozenset(jinja2.meta.find_undeclared_variables(parsed) - {"messages", "raise_exception", "strftime_now"})
