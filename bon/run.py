@@ -18,7 +18,6 @@ from bon.scorers.base import Board, Item, Scorer
 from bon.selectors import Selector, select
 from bon.types import Candidate, Result, Score, Task, Timing, Usage
 
-
 Watch = Callable[[int, Candidate | Score], None]
 
 
