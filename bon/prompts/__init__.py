@@ -1,0 +1,147 @@
+"""Prompt styles: how a response is shown to the model that infers the instruction, and in what form it answers.
+
+A style is two text files, ``system.txt`` and ``user.txt``, read with ``str.format`` semantics: ``{response}`` is
+required in the user file, ``{context}`` is optional, literal braces are doubled. Users' own files (the FLIP paper's
+``FLIP_SYSTEM.prompt`` and ``FLIP_USER.prompt`` as they are, for instance) have the same format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal
+
+from bon.engines.base import Piece, Prompt, Turn
+from bon.errors import InputError, UnknownNameError
+from bon.types import Task
+
+Output = Literal["text", "json"]
+
+STYLES: dict[str, Output] = {"direct": "text", "json": "json"}
+
+CONTEXT_HEADING = "Conversation before the response:\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """A way to ask for the instruction behind a response.
+
+    Args:
+        name: what to call it in a table.
+        system: the system message, or "" for none.
+        user: the user message as (literal text, field) pairs in order; the field is "response", "context" or None.
+        output: "text" when the answer is the bare instruction, "json" when it is an object with a field for it.
+        context_heading: put before a context, together with a blank line after it; None inserts the bare context.
+    """
+
+    name: str
+    system: str
+    user: tuple[tuple[str, str | None], ...]
+    output: Output
+    context_heading: str | None = field(default=None)
+
+    @property
+    def shows_context(self) -> bool:
+        """Whether the template has a place for the context."""
+        return any(name == "context" for _, name in self.user)
+
+    def prompt(self, task: Task, response: Piece, template: Mapping[str, Any] | None = None) -> Prompt:
+        """Ask for the instruction of ``task`` from one response.
+
+        Static text, context and response are pieces of their own, so that what prompts share is the same tokens.
+
+        Args:
+            task: its context is shown where the template has a place for it; its instruction never is.
+            response: the response, without thinking.
+            template: variables for the chat template.
+        """
+        values: dict[str | None, Piece] = {"context": self._context(task.context), "response": response, None: ""}
+        pieces = tuple(piece for literal, name in self.user for piece in (literal, values[name]) if piece != "")
+        system = (Turn("system", (self.system,)),) if self.system else ()
+        return Prompt((*system, Turn("user", pieces)), template or {})
+
+    def _context(self, context: str) -> str:
+        if self.context_heading is None or not context:
+            return context
+        return f"{self.context_heading}{context}\n\n"
+
+
+def load_style(style: str | Style) -> Style:
+    """Look a style up by name ("direct", "json"); a style object passes through.
+
+    Raises:
+        UnknownNameError: no such style.
+    """
+    if isinstance(style, Style):
+        return style
+    if style not in STYLES:
+        raise UnknownNameError("prompt style", style, STYLES)
+    folder = Path(__file__).parent / style
+    return _read(style, folder / "system.txt", folder / "user.txt", STYLES[style], CONTEXT_HEADING)
+
+
+def from_files(system: str | Path | None, user: str | Path, *, output: Output | None = None) -> Style:
+    """Read a style from two template files.
+
+    Args:
+        system: file with the system message; None for no system message.
+        user: file with the user message, ``{response}`` in it and optionally ``{context}``.
+        output: whether the model is asked for bare "text" or for "json"; None looks whether the files mention JSON.
+
+    Raises:
+        InputError: a file that is missing or not UTF-8, or a template without {response}, with other fields, or with
+            a brace that is neither a field nor doubled; the message names the file.
+    """
+    if output not in (None, "text", "json"):
+        raise UnknownNameError("prompt output", output, ["text", "json"])
+    return _read(Path(user).stem, None if system is None else Path(system), Path(user), output, None)
+
+
+def _read(name: str, system: Path | None, user: Path, output: Output | None, heading: str | None) -> Style:
+    system_text = "".join(literal for literal, _ in _parse(system, ())) if system else ""
+    parts = tuple(_parse(user, ("response", "context")))
+    if not any(field_name == "response" for _, field_name in parts):
+        raise InputError(f"the prompt template {user} has no {{response}}: put it where the response goes.")
+    if output is None:
+        text = system_text + "".join(literal for literal, _ in parts)
+        output = "json" if "json" in text.lower() else "text"
+    return Style(name, system_text, parts, output, heading)
+
+
+def _parse(path: Path, fields: tuple[str, ...]) -> list[tuple[str, str | None]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt template {path} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise InputError(f"the prompt template {path} cannot be read: {error.strerror}.") from error
+    parts: list[tuple[str, str | None]] = []
+    try:
+        for literal, name, spec, conversion in Formatter().parse(text.rstrip("\n")):
+            if name is not None and (name not in fields or spec or conversion):
+                shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
+                known = " and ".join(f"{{{f}}}" for f in fields) or "none here"
+                raise InputError(
+                    f"the prompt template {path} has an unknown field {shown[:60]!r}. Fields: {known}; "
+                    "double the braces of literal text, as in {{ and }}."
+                )
+            parts.append((literal, name))
+    except ValueError as error:
+        raise InputError(
+            f"the prompt template {path} has a malformed brace ({error}). "
+            "Double the braces of literal text, as in {{ and }}."
+        ) from error
+    return _merged(parts)
+
+
+def _merged(parts: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Join neighbouring literals, which a doubled brace splits."""
+    merged: list[tuple[str, str | None]] = []
+    for literal, name in parts:
+        if merged and merged[-1][1] is None:
+            merged[-1] = (merged[-1][0] + literal, name)
+        else:
+            merged.append((literal, name))
+    return merged

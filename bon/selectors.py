@@ -1,0 +1,267 @@
+"""From scores to a selection: pure functions over arrays; nothing here runs a model.
+
+The ranking is the same for every selector: candidates with a reward first, the higher reward before the lower; then
+pruned ones, the higher bound first; then the rest by index. Equal rewards are decided by the higher ``tie_break`` (mean
+log-probability of the reconstruction; an unknown one loses to any known one), then fewer scorer tokens, then the lower
+index. No selector picks a candidate without a reward: when there is no reward at all it abstains and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
+from bon.types import Candidate, Score, Selection
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Order: TypeAlias = npt.NDArray[np.intp]
+
+
+class Selector(Protocol):
+    """Picks among candidates; at least one of them has a reward."""
+
+    def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
+        """Select.
+
+        Args:
+            rewards: [n], NaN where there is none.
+            order: [n], positions in ranking order.
+            texts: the n candidates' texts.
+        """
+
+
+def rank(rewards: Array, tie_break: Array, tokens: Array, bounds: Array | None = None) -> Order:
+    """Order candidates, best first.
+
+    Args:
+        rewards: [n], NaN where there is none.
+        tie_break: [n], larger wins between equal rewards; NaN loses.
+        tokens: [n], fewer wins after that.
+        bounds: [n], upper bounds of pruned candidates, NaN elsewhere.
+    """
+    n = len(rewards)
+    bounds = np.full(n, np.nan) if bounds is None else bounds
+    scored, pruned = ~np.isnan(rewards), ~np.isnan(bounds)
+    group = np.where(scored, 0, np.where(pruned, 1, 2))
+    value = np.where(scored, rewards, np.where(pruned, bounds, 0.0))
+    tie = np.where(scored, np.nan_to_num(tie_break, nan=-np.inf, posinf=np.inf, neginf=-np.inf), 0.0)
+    cost = np.where(scored, tokens, 0)
+    return np.lexsort((np.arange(n), cost, -tie, -value, group))
+
+
+def _indices(order: Order) -> tuple[int, ...]:
+    return tuple(int(i) for i in order)
+
+
+def best(rewards: Array, order: Order, texts: Sequence[str]) -> Selection:
+    """Pick the first of the ranking."""
+    ranking = _indices(order)
+    return Selection(ranking[0], ranking, ranking[:1])
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """Pick the k first of the ranking, or as many as have a reward."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise InputError(f"k must be a whole number >= 1, got {self.k!r}.")
+
+    def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
+        """Select."""
+        ranking = _indices(order)
+        return Selection(ranking[0], ranking, ranking[: min(self.k, int((~np.isnan(rewards)).sum()))])
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """Draw one candidate with probability proportional to exp(reward / temperature).
+
+    Args:
+        temperature: towards 0 the best is always drawn (at 0 it is), towards infinity all are equally likely.
+        seed: the same seed and rewards draw the same candidate; None draws anew every time.
+    """
+
+    temperature: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be a number >= 0, got {self.temperature!r}.")
+        if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
+            raise InputError(f"seed must be a whole number >= 0, got {self.seed!r}.")
+
+    def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
+        """Select; the weights are the probabilities."""
+        ranking = _indices(order)
+        scored = ~np.isnan(rewards)
+        weights = np.zeros(len(rewards))
+        if self.temperature == 0:
+            weights[ranking[0]] = 1.0
+        else:
+            with np.errstate(over="ignore"):  # a tiny temperature makes -inf, whose exponential is the right 0
+                weights[scored] = np.exp((rewards[scored] - np.nanmax(rewards)) / self.temperature)
+            weights /= weights.sum()
+        drawn = int(np.random.default_rng(self.seed).choice(len(rewards), p=weights))
+        return Selection(drawn, ranking, (drawn,), tuple(weights.tolist()))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedVote:
+    r"""Let candidates with the same answer add up their rewards; the best candidate of the winning answer is picked.
+
+    Weights are the rewards; where one is negative (log-likelihoods), the lowest reward is subtracted from all. When all
+    weights are then 0 every candidate weighs 1. Equal totals go to the answer of the candidate that ranks first.
+
+    Args:
+        extract: a regular expression, whose last match in a text is the answer (its first group, if it has one), or a
+            function from text to answer, where None means that there is none. Answers are compared without surrounding
+            white space. Candidates without an answer have no vote; when none has one, the first of the ranking wins.
+    """
+
+    extract: str | Callable[[str], str | None]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.extract, str):
+            try:
+                re.compile(self.extract)
+            except re.error as error:
+                raise InputError(f"{self.extract!r} is not a regular expression: {error}.") from error
+        elif not callable(self.extract):
+            raise InputError(f"extract must be a regular expression or a function, got {self.extract!r}.")
+
+    def answer(self, text: str) -> str | None:
+        """The answer in a text, or None."""
+        if callable(self.extract):
+            found = self.extract(text)
+            return None if found is None else str(found).strip()
+        matches = list(re.finditer(self.extract, text))
+        if not matches:
+            return None
+        found = matches[-1].group(1 if matches[-1].re.groups else 0)
+        return None if found is None else found.strip()
+
+    def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
+        """Select; the weights are the candidates' own, 0 without a vote."""
+        ranking = _indices(order)
+        answers = {i: self.answer(texts[i]) for i in ranking if not math.isnan(rewards[i])}
+        weights = np.nan_to_num(rewards - min(0.0, float(np.nanmin(rewards))))
+        if not weights.any():
+            weights = (~np.isnan(rewards)).astype(np.float64)
+        voters = [i for i, answer in answers.items() if answer is not None]
+        if not voters:
+            return Selection(ranking[0], ranking, ranking[:1], tuple([0.0] * len(rewards)))
+        totals = {answers[i]: math.fsum(weights[j] for j in voters if answers[j] == answers[i]) for i in voters}
+        winner = next(i for i in voters if totals[answers[i]] == max(totals.values()))
+        counted = tuple(float(weights[i]) if i in voters else 0.0 for i in range(len(rewards)))
+        return Selection(winner, ranking, (winner,), counted)
+
+
+@dataclass(frozen=True, slots=True)
+class MinReward:
+    """Abstain when the best reward is below ``least``; otherwise leave the choice to ``selector``.
+
+    What ``selector`` chooses among others (top-k, a draw, a vote) are the candidates that reach ``least``.
+    """
+
+    selector: Selector
+    least: float
+
+    def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
+        """Select, or abstain."""
+        if np.nanmax(rewards) < self.least:
+            reason = f"the best reward, {np.nanmax(rewards):.4g}, is below the minimum of {self.least:.4g}"
+            return Selection(None, _indices(order), reason=reason)
+        enough = np.where(rewards >= self.least, rewards, np.nan)
+        return self.selector(enough, order, texts)
+
+
+SELECTORS: Mapping[str, Selector] = {"best": best}
+
+
+def as_selector(spec: str | Selector, min_reward: float | None = None) -> Selector:
+    """Look a selector up by name; a selector object or function passes through.
+
+    Raises:
+        UnknownNameError: no such name.
+        InputError: something that is not a selector, or a minimum that is not a number.
+    """
+    if isinstance(spec, str):
+        if spec not in SELECTORS:
+            raise UnknownNameError("selector", spec, SELECTORS)
+        spec = SELECTORS[spec]
+    if not callable(spec) or isinstance(spec, type):
+        raise InputError(f"a selector is a name or a function of (rewards, order, texts), got {spec!r}.")
+    if min_reward is None:
+        return spec
+    if isinstance(min_reward, bool) or not isinstance(min_reward, int | float) or math.isnan(min_reward):
+        raise InputError(f"min_reward must be a number, got {min_reward!r}.")
+    return MinReward(spec, min_reward)
+
+
+def select(selector: Selector, scores: Sequence[Score], candidates: Sequence[Candidate]) -> Selection:
+    """Rank candidates by their scores and let a selector choose; indices are those of the candidates.
+
+    Args:
+        selector: see ``as_selector``.
+        scores: scores[i] is about candidates[i].
+
+    Raises:
+        UserCodeError: scores and candidates do not belong together, a reward is not a finite number, or the selector
+            raised or returned something else than a ``Selection``.
+    """
+    if [s.candidate for s in scores] != [c.index for c in candidates]:
+        raise UserCodeError(f"{len(scores)} scores do not belong to {len(candidates)} candidates one by one.")
+    rewards = _floats([s.reward for s in scores])
+    for score in scores:
+        if score.reward is not None and not math.isfinite(score.reward):
+            raise UserCodeError(f"the reward of candidate {score.candidate} is {score.reward}, not a finite number.")
+    bounds = _floats([s.upper_bound if s.status == "pruned" else None for s in scores])
+    order = rank(rewards, _floats([s.tie_break for s in scores]), _floats([s.tokens for s in scores]), bounds)
+    if np.isnan(rewards).all():
+        selection = Selection(None, _indices(order), reason=_no_reward(scores))
+    else:
+        selection = _apply(selector, rewards, order, [c.text for c in candidates])
+    names = [c.index for c in candidates]
+    return dataclasses.replace(
+        selection,
+        best=None if selection.best is None else names[selection.best],
+        ranking=tuple(names[i] for i in selection.ranking),
+        chosen=tuple(names[i] for i in selection.chosen),
+    )
+
+
+def _apply(selector: Selector, rewards: Array, order: Order, texts: Sequence[str]) -> Selection:
+    try:
+        selection = selector(rewards, order, texts)
+    except BonError:
+        raise
+    except Exception as error:
+        raise UserCodeError(f"the selector raised {type(error).__name__}: {error}") from error
+    if not isinstance(selection, Selection):
+        raise UserCodeError(f"the selector must return a Selection, got {selection!r:.60}.")
+    return selection
+
+
+def _floats(values: Sequence[float | None]) -> Array:
+    return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+
+
+def _no_reward(scores: Sequence[Score]) -> str:
+    if not scores:
+        return "there are no candidates"
+    counts = Counter(score.status for score in scores)
+    listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    first = next((score.reason for score in scores if score.reason), None)
+    return f"no candidate has a reward ({listed})" + (f": {first}" if first else "")
