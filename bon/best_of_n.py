@@ -73,6 +73,35 @@ class BestOfN:
         self.policy = as_policy(policy, engine)
         self.scorer = as_scorer(flip, policy, self.policy, engine)
 
+    def replace(
+        self,
+        *,
+        n: int | None = None,
+        sampling: Sampling | None = None,
+        scorer: Scorer | None = None,
+        min_reward: float | None = None,
+        **changes: Any,
+    ) -> BestOfN:
+        """Return a copy with some settings changed, on the same engines; nothing is loaded.
+
+        Args:
+            n, sampling, scorer: None keeps what there is.
+            min_reward: a minimum beside the one that the selector may have.
+            changes: ``prune`` or ``stop_at``, where None means None.
+
+        Raises:
+            InputError: what the constructor says of them.
+        """
+        return BestOfN(
+            self.policy,
+            scorer or self.scorer,
+            n=self.n if n is None else n,
+            sampling=sampling or self.sampling,
+            selector=self.selector,
+            min_reward=min_reward,
+            **{"prune": self.prune, "stop_at": self.stop_at, **changes},
+        )
+
     def __call__(self, prompt: Conversation, *, instruction: str | None = None) -> Result:
         """Return the best of n for one prompt; blocks (see ``run`` inside an event loop).
 
@@ -111,10 +140,17 @@ class BestOfN:
         *,
         instruction: str | None = None,
         watch: Callable[[Candidate | Score], None] | None = None,
+        deadline: float | None = None,
     ) -> Result:
-        """Return the best of n for one prompt; ``watch`` is told of each candidate and score as it comes."""
+        """Return the best of n for one prompt.
+
+        Args:
+            prompt, instruction: as for ``__call__``.
+            watch: told of each candidate and score as it comes.
+            deadline: seconds after which the best so far is returned; the rest is aborted and has the status "late".
+        """
         told = None if watch is None else lambda task, event: watch(event)
-        [result] = await self._sample_and_score([Task.of(prompt, instruction)], told)
+        [result] = await self._sample_and_score([Task.of(prompt, instruction)], told, deadline)
         return result
 
     async def run_rerank(self, task: Task, candidates: Sequence[str | Candidate]) -> Result:
@@ -174,14 +210,17 @@ class BestOfN:
                 break
         return sorted(outcomes.items())
 
-    async def _sample_and_score(self, tasks: Sequence[Task], watch: Watch | None = None) -> list[Result]:
+    async def _sample_and_score(
+        self, tasks: Sequence[Task], watch: Watch | None = None, deadline: float | None = None
+    ) -> list[Result]:
         boards = [Board(self.prune, self.stop_at) for _ in tasks]
 
         def wanted(partial: Partial) -> bool:
             return not boards[partial.prompt_index].reached
 
         keep = None if self.stop_at is None else wanted
-        return await self._stages(tasks, boards, sample(self.policy, tasks, self.sampling, self.n, keep=keep), watch)
+        source = sample(self.policy, tasks, self.sampling, self.n, keep=keep)
+        return await self._stages(tasks, boards, source, watch, deadline)
 
     async def _stages(
         self,
@@ -189,13 +228,18 @@ class BestOfN:
         boards: Sequence[Board],
         source: AsyncIterator[Sampled],
         watch: Watch | None = None,
+        deadline: float | None = None,
     ) -> list[Result]:
         """Sample, score, select: the whole of best-of-N."""
         run = Run(tasks, boards, self.scorer, watch)
-        with one_error():
-            async with asyncio.TaskGroup() as scoring, aclosing(source):  # type: ignore[type-var]
-                async for batch in in_batches(source, self.schedule):
-                    score = scoring.create_task(run.score(run.admit(batch)))
+        with one_error(), run.best_so_far(self.n, deadline):
+            async with (
+                asyncio.timeout(deadline),
+                asyncio.TaskGroup() as scoring,
+                aclosing(in_batches(run.admit(source), self.schedule)) as batches,  # type: ignore[type-var]
+            ):
+                async for batch in batches:
+                    score = scoring.create_task(run.score(batch))
                     if self.schedule != "each":
                         await score
         return run.results(self.selector)

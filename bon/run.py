@@ -2,12 +2,12 @@
 
 Identical candidates of a task are scored once. Candidates without text are not scored at all (status "empty"), and
 neither are those whose sampling was stopped because a good enough one had been found (status "pruned"). Truncated
-candidates are scored like any other; their finish_reason says what they are.
+candidates are scored like any other; their finish_reason says what they are. A deadline leaves the rest "late".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -42,22 +42,21 @@ class Run:
         self._usage = [Usage() for _ in tasks]
         self._start = perf_counter()
 
-    def admit(self, batch: Sequence[Sampled]) -> list[tuple[int, Item]]:
-        """Take candidates in; return those that need a score of their own, with the index of their task."""
-        items = []
-        for sampled in batch:
-            task, candidate = sampled.task, sampled.candidate
-            self._candidates[task][candidate.index] = candidate
-            self._usage[task] += sampled.usage
-            self._watch(task, candidate)
-            if candidate.finish_reason == "pruned":
-                reason = f"not needed: a reward of {self._boards[task].best} was reached"
-                self._scores[task][candidate.index] = Score(candidate.index, None, "pruned", reason=reason)
-            elif not candidate.text.strip():
-                self._scores[task][candidate.index] = Score(candidate.index, None, "empty", reason="no text")
-            elif self._first[task].setdefault(candidate.text, candidate.index) == candidate.index:
-                items.append((task, Item(self._tasks[task], candidate, self._boards[task])))
-        return items
+    async def admit(self, source: AsyncIterator[Sampled]) -> AsyncIterator[tuple[int, Item]]:
+        """Record candidates as they come; yield those that need a score of their own, with the index of their task."""
+        async with aclosing(source):  # type: ignore[type-var]
+            async for sampled in source:
+                task, candidate = sampled.task, sampled.candidate
+                self._candidates[task][candidate.index] = candidate
+                self._usage[task] += sampled.usage
+                self._watch(task, candidate)
+                if candidate.finish_reason == "pruned":
+                    reason = f"not needed: a reward of {self._boards[task].best} was reached"
+                    self._scores[task][candidate.index] = Score(candidate.index, None, "pruned", reason=reason)
+                elif not candidate.text.strip():
+                    self._scores[task][candidate.index] = Score(candidate.index, None, "empty", reason="no text")
+                elif self._first[task].setdefault(candidate.text, candidate.index) == candidate.index:
+                    yield task, Item(self._tasks[task], candidate, self._boards[task])
 
     async def score(self, items: Sequence[tuple[int, Item]]) -> None:
         """Score candidates and record each score as it comes.
@@ -80,6 +79,20 @@ class Run:
         for task, item in items:
             if item.candidate.index not in self._scores[task]:
                 raise EngineError(f"{self._scorer.name} did not score candidate {item.candidate.index}.")
+
+    @contextmanager
+    def best_so_far(self, n: int, deadline: float | None) -> Iterator[None]:
+        """At a timeout keep what there is, and mark as late what is missing of the n candidates and their scores."""
+        try:
+            yield
+        except TimeoutError:  # of asyncio.timeout: whatever scorers and engines raise arrives in an exception group
+            passed = f"the deadline of {deadline:g} s passed before it was"
+            for candidates, scores, first in zip(self._candidates, self._scores, self._first, strict=True):
+                for index in set(range(n)) - candidates.keys():
+                    candidates[index] = Candidate(index, "", "pruned", finished=self._now())
+                    scores[index] = Score(index, None, "late", reason=f"{passed} finished")
+                for index in first.values():
+                    scores.setdefault(index, Score(index, None, "late", reason=f"{passed} scored"))
 
     def results(self, selector: Selector) -> list[Result]:
         """Select a winner for each task and close the books."""

@@ -11,11 +11,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Literal
+from typing import Literal, TypeVar
 
 from bon.engines.base import Completion, Engine, Keep, Prompt
 from bon.errors import EngineError, InputError
 from bon.types import Candidate, Sampling, Task, Usage
+
+T = TypeVar("T")
 
 # How candidates reach the scorer: each as it finishes, all that are ready whenever the scorer is free, or all at once.
 Schedule = Literal["each", "ready", "all"]
@@ -92,33 +94,43 @@ def _usage(completion: Completion) -> Usage:
     )
 
 
-async def in_batches(source: AsyncIterator[Sampled], schedule: Schedule) -> AsyncIterator[list[Sampled]]:
+async def in_batches(source: AsyncIterator[T], schedule: Schedule) -> AsyncIterator[list[T]]:
     """Group what a source yields; with "ready" the source keeps running while the consumer is busy."""
-    if schedule == "each":
-        async for sampled in source:
-            yield [sampled]
-    elif schedule == "all":
-        yield [sampled async for sampled in source]
-    else:
-        queue: asyncio.Queue[Sampled | None] = asyncio.Queue()
+    if schedule == "ready":
+        async with aclosing(_ready(source)) as batches:  # type: ignore[type-var]
+            async for batch in batches:
+                yield batch
+        return
+    async with aclosing(source):  # type: ignore[type-var]
+        if schedule == "all":
+            yield [item async for item in source]
+        else:
+            async for item in source:
+                yield [item]
 
-        async def pump() -> None:
-            try:
+
+async def _ready(source: AsyncIterator[T]) -> AsyncIterator[list[T]]:
+    queue: asyncio.Queue[T | None] = asyncio.Queue()
+
+    async def pump() -> None:
+        try:
+            async with aclosing(source):  # type: ignore[type-var]
                 async for item in source:
                     queue.put_nowait(item)
-            finally:
-                queue.put_nowait(None)
-
-        running = asyncio.create_task(pump())
-        try:
-            ended = False
-            while not ended:
-                arrived = [await queue.get()]
-                while not queue.empty():
-                    arrived.append(queue.get_nowait())
-                ended = arrived[-1] is None
-                if batch := [item for item in arrived if item is not None]:
-                    yield batch
-            await running
         finally:
-            running.cancel()
+            queue.put_nowait(None)
+
+    running = asyncio.create_task(pump())
+    try:
+        ended = False
+        while not ended:
+            arrived = [await queue.get()]
+            while not queue.empty():
+                arrived.append(queue.get_nowait())
+            ended = arrived[-1] is None
+            if batch := [item for item in arrived if item is not None]:
+                yield batch
+        await running
+    finally:
+        running.cancel()
+        await asyncio.wait([running])

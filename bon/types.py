@@ -16,7 +16,7 @@ from typing import Any, Literal
 from bon.errors import InputError, UnknownNameError
 
 FinishReason = Literal["stop", "length", "pruned"]
-ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned"]
+ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -217,7 +217,8 @@ class Score:
         candidate: index of the candidate.
         reward: the reward, comparable within one task only; None when there is none, and then ``reason`` says why.
         status: "ok"; "repaired" and "fallback" when the reconstruction had to be salvaged; "failed" when it could
-            not be parsed; "empty" when the candidate has no text; "pruned" when it provably could not win.
+            not be parsed; "empty" when the candidate has no text; "pruned" when it provably could not win; "late" when
+            a deadline passed first.
         inferred: the instruction that backward inference arrived at (of several samples, the one nearest the mean).
         precision, recall: the parts of the word F1.
         tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
