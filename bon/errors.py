@@ -8,6 +8,8 @@
     │   └── UserCodeError         a function passed as policy or scorer raised, or returned something unusable
     ├── MissingExtraError         an optional package is not installed; the message has the command to type
     └── EngineError               a language model failed while it ran
+        ├── UnavailableError      it cannot be reached, is overloaded, broke off or timed out: a retry may help
+        └── RefusedError          it was reached and said no (key, rights, the request): a retry does not help
 
 A message says what happened, with the offending value, and what to type next.
 """
@@ -75,3 +77,22 @@ class MissingExtraError(BonError):
 
 class EngineError(BonError):
     """A language model failed while it ran."""
+
+
+class UnavailableError(EngineError):
+    """A model that cannot be reached, is overloaded, broke off or did not answer in time.
+
+    Args:
+        message: what happened, and where.
+        retry_after: seconds that it asked to be left alone.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RefusedError(EngineError):
+    """A model's server was reached and refused the request, and would again."""

@@ -3,6 +3,8 @@
 Identical candidates of a task are scored once. Candidates without text are not scored at all (status "empty"), and
 neither are those whose sampling was stopped because a good enough one had been found (status "pruned"). Truncated
 candidates are scored like any other; their finish_reason says what they are. A deadline leaves the rest "late".
+A sample that could not be made and a score that could not be had (an error that a retry may help against) are
+"failed", with the reason, and the others count; only when nothing at all is left is the error raised.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Run:
         self._scores: list[dict[int, Score]] = [{} for _ in tasks]
         self._first: list[dict[str, int]] = [{} for _ in tasks]  # text -> the candidate that is scored for it
         self._usage = [Usage() for _ in tasks]
+        self._error: EngineError | None = None
         self._start = perf_counter()
 
     async def admit(self, source: AsyncIterator[Sampled]) -> AsyncIterator[tuple[int, Item]]:
@@ -53,6 +56,9 @@ class Run:
                 if candidate.finish_reason == "pruned":
                     reason = f"not needed: a reward of {self._boards[task].best} was reached"
                     self._scores[task][candidate.index] = Score(candidate.index, None, "pruned", reason=reason)
+                elif candidate.finish_reason == "error":
+                    reason = f"not sampled: {candidate.error}"
+                    self._scores[task][candidate.index] = Score(candidate.index, None, "failed", reason=reason)
                 elif not candidate.text.strip():
                     self._scores[task][candidate.index] = Score(candidate.index, None, "empty", reason="no text")
                 elif self._first[task].setdefault(candidate.text, candidate.index) == candidate.index:
@@ -62,10 +68,22 @@ class Run:
         """Score candidates and record each score as it comes.
 
         Raises:
-            EngineError: the scorer left one out or scored one twice.
+            EngineError: the scorer left one out or scored one twice, or failed in a way that a retry does not help.
         """
         if not items:
             return
+        try:
+            await self._score(items)
+        except EngineError as error:
+            if not error.retryable:
+                raise
+            self._error = error
+            for task, item in items:
+                failed = Score(item.candidate.index, None, "failed", reason=f"not scored: {error}")
+                if self._scores[task].setdefault(item.candidate.index, failed) is failed:
+                    self._watch(task, failed)
+
+    async def _score(self, items: Sequence[tuple[int, Item]]) -> None:
         started = self._now()
         async with aclosing(self._scorer.score([item for _, item in items])) as scores:  # type: ignore[type-var]
             async for scored in scores:
@@ -95,7 +113,13 @@ class Run:
                     scores.setdefault(index, Score(index, None, "late", reason=f"{passed} scored"))
 
     def results(self, selector: Selector) -> list[Result]:
-        """Select a winner for each task and close the books."""
+        """Select a winner for each task and close the books.
+
+        Raises:
+            EngineError: the scorer's, when it left no reward at all.
+        """
+        if self._error and all(s.reward is None for of_task in self._scores for s in of_task.values()):
+            raise self._error
         total = self._now()
         sample = max((c.finished for of_task in self._candidates for c in of_task.values()), default=0.0)
         timed = [s for of_task in self._scores for s in of_task.values() if s.finished]

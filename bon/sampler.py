@@ -38,11 +38,12 @@ async def sample(
     """Yield n candidates of every task, in any order; times are relative to this call's start.
 
     Raises:
-        EngineError: the engine returned a sample twice or fewer than n.
+        EngineError: the engine returned a sample twice or fewer than n, or not a single one could be made.
         InputError: what the engine says of the prompts and options.
     """
     start = perf_counter()
     missing = {(task, index) for task in range(len(tasks)) for index in range(n)}
+    made, error = 0, None
     prompts = [Prompt.of(task.messages) for task in tasks]
     async with aclosing(engine.generate(prompts, sampling, n, keep=keep)) as completions:  # type: ignore[type-var]
         async for completion in completions:
@@ -50,7 +51,10 @@ async def sample(
             if place not in missing:
                 raise EngineError(f"{engine.name} returned sample {place[1]} of prompt {place[0]} twice or unasked.")
             missing.remove(place)
+            made, error = made + (completion.error is None), completion.error or error
             yield Sampled(place[0], _candidate(completion, perf_counter() - start), _usage(completion))
+    if error and not made:
+        raise error
     if missing:
         raise EngineError(f"{engine.name} returned {len(tasks) * n - len(missing)} of {len(tasks) * n} completions.")
 
@@ -81,6 +85,8 @@ def _candidate(completion: Completion, finished: float) -> Candidate:
         cumulative_logprob=completion.cumulative_logprob,
         completion_tokens=completion.completion_tokens or None,
         finished=finished,
+        error=None if completion.error is None else str(completion.error),
+        tool_calls=completion.tool_calls,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from bon.errors import InputError, UnknownNameError
 
-FinishReason = Literal["stop", "length", "pruned"]
+FinishReason = Literal["stop", "length", "pruned", "error"]
 ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -192,11 +192,14 @@ class Candidate:
     Args:
         index: position among the n candidates of its task.
         text: the response as the policy gave it.
-        finish_reason: "stop" when it ended by itself, "length" when it was cut off.
+        finish_reason: "stop" when it ended by itself, "length" when it was cut off, "pruned" when it was not needed,
+            "error" when it could not be made.
         tokens: the same text as token ids, when the policy's engine has them.
         cumulative_logprob: sum of log p of its tokens under the policy, when known.
         completion_tokens: tokens sampled, counting the end token; None for callables.
         started, finished: seconds since the run began.
+        error: what went wrong, for "error".
+        tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
     """
 
     index: int
@@ -207,6 +210,8 @@ class Candidate:
     completion_tokens: int | None = None
     started: float = 0.0
     finished: float = 0.0
+    error: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +349,11 @@ class Result:
     def reward(self) -> float | None:
         """The winner's reward; None when it has none."""
         return None if self.best is None else self.scores[self.best].reward
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """Why some of the n samples could not be made; empty when all were."""
+        return tuple(candidate.error for candidate in self.candidates if candidate.error is not None)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from bon.errors import MissingExtraError, UnknownNameError
+from bon.errors import BonError, MissingExtraError, UnknownNameError
 from bon.types import FinishReason, Message, Sampling, Tokens
 
 Piece = str | Tokens
@@ -81,7 +81,8 @@ class Completion:
         prompt_index: which of the prompts passed in.
         sample_index: which of its n samples.
         text: decoded text without special tokens, cut before a stop string.
-        finish_reason: "stop" (end token or stop string), "length" (max_tokens or context), "pruned" (``keep`` said no).
+        finish_reason: "stop" (end token or stop string), "length" (max_tokens or context), "pruned" (``keep`` said no),
+            "error" (this one could not be made, others may be: it has no text, and ``error`` says why).
         tokens: the text's own token ids (special tokens and anything past a stop string removed), when the engine has
             them and they decode to the text.
         cumulative_logprob: sum of log p of the sampled tokens, the end token included, under the model itself
@@ -90,6 +91,8 @@ class Completion:
         prompt_tokens: tokens of the prompt.
         completion_tokens: tokens sampled, the end token included.
         cached_tokens: prompt tokens that were not computed again for this completion.
+        error: what went wrong; None unless finish_reason is "error".
+        tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
     """
 
     prompt_index: int
@@ -102,6 +105,8 @@ class Completion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    error: BonError | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
