@@ -85,13 +85,25 @@ def _sentencepiece_like(special: list[AddedToken], prepend: str) -> Tokenizer:
     return tokenizer
 
 
+def _ascii() -> Tokenizer:
+    """One token per printable character: every text has exactly one encoding."""
+    vocabulary = {char: i for i, char in enumerate("\n" + "".join(map(chr, range(32, 127))))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="?"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens(_special("<|im_start|>", "<|im_end|>"))
+    return tokenizer
+
+
 def _special(*names: str) -> list[AddedToken]:
     return [AddedToken(name, special=True, normalized=False) for name in names]
 
 
 def tokenizer(kind: str) -> Any:
-    """A small tokenizer with the chat template of a family: chatml, llama3, gemma, mistral, metaspace, bare."""
-    if kind in ("chatml", "bare"):
+    """A small tokenizer with the chat template of a family: ascii, chatml, llama3, gemma, ..."""
+    if kind == "ascii":
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=_ascii(), eos_token="<|im_end|>")
+        wrapped.chat_template = CHATML
+    elif kind in ("chatml", "bare"):
         plain = [AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>", "<tool_call>")]
         backend = _byte_level([*_special("<|endoftext|>", "<|im_start|>", "<|im_end|>"), *plain])
         wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -141,7 +153,6 @@ def model(family: str, tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
         "pad_token_id": None,
         "tie_word_embeddings": True,
         "initializer_range": 0.4,
-        "attn_implementation": "sdpa",
     }
     prefix = "Gemma3Text" if family == "Gemma3" else family
     config = getattr(transformers, f"{prefix}Config")(**{**sizes, **changes})

@@ -220,6 +220,11 @@ class TextStream:
         self._read = 0  # tokens whose text is in ``text``
         self.text = ""
 
+    @property
+    def count(self) -> int:
+        """Tokens pushed so far."""
+        return len(self._ids)
+
     def push(self, ids: Iterable[int]) -> str:
         """Add token ids; return all the text that is certain so far."""
         self._ids += ids

@@ -1,0 +1,196 @@
+"""The decode loop: prompts in, completions out, each handed over the moment it ends.
+
+One batch of rows runs in step. Rows that end, reach their limit or are pruned leave the batch. How keys and values are
+kept is the business of ``bon.engines.rows``; which prompts run together is decided here, by length and by budget.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bon.engines.base import Completion, Keep, Partial
+from bon.engines.render import Renderer, TextStream
+from bon.engines.rows import Rows
+from bon.engines.sampling import Uniforms, choose, row_key
+from bon.types import FinishReason, Sampling
+
+KEEP_EVERY = 4  # steps between two calls of ``keep`` for one row
+MAX_ROWS = 256  # rows of one batch: bounds the logits; a row costs no less in a larger batch
+
+Emit = Callable[[Completion], None]
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt and the samples wanted of it.
+
+    Args:
+        index: position of the prompt in the call.
+        ids: its token ids.
+        samples: sample indices.
+        limit: tokens that a completion may have.
+        salt: told apart from equal prompts by this; 0 where equal prompts shall get equal samples.
+    """
+
+    index: int
+    ids: tuple[int, ...]
+    samples: range
+    limit: int
+    salt: int = 0
+
+
+def batches(jobs: Sequence[Job], budget: int, cost: Callable[[int, int, int], int]) -> Iterator[list[Job]]:
+    """Split jobs into batches: neighbours in length together, at most ``budget`` tokens and ``MAX_ROWS`` rows each.
+
+    Args:
+        jobs: in the order in which they shall run.
+        budget: tokens of keys and values that one batch may need.
+        cost: tokens that (prompt length, rows, new tokens) need.
+    """
+    batch: list[Job] = []
+    rows = spent = 0
+    for job in jobs:
+        waiting = job.samples
+        while waiting:
+            room = min(len(waiting), MAX_ROWS - rows)
+            while room > 1 and spent + cost(len(job.ids), room, job.limit) > budget:
+                room -= 1
+            fits = room > 0 and (not batch or spent + cost(len(job.ids), room, job.limit) <= budget)
+            if fits and (room == len(waiting) or not batch):
+                batch.append(Job(job.index, job.ids, waiting[:room], job.limit, job.salt))
+                rows, spent = rows + room, spent + cost(len(job.ids), room, job.limit)
+                waiting = waiting[room:]
+            if waiting:  # rather a new batch than a prompt that is read twice
+                yield batch
+                batch, rows, spent = [], 0, 0
+    if batch:
+        yield batch
+
+
+class Batch:
+    """Decodes one batch of jobs to the end.
+
+    Args:
+        rows: fresh rows, nothing prefilled.
+        jobs: the prompts and samples of this batch.
+        renderer: decodes, and knows which tokens end a completion.
+        sampling: how tokens are chosen.
+        seed: the call's seed.
+        keep: see ``Engine.generate``.
+    """
+
+    def __init__(
+        self, rows: Rows, jobs: Sequence[Job], renderer: Renderer, sampling: Sampling, seed: int, keep: Keep | None
+    ) -> None:
+        self._rows, self._jobs, self._renderer = rows, jobs, renderer
+        self._sampling, self._keep = sampling, keep
+        self._job = np.repeat(np.arange(len(jobs)), [len(j.samples) for j in jobs])
+        self._sample = np.concatenate([np.arange(j.samples.start, j.samples.stop) for j in jobs])
+        self._limit = np.array([j.limit for j in jobs])[self._job]
+        self._ends = np.array(sorted(renderer.end_ids), dtype=np.int64)
+        self._ids = np.empty((len(self._job), 32), dtype=np.int64)
+        self._logprobs = np.empty((len(self._job), 32), dtype=np.float32)
+        self._length = 0
+        self._uniforms: Uniforms | None = None
+        if sampling.temperature > 0:
+            pairs = zip(self._job, self._sample, strict=True)
+            keys = [row_key(seed + (jobs[int(j)].salt << 64), jobs[int(j)].ids, int(s)) for j, s in pairs]
+            self._uniforms = Uniforms(np.stack(keys))
+        watched = bool(sampling.stop or keep)
+        self._streams = np.array([TextStream(renderer) if watched else None for _ in self._job], dtype=object)
+        self._watch_every = 1 if sampling.stop else KEEP_EVERY if keep else 0
+
+    def run(self, emit: Emit, stopped: threading.Event) -> None:
+        """Sample until every row has been handed to ``emit``, or until ``stopped`` is set."""
+        logits = self._rows.prefill([j.ids for j in self._jobs], [len(j.samples) for j in self._jobs])
+        while not stopped.is_set():
+            uniforms = None
+            if self._uniforms is not None:
+                uniforms = torch.from_numpy(self._uniforms.next()).to(logits.device, torch.float32)
+            tokens, logprobs = choose(logits, self._sampling, uniforms)
+            done = self._append(tokens.cpu().numpy(), logprobs.cpu().numpy(), emit)
+            if done.all():
+                return
+            if done.any():
+                order = self._rows.select(~done)
+                self._select(order)
+                tokens = tokens[torch.from_numpy(order).to(tokens.device)]
+            logits = self._rows.step(tokens)
+
+    def _append(self, tokens: Array, logprobs: Array, emit: Emit) -> Array:
+        """Add one token to every row; emit the rows that end with it and say which."""
+        if self._length == self._ids.shape[1]:
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)], 1)
+            self._logprobs = np.concatenate([self._logprobs, np.empty_like(self._logprobs)], 1)
+        self._ids[:, self._length] = tokens
+        self._logprobs[:, self._length] = logprobs
+        self._length += 1
+        ended = np.isin(tokens, self._ends)
+        full = self._length >= self._limit
+        done = ended | full
+        watch = self._watch_every and self._length % self._watch_every == 0
+        if self._watch_every and (watch or done.any()):
+            for row in range(len(tokens)) if watch else done.nonzero()[0]:
+                done[row] |= self._watch(int(row), bool(ended[row]), bool(full[row]), emit)
+        else:
+            for row in done.nonzero()[0]:
+                self._finish(int(row), "stop" if ended[row] else "length", emit)
+        return done
+
+    def _watch(self, row: int, ended: bool, full: bool, emit: Emit) -> bool:
+        """Look at a row's text for stop strings and ask ``keep``; emit the row and return True where it is over."""
+        stream: TextStream = self._streams[row]
+        before = len(stream.text)
+        text = stream.push(self._ids[row, stream.count : self._length - ended].tolist())
+        hits = [at for stop in self._sampling.stop if (at := text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if hits:
+            self._finish(row, "stop", emit, text[: min(hits)])
+        elif ended or full:
+            self._finish(row, "stop" if ended else "length", emit)
+        elif self._keep and self._length % KEEP_EVERY == 0 and not self._ask(row, text):
+            self._finish(row, "pruned", emit, text)
+        else:
+            return False
+        return True
+
+    def _ask(self, row: int, text: str) -> bool:
+        job = self._jobs[self._job[row]]
+        assert self._keep is not None
+        return self._keep(Partial(job.index, int(self._sample[row]), text, self._length))
+
+    def _finish(self, row: int, reason: FinishReason, emit: Emit, text: str | None = None) -> None:
+        ids: list[int] = self._ids[row, : self._length].tolist()
+        logprobs: list[float] = self._logprobs[row, : self._length].tolist()
+        if text is None:
+            if ids[-1] in self._renderer.end_ids:
+                ids = ids[:-1]
+            text = self._renderer.decode(ids)
+        at = int(self._job[row])
+        job = self._jobs[at]
+        emit(
+            Completion(
+                job.index,
+                int(self._sample[row]),
+                text,
+                reason,
+                tokens=self._renderer.as_tokens(ids, text),
+                cumulative_logprob=float(np.sum(logprobs, dtype=np.float64)),
+                logprobs=tuple(logprobs),
+                prompt_tokens=len(job.ids),
+                completion_tokens=len(logprobs),
+                cached_tokens=self._rows.cached[at],
+            )
+        )
+
+    def _select(self, order: Array) -> None:
+        for name in ("_job", "_sample", "_limit", "_ids", "_logprobs", "_streams"):
+            setattr(self, name, getattr(self, name)[order])
+        if self._uniforms is not None:
+            self._uniforms.select(order)

@@ -1,0 +1,140 @@
+"""A model name or folder becomes a model in memory, or an error that says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from bon.errors import EngineError, InputError, ModelNotFoundError
+
+_TIMEOUT_S = 10.0  # for the one question whether a model can be fetched at all
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    What is already on disk is used without asking the network.
+
+    Args:
+        model: a folder or a Hugging Face name.
+        device: None takes CUDA where there is one, else the CPU.
+        dtype: a torch dtype or its name; "auto" takes the checkpoint's; None means float32 on a CPU, bfloat16 on CUDA.
+        revision: branch, tag or commit of a Hugging Face name.
+        trust_remote_code: whether the model may bring its own code.
+
+    Raises:
+        ModelNotFoundError: neither on disk nor can it be fetched.
+        InputError: not a decoder-only language model, or no such device or dtype.
+    """
+    place, number = _device(device), _dtype(dtype, _device(device))
+    source = _folder(model)
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _quiet():
+        if source is not None:
+            return _load(source, {**shared, "local_files_only": True}, number, place)
+        name = str(model)
+        try:
+            return _load(name, {**shared, "local_files_only": True}, number, place)
+        except ModelNotFoundError:
+            _check_reachable(name, revision)
+        return _load(name, shared, number, place)
+
+
+def _load(source: str, options: dict[str, Any], dtype: Any, device: torch.device) -> tuple[Any, Any]:
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(
+                f"{source!r} is an encoder-decoder model ({config.model_type}); bon needs a decoder-only one."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except OSError as error:
+        raise ModelNotFoundError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
+    except (ValueError, KeyError, ImportError) as error:
+        raise InputError(f"cannot load {source!r} as a language model: {_first_line(error)}") from error
+    try:
+        return model.to(device).eval(), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"{source!r} does not fit into the memory of {device}; try a smaller model.") from error
+
+
+def _folder(model: str | Path) -> str | None:
+    """The folder that ``model`` names, or None for a name to look up."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ModelNotFoundError(f"{str(model)!r} is a file; a model is a folder in Hugging Face format.")
+    text = str(model)
+    if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
+        raise ModelNotFoundError(f"there is no model folder at {text!r}. Check the path.")
+    return None
+
+
+def _check_reachable(name: str, revision: str | None) -> None:
+    missing = f"{name!r} is neither a folder nor a model on this machine"
+    remedy = "Pass the path of a model folder, or fetch it where there is a network: hf download " + name
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ModelNotFoundError(f"{missing}, and HF_HUB_OFFLINE forbids fetching it. {remedy}")
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_S)
+    except Exception as error:  # every way in which the hub can say no, or not be there
+        raise ModelNotFoundError(f"{missing}, and it could not be fetched ({_first_line(error)}). {remedy}") from error
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"there is no device {str(device)!r} here: {_first_line(error)}") from error
+    return place
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> Any:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers while a model loads; stderr belongs to the caller."""
+    logging = transformers.utils.logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

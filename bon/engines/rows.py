@@ -1,0 +1,124 @@
+"""The rows of a running batch and the model's memory of them.
+
+A ``Rows`` holds keys and values for every row, computes the next logits, and lets rows leave. ``PlainRows`` is the
+ordinary way, through transformers' own cache, and works with every decoder that transformers can generate with;
+``bon.engines.shared_prefix`` is the fast one. Neither samples nor knows about text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+Ids = Sequence[int]
+
+
+class Rows(Protocol):
+    """A batch under way."""
+
+    @property
+    def cached(self) -> Sequence[int]:
+        """Per prompt: tokens that were not computed for it because another prompt shares them."""
+
+    def prefill(self, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
+        """Read the prompts; prompt i becomes copies[i] rows. Returns the next logits, shape (rows, vocabulary)."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to each row, shape (rows,); returns the next logits, shape (rows, vocabulary)."""
+
+    def select(self, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Let rows leave. Returns the old index of each row that stays, in the new order."""
+
+    def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids]) -> list[float]:
+        """Sum of log p(continuation | context) for each pair; contexts and continuations are not empty."""
+
+
+class PlainRows:
+    """Left-padded rows in transformers' ``DynamicCache``.
+
+    Args:
+        model: a causal language model of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._accepted = set(inspect.signature(model.forward).parameters)
+        self._cache = DynamicCache(config=model.config)
+        self._mask: Tensor | None = None  # shape (rows, tokens so far); None where nothing is padded
+        self._position = torch.zeros(0, dtype=torch.long)  # shape (rows,): position of each row's next token
+        self.cached: list[int] = []
+
+    @staticmethod
+    def cost(prompt: int, copies: int, new: int) -> int:
+        """Tokens whose keys and values ``copies`` rows of one prompt need at most."""
+        return copies * (prompt + new)
+
+    def prefill(self, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
+        """See ``Rows.prefill``."""
+        self.cached = [0] * len(prompts)
+        logits = self._forward_padded(prompts, keep=1)[:, -1]
+        if any(count != 1 for count in copies):
+            index = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(logits.device)
+            self._take(index)
+            logits = logits[index]
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See ``Rows.step``."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
+        logits = self._forward(tokens.unsqueeze(1), self._position.unsqueeze(1), keep=1)[:, -1]
+        self._position = self._position + 1
+        return logits
+
+    def select(self, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """See ``Rows.select``."""
+        order = alive.nonzero()[0]
+        self._take(torch.from_numpy(order).to(self._position.device))
+        return order
+
+    def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids]) -> list[float]:
+        """See ``Rows.rate``."""
+        self.cached = [0] * len(contexts)
+        inputs = [(*a, *b[:-1]) for a, b in zip(contexts, continuations, strict=True)]
+        logits = self._forward_padded(inputs, keep=max(map(len, continuations)))
+        return [
+            float(token_logprobs(row[-len(ids) :], torch.tensor(ids, device=row.device)).sum(dtype=torch.float64))
+            for row, ids in zip(logits, continuations, strict=True)
+        ]
+
+    def _forward_padded(self, prompts: Sequence[Ids], keep: int) -> Tensor:
+        device = self._model.device
+        lengths = torch.tensor([len(p) for p in prompts])
+        width = int(lengths.max())
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        pad = (width - lengths).to(device).unsqueeze(1)
+        positions = (torch.arange(width, device=device) - pad).clamp_(min=0)
+        self._mask = (torch.arange(width, device=device) >= pad).long() if bool((lengths != width).any()) else None
+        self._position = lengths.to(device)
+        return self._forward(ids, positions, keep=keep)
+
+    def _forward(self, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
+        inputs = {"attention_mask": self._mask, "position_ids": positions, "logits_to_keep": keep}
+        accepted = {k: v for k, v in inputs.items() if k in self._accepted}
+        logits: Tensor = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **accepted).logits
+        return logits[:, -keep:]
+
+    def _take(self, index: Tensor) -> None:
+        self._cache.batch_select_indices(index)
+        self._position = self._position[index]
+        if self._mask is not None:
+            mask = self._mask[index]
+            self._mask = None if bool(mask.all()) else mask
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of each id under its logits; shapes (tokens, vocabulary) and (tokens,)."""
+    logits = logits.float()
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

@@ -1,0 +1,315 @@
+"""The torch engine against transformers itself: same tokens, same numbers, right distribution."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import model, save, tokenizer
+
+from bon.engines.base import Completion, Prompt
+from bon.engines.decode import MAX_ROWS, Job, batches
+from bon.engines.rows import PlainRows
+from bon.engines.sampling import Uniforms, choose, row_key
+from bon.engines.torch import TorchEngine
+from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
+from bon.types import Message, Sampling
+
+FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX")
+TEXTS = ("Hello", "Write a haiku about the autumn rain, please.", "Dear Anna,\nwhat is 12 + 30? " * 4, "x")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
+    return TorchEngine(save(tmp_path_factory.mktemp("model"), request.param, "ascii"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
+    return TorchEngine(save(tmp_path_factory.mktemp("llama"), "Llama", "ascii"))
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt.of([Message("user", text)]) for text in texts]
+
+
+def generate(engine: TorchEngine, asked: list[Prompt], n: int = 1, **sampling: Any) -> list[Completion]:
+    async def collect() -> list[Completion]:
+        return [c async for c in engine.generate(asked, Sampling(**sampling), n)]
+
+    return sorted(asyncio.run(collect()), key=lambda c: (c.prompt_index, c.sample_index))
+
+
+def own_model(engine: TorchEngine) -> Any:
+    """The model as transformers itself runs it."""
+    plain = type(engine._model)(engine._model.config.__class__(**engine._model.config.to_diff_dict()))
+    plain.load_state_dict(engine._model.state_dict())
+    return plain.eval()
+
+
+def reference(plain: Any, engine: TorchEngine, prompt: Prompt, tokens: int) -> list[int]:
+    ids = torch.tensor([engine.renderer.render(prompt)])
+    made = plain.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens,
+        eos_token_id=sorted(engine.renderer.end_ids),
+        pad_token_id=0,
+    )
+    new: list[int] = made[0, ids.shape[1] :].tolist()
+    return new
+
+
+def plain_logprobs(plain: Any, prompt: tuple[int, ...], ids: list[int]) -> list[float]:
+    with torch.inference_mode():
+        logits = plain(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    found: list[float] = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
+    return found
+
+
+def test_greedy_output_is_that_of_generate_token_for_token(engine: TorchEngine) -> None:
+    asked = prompts(*TEXTS)
+    plain = own_model(engine)
+    for completion in generate(engine, asked, n=2, temperature=0.0, max_tokens=24):
+        expected = reference(plain, engine, asked[completion.prompt_index], 24)
+        ended = expected[-1] in engine.renderer.end_ids
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert completion.text == engine.renderer.decode(expected[: len(expected) - ended])
+        prompt = engine.renderer.render(asked[completion.prompt_index])
+        assert completion.logprobs == pytest.approx(plain_logprobs(plain, prompt, expected), abs=1e-4)
+
+
+def test_logprobs_are_those_of_a_plain_forward_pass(engine: TorchEngine) -> None:
+    asked = prompts(*TEXTS)
+    plain = own_model(engine)
+    compared = 0
+    for completion in generate(engine, asked, n=3, seed=3, max_tokens=12, top_k=20, temperature=0.7):
+        assert engine.renderer.end_id is not None
+        ids = [] if completion.tokens is None else list(completion.tokens.ids)
+        ids += [engine.renderer.end_id] * (completion.finish_reason == "stop")
+        if completion.completion_tokens == len(ids):  # no special tokens in the middle
+            prompt = engine.renderer.render(asked[completion.prompt_index])
+            assert completion.logprobs == pytest.approx(plain_logprobs(plain, prompt, ids), abs=1e-4)
+            compared += 1
+    assert compared >= 4
+
+
+def test_loglikelihood_is_that_of_a_plain_forward_pass(engine: TorchEngine) -> None:
+    asked, texts = prompts(*TEXTS), ["Dear Anna", "no", "It is 42. " * 5, "?"]
+    plain = own_model(engine)
+    rated = asyncio.run(engine.loglikelihood(asked, texts))
+    for prompt, text, found in zip(asked, texts, rated, strict=True):
+        context, target = engine.renderer.render(prompt), [*engine.renderer.encode(text), engine.renderer.end_id]
+        assert found.total == pytest.approx(sum(plain_logprobs(plain, context, target)), abs=1e-4 * len(target))
+        assert found.tokens == len(target)
+
+
+def test_permuted_prompts_give_permuted_completions(engine: TorchEngine) -> None:
+    asked = prompts(*TEXTS)
+    straight = generate(engine, asked, n=3, seed=9, max_tokens=10)
+    turned = generate(engine, asked[::-1], n=3, seed=9, max_tokens=10)
+    assert {(len(asked) - 1 - c.prompt_index, c.sample_index, c.text) for c in turned} == {
+        (c.prompt_index, c.sample_index, c.text) for c in straight
+    }
+
+
+def test_changing_one_prompt_changes_no_other(engine: TorchEngine) -> None:
+    first = generate(engine, prompts(*TEXTS), n=2, seed=9, max_tokens=10)
+    changed = generate(
+        engine, prompts(TEXTS[0], "Something else, and longer than before!", *TEXTS[2:]), n=2, seed=9, max_tokens=10
+    )
+    for before, after in zip(first, changed, strict=True):
+        assert (before.text == after.text) == (before.prompt_index != 1)
+
+
+def test_splitting_the_work_changes_nothing(tmp_path: Path) -> None:
+    folder = save(tmp_path, "Llama", "ascii")
+    whole = generate(TorchEngine(folder), prompts(*TEXTS), n=5, seed=4, max_tokens=10)
+    split = generate(TorchEngine(folder, max_batch_tokens=200), prompts(*TEXTS), n=5, seed=4, max_tokens=10)
+    assert [c.text for c in split] == [c.text for c in whole]
+
+
+def test_equal_prompts_without_a_seed_get_their_own_samples(llama: TorchEngine) -> None:
+    done = generate(llama, prompts("Hello", "Hello"), n=2, max_tokens=12)
+    assert len({c.text for c in done}) == 4
+
+
+# --- the distribution ----------------------------------------------------------------------------------------------
+
+
+def draws(logits: torch.Tensor, count: int, **sampling: Any) -> Counter[int]:
+    keys = np.stack([row_key(0, (1, 2, 3), i) for i in range(count)])
+    uniforms = torch.from_numpy(Uniforms(keys).next())
+    tokens, _ = choose(logits.expand(count, -1), Sampling(**sampling), uniforms)
+    return Counter(tokens.tolist())
+
+
+def chi_square(counts: Counter[int], probabilities: torch.Tensor) -> float:
+    total = sum(counts.values())
+    return sum((counts[i] - total * p) ** 2 / (total * p) for i, p in enumerate(probabilities.tolist()) if p > 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+    counts = draws(logits, 20_000, temperature=temperature)
+    assert chi_square(counts, (logits[0] / temperature).softmax(-1)) < 43.8  # 0.1% of chi-square with 19 degrees
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_p": 0.6}, [0, 1]),
+        ({"top_p": 0.39}, [0]),
+        ({"min_p": 0.3}, [0, 1, 2]),
+        ({"min_p": 0.3, "top_p": 0.7}, [0, 1]),
+        ({"top_k": 4, "top_p": 0.79}, [0, 1, 2]),
+        ({"top_k": 2, "min_p": 0.1, "top_p": 0.99}, [0, 1]),
+    ],
+)
+@pytest.mark.parametrize("vocabulary", [6, 3000])
+def test_filters_keep_the_right_tokens_in_the_right_proportion(
+    sampling: dict[str, Any], kept: list[int], vocabulary: int
+) -> None:
+    probabilities = torch.zeros(vocabulary)
+    probabilities[:6] = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+    shuffle = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(1))
+    counts = draws((probabilities.log())[shuffle].unsqueeze(0), 20_000, **sampling)
+    found = Counter({int(shuffle[i]): c for i, c in counts.items()})
+    assert sorted(found) == kept
+    assert chi_square(found, probabilities[kept] / probabilities[kept].sum()) < 13.8
+
+
+def test_a_nucleus_wider_than_the_likeliest_thousand_is_not_cut() -> None:
+    counts = draws(torch.zeros(1, 5000), 20_000, top_p=0.9)
+    assert 4300 < len(counts) <= 4500
+
+
+def test_draws_do_not_depend_on_the_other_rows() -> None:
+    logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
+    logits[3:] *= 10  # peaked rows and flat rows take different paths through the nucleus
+    uniforms = torch.rand(8, generator=torch.Generator().manual_seed(1))
+    for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(top_k=50, top_p=0.9), Sampling(min_p=0.05)):
+        together, _ = choose(logits, sampling, uniforms)
+        for row in range(8):
+            alone, _ = choose(logits[row : row + 1], sampling, uniforms[row : row + 1])
+            assert int(alone) == int(together[row])
+
+
+def test_a_draw_never_lands_on_a_token_without_probability() -> None:
+    logits = torch.full((2, 50), -math.inf)
+    logits[:, 7] = 0.0
+    for uniform in (0.0, 1.0 - 2**-53):
+        tokens, logprobs = choose(logits, Sampling(), torch.tensor([uniform, uniform], dtype=torch.float64))
+        assert tokens.tolist() == [7, 7]
+        assert logprobs.tolist() == [0.0, 0.0]
+
+
+def test_uniform_numbers_belong_to_seed_prompt_and_sample() -> None:
+    keys = np.stack([row_key(1, (5, 6), 0), row_key(1, (5, 6), 1), row_key(2, (5, 6), 0), row_key(1, (5, 7), 0)])
+    numbers = Uniforms(keys)
+    table = np.stack([numbers.next() for _ in range(150)])
+    assert len(np.unique(table)) == table.size
+    alone = Uniforms(keys[2:3])
+    assert [float(alone.next()[0]) for _ in range(150)] == table[:, 2].tolist()
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_the_budget_and_lose_nothing() -> None:
+    jobs = [Job(i, tuple(range(length)), range(8), 30) for i, length in enumerate([5, 5, 9, 40, 40, 300, 900])]
+    jobs.append(Job(7, (1, 2), range(3 * MAX_ROWS), 5))
+    seen = []
+    for batch in batches(jobs, 1000, PlainRows.cost):
+        spent = sum(PlainRows.cost(len(j.ids), len(j.samples), j.limit) for j in batch)
+        assert spent <= 1000 or (len(batch) == 1 and len(batch[0].samples) == 1)
+        assert sum(len(j.samples) for j in batch) <= MAX_ROWS
+        seen += [(j.index, s) for j in batch for s in j.samples]
+    assert seen == [(j.index, s) for j in jobs for s in j.samples]
+
+
+# --- loading and failing -------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_engine_option_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'max_batch_tokens'"):
+        TorchEngine("anything", max_batch_token=1)
+
+
+@pytest.mark.parametrize("path", ["./no/such/folder", "/no/such/model", Path("nowhere")])
+def test_a_folder_that_does_not_exist_is_named(path: Any) -> None:
+    with pytest.raises(ModelNotFoundError, match="there is no model folder at"):
+        TorchEngine(path)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises((ModelNotFoundError, InputError), match=str(tmp_path)):
+        TorchEngine(tmp_path)
+
+
+def test_a_name_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelNotFoundError, match=r"HF_HUB_OFFLINE forbids fetching it.*hf download nobody/nothing"):
+        TorchEngine("nobody/nothing")
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="encoder-decoder"):
+        TorchEngine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "abacus"}, "there is no device 'abacus'"),
+        ({"dtype": "int8"}, "dtype must be"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens must be"),
+        ({"max_model_len": 10_000}, "the model's own limit is 512"),
+    ],
+)
+def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TorchEngine(save(tmp_path, "Llama", "ascii"), **options)
+
+
+def test_running_out_of_memory_says_what_to_lower(llama: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(llama._model, "forward", forward)
+    with pytest.raises(EngineError, match="Lower max_batch_tokens"):
+        generate(llama, prompts("Hello"))
+
+
+def test_an_error_in_keep_reaches_the_caller_and_the_engine_survives(llama: TorchEngine) -> None:
+    async def ask() -> None:
+        async for _ in llama.generate(prompts("Hello"), Sampling(max_tokens=30), keep=lambda partial: 1 / 0 > 1):
+            pass
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(ask())
+    assert generate(llama, prompts("Hello"), max_tokens=3)
+
+
+def test_a_closed_engine_says_so(tmp_path: Path) -> None:
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    asyncio.run(engine.aclose())
+    with pytest.raises(EngineError, match="is closed"):
+        generate(engine, prompts("Hello"))
+
+
+def test_models_in_tests_are_random_but_fixed() -> None:
+    first, second = (model("Llama", tokenizer("ascii")) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
