@@ -232,7 +232,7 @@ starts = st.sampled_from(
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("output", ["text", "json"])
 @given(start=starts, rest=raws, finish=st.sampled_from(["stop", "length"]))
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_no_continuation_takes_back_a_settled_word(output, thinking, start, rest, finish):
     parser, raw = Parser("robust", output, thinking), start + rest
     final = parser.parse(raw, finish)

@@ -241,7 +241,10 @@ class _Run:
         sample = completion.sample_index
         self.completions[sample] = completion
         if completion.finish_reason != "pruned":
-            parsed = self.parser.parse(completion.text, completion.finish_reason)
+            if completion.error is not None:
+                parsed = Parsed("failed", None, str(completion.error))
+            else:
+                parsed = self.parser.parse(completion.text, completion.finish_reason)
             self.parsed[sample] = parsed
             if parsed.instruction is not None:
                 self.matches[sample] = self.similarity(parsed.instruction, self.item.task.instruction)

@@ -1,0 +1,230 @@
+"""Skipping work never changes the winner: same candidate, same reward, with pruning on and off."""
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bon.engines.base import Completion, Partial
+from bon.engines.scripted import ScriptedEngine
+from bon.scorers import Board, Flip, Item
+from bon.selectors import as_selector, select
+from bon.similarity import as_similarity
+from bon.types import Candidate, Task
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+class Shuffled(ScriptedEngine):
+    """Writes a few characters at a time, at a speed of its own for every row, so rows finish in random order."""
+
+    def __init__(self, answers, seed):
+        super().__init__(["unused"])
+        self.answers, self.random = answers, random.Random(seed)
+
+    async def generate(self, prompts, sampling, n=1, *, keep=None):
+        rows = {
+            (p, s): self.answers[int(prompts[p].turns[-1].pieces[1])][s] for p in range(len(prompts)) for s in range(n)
+        }
+        written = dict.fromkeys(rows, 0)
+        while rows:
+            await asyncio.sleep(0)
+            row = self.random.choice(list(rows))
+            written[row] += self.random.choice([1, 2, 3, 5, 8, 40])
+            text = rows[row][: written[row]]
+            self.decoded += 1
+            ended = written[row] > len(rows[row])
+            if ended or (keep and not keep(Partial(*row, text, written[row]))):
+                full = rows.pop(row)
+                # Log-probabilities take few values so that they tie as well.
+                yield Completion(
+                    *row,
+                    text,
+                    "stop" if ended else "pruned",
+                    cumulative_logprob=-float(len(full) % 3),
+                    completion_tokens=1,
+                )
+
+
+def scores(flip, instruction, count, *, prune, stop_at=None):
+    board = Board(prune=prune, stop_at=stop_at)
+    things = [Item(Task.of(instruction), Candidate(i, str(i)), board) for i in range(count)]
+
+    async def collect():
+        return [scored.score async for scored in flip.score(things)]
+
+    found = sorted(asyncio.run(collect()), key=lambda s: s.candidate)
+    return found, select(as_selector("best"), found, [i.candidate for i in things])
+
+
+def winners(instruction, answers, seed, **options):
+    """The selection with and without pruning, and the scores of both."""
+    samples = len(answers[0])
+    run = [
+        scores(Flip(Shuffled(answers, seed), samples=samples, **options), instruction, len(answers), prune=prune)
+        for prune in (True, False)
+    ]
+    return run[0], run[1]
+
+
+def check(instruction, answers, seed, **options):
+    (pruned, with_pruning), (every, without) = winners(instruction, answers, seed, **options)
+    assert with_pruning.best == without.best
+    for few, full in zip(pruned, every, strict=True):
+        assert full.status != "pruned"
+        if few.status == "pruned":
+            assert few.reward is None
+            assert few.reason
+            assert full.reward is None or full.reward <= few.upper_bound
+            assert full.reward is None or full.reward < every[without.best].reward
+        else:
+            assert (few.reward, few.tie_break, few.status) == (full.reward, full.tie_break, full.status)
+    return sum(s.status == "pruned" for s in pruned)
+
+
+vocabulary = [
+    "write",
+    "a",
+    "the",
+    "short",
+    "haiku",
+    "about",
+    "rain",
+    "rain,",
+    "foo-bar",
+    "foobar",
+    "poem",
+    "-",
+    "an",
+    "'",
+    "é",
+]
+phrase = st.lists(st.sampled_from(vocabulary), min_size=1, max_size=9).map(" ".join)
+long_phrase = st.lists(st.sampled_from(vocabulary), max_size=25).map(" ".join)
+wrappers = st.sampled_from(
+    [
+        "{}",
+        "Instruction: {}",
+        '"{}"',
+        "“{}”",
+        "<think>write a haiku</think>{}",
+        "{}<think>poem",
+        "{} </think> rain",
+        "\n\n{}\n",
+    ]
+)
+json_wrappers = st.sampled_from(
+    [
+        '{{"reasoning": "write a poem poem", "instruction": "{}"}}',
+        '{{"reasoning": "poem", "instruction": "{}", "note": "poem poem"}}',
+        "{{'reasoning': 'it's', 'instruction': '{}'}}",
+        '```json\n{{"reasoning": "a", "instruction": "{}"\n```',
+        '{{"instruction": "{} "quoted", poem" }}',
+        '{{"instruction": "\\u00e9 {}\\n \\ud83d\\ude00',
+        '{{"reasoning": "{}"}}',
+        "{}",
+    ]
+)
+
+
+def sets(wrapper, samples):
+    filled = st.builds(lambda w, text: w.format(text), wrapper, long_phrase)
+    return st.lists(st.lists(filled, min_size=samples, max_size=samples), min_size=2, max_size=6)
+
+
+@given(phrase, sets(wrappers, 1), st.integers(0, 999), st.sampled_from(["word_f1", "word_f1_unicode", "rouge_l"]))
+@settings(max_examples=150, deadline=None)
+def test_pruning_never_changes_the_winner_of_bare_instructions(instruction, answers, seed, similarity):
+    check(instruction, answers, seed, similarity=similarity)
+
+
+@given(phrase, sets(json_wrappers, 1), st.integers(0, 999))
+@settings(max_examples=150, deadline=None)
+def test_pruning_never_changes_the_winner_of_json_answers(instruction, answers, seed):
+    check(instruction, answers, seed, prompt="json")
+
+
+@given(phrase, sets(wrappers, 3), st.integers(0, 999))
+@settings(max_examples=100, deadline=None)
+def test_pruning_never_changes_the_winner_of_means_over_samples(instruction, answers, seed):
+    check(instruction, answers, seed)
+
+
+@given(phrase, sets(json_wrappers, 1), st.integers(0, 999))
+@settings(max_examples=50, deadline=None)
+def test_the_reference_parser_and_metrics_without_a_bound_prune_nothing(instruction, answers, seed):
+    assert check(instruction, answers, seed, prompt="json", parser="reference") == 0
+    assert check(instruction, answers, seed, similarity="char_ngram_f1") == 0
+
+
+def real_sets(name, count):
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{name} is not in ../shared/data")
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(next(lines)) for _ in range(count)]
+    draw = random.Random(7)
+    for row in rows:
+        instruction = row["messages"][-1]["content"]
+        own, others = instruction.split(), " ".join(row["candidates"]).split()
+        answers = []
+        for _ in range(8):
+            kept = [w if draw.random() < 0.8 else draw.choice(others or own) for w in own[:80]]
+            answers.append([" ".join(kept + draw.choices(others or own, k=draw.randrange(20)))])
+        yield instruction, answers
+
+
+@pytest.mark.parametrize("name", ["llmbar.jsonl", "alpacaeval_dev.jsonl"])
+def test_pruning_never_changes_the_winner_on_real_instructions_and_saves_work(name):
+    given_up = 0
+    for seed, (instruction, answers) in enumerate(real_sets(name, 60)):
+        given_up += check(instruction, answers, seed)
+    assert given_up > 0
+
+
+@given(phrase, sets(wrappers, 1), st.integers(0, 999))
+@settings(max_examples=100, deadline=None)
+def test_stopping_at_the_maximum_keeps_the_winners_reward(instruction, answers, seed):
+    every, full = scores(Flip(Shuffled(answers, seed)), instruction, len(answers), prune=False)
+    stopped, early = scores(Flip(Shuffled(answers, seed)), instruction, len(answers), prune=False, stop_at=1.0)
+    if full.best is None:
+        assert early.best is None
+    else:
+        assert stopped[early.best].reward == every[full.best].reward
+
+
+def test_reaching_the_reward_to_stop_at_gives_up_what_is_unfinished():
+    answers = [["write haiku"], ["write haiku and then go on for a very long time " * 9]]
+    stopped, selection = scores(Flip(Shuffled(answers, 1)), "write haiku", 2, prune=False, stop_at=1.0)
+    assert selection.best == 0
+    assert stopped[1].status == "pruned"
+    assert "has reached" in stopped[1].reason
+
+
+def test_a_candidate_that_can_still_tie_is_not_given_up():
+    """Only what is strictly below is pruned, so ties are still decided by the stated rule."""
+    instruction = "w x y z"
+    answers = [["w x y z one"], ["one w x y z"]]
+    assert check(instruction, answers, 0) == 0
+
+
+def test_what_was_saved_is_decode_steps():
+    answers = [["write haiku"], ["nothing of what was asked for here " * 20]]
+    engines = [Shuffled(answers, 3), Shuffled(answers, 3)]
+    for engine, prune in zip(engines, (True, False), strict=True):
+        scores(Flip(engine), "write haiku", 2, prune=prune)
+    assert engines[0].decoded < engines[1].decoded / 2
+
+
+def test_scripted_engine_and_flip_prune_together():
+    engine = ScriptedEngine(lambda prompt, draw: "write haiku" if prompt.endswith("0") else "no " * 50)
+    found, selection = scores(Flip(engine), "write haiku", 2, prune=True)
+    assert selection.best == 0
+    assert found[1].status == "pruned"
+    assert found[1].tokens < 10
+    assert found[1].upper_bound == pytest.approx(2 * 2 / (2 * 2 + found[1].tokens - 1))
+    assert as_similarity("word_f1")("no " * 50, "write haiku").f1 <= found[1].upper_bound
