@@ -1,0 +1,230 @@
+"""A file of prompts, or of candidates to rank: what to do about bad rows, Ctrl-C, progress and exit codes.
+
+Reading and writing are ``bon.batch``'s business. A bad row ends the reading; what is under way by then is finished and
+written. With ``skip_bad`` bad rows are reported and the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from time import perf_counter
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from bon.batch import BadRow, Key, Output, Row, output_row, rank_rows, read_rows, run_rows
+from bon.cli.build import Built, Options, build
+from bon.cli.console import say, sentence
+from bon.cli.interrupt import StoppedError, run_until_interrupted
+from bon.cli.notice import off_world_summary
+from bon.errors import BonError, InputError
+from bon.types import Result, Usage
+
+LISTED = 20
+"""Bad rows that are reported one by one; the rest is only counted."""
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What the command line says about input and output."""
+
+    source: str
+    output: Path | None = None
+    everything: bool = False
+    skip_bad: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    system: str | None = None
+    ranked: bool = False
+
+
+@dataclass
+class Job:
+    """The counts of one run over a file."""
+
+    files: FileOptions
+    options: Options
+    output: Output
+    seen: int = 0
+    already: int = 0
+    off_world: int = 0
+    candidates: int = 0
+    scored: int = 0
+    reward_sum: float = 0.0
+    usage: Usage = field(default_factory=Usage)
+    failed: int = 0
+    engine_failed: bool = False
+    ids: dict[Key, int] = field(default_factory=dict)
+    reading: bool = False
+    stopped: bool = False
+
+    @property
+    def name(self) -> str:
+        """The input, for messages."""
+        return "standard input" if self.files.source == "-" else self.files.source
+
+    def fail(self, line: int, error: BonError) -> None:
+        """Report a row that cannot be done; without ``skip_bad`` nothing more is read."""
+        self.failed += 1
+        self.engine_failed |= not isinstance(error, InputError)
+        self.stopped = not self.files.skip_bad
+        if self.failed <= LISTED:
+            say(f"{'skipped' if self.files.skip_bad else 'error:'} {self.name}:{line}: {sentence(error)}")
+
+    def rows(self, lines: BinaryIO) -> Iterator[Row]:
+        """The rows that are still to be done."""
+        parsed = read_rows(self._watched(lines), system=self.files.system, ranked=self.files.ranked)
+        for row in parsed:
+            self.seen += 1
+            if isinstance(row, BadRow):
+                self.fail(row.line, row.error)
+            elif self.files.resume and (first := self.ids.setdefault(row.key, row.line)) != row.line:
+                self.fail(
+                    row.line, InputError(f"the id {row.key[1]!r} is that of line {first}; --resume needs unique ids.")
+                )
+            elif row.key in self.output.done:
+                self.already += 1
+            else:
+                yield row
+            if self.stopped:
+                return
+
+    def _watched(self, lines: BinaryIO) -> Iterator[bytes]:
+        """The lines, and a note of when this process waits for one: Ctrl-C must end that wait."""
+        while True:
+            self.reading = True
+            try:
+                line = lines.readline()
+            finally:
+                self.reading = False
+            if not line:
+                return
+            yield line
+
+    def finish(self, row: Row, result: Result) -> None:
+        """Write a result and count it."""
+        self.output.write(output_row(row, result, everything=self.files.everything))
+        self.candidates += len(result.candidates)
+        self.usage += result.usage
+        if result.reward is not None:
+            self.scored += 1
+            self.reward_sum += result.reward
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every row is done or was bad and to be skipped; 1 when a model failed, which is no row's fault."""
+        if self.engine_failed:
+            return 1
+        return 2 if self.stopped else 0
+
+    @property
+    def interrupted(self) -> str:
+        """What to say after Ctrl-C."""
+        if self.files.output is None:
+            return f"interrupted: {self.output.written} rows were done and written."
+        return (
+            f"interrupted: {self.output.written} rows are done and in {self.output.name}. "
+            "The same command with --resume goes on from there."
+        )
+
+    def summary(self, seconds: float) -> str:
+        """One line about the whole run."""
+        parts = [f"{self.output.written} rows done"]
+        if self.already:
+            parts.append(f"{self.already} were done before")
+        if self.failed:
+            parts.append(f"{self.failed} bad")
+        if self.scored:
+            parts.append(f"mean reward {self.reward_sum / self.scored:.3f}")
+        if self.output.written:
+            parts.append(f"{seconds:.1f} s, {self.candidates / seconds:.1f} candidates/s")
+            parts.append(f"{self.usage.total_tokens} tokens")
+        return "; ".join(parts) + "."
+
+
+def run_file(files: FileOptions, options: Options) -> int:
+    """Do every row of a file; return the exit code.
+
+    Raises:
+        InputError: the input cannot be read, the output cannot be written, or there are no rows.
+        StoppedError: Ctrl-C, after what is finished has been written.
+    """
+    with ExitStack() as stack:
+        lines = stack.enter_context(_open_input(files.source, files.output))
+        output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite)
+        stack.callback(output.close)
+        job = Job(files, options, output)
+        if output.repaired:
+            say(f"{output.name}: the last line was torn and has been cut off ({output.repaired} bytes).")
+        rows = job.rows(lines)
+        first = next(rows, None)  # a first row that is bad needs no model to be refused
+        if not job.seen:
+            raise InputError(
+                f'{job.name} is empty. Each line must be an object such as {{"prompt": "Write a haiku."}}.'
+            )
+        started = perf_counter()
+        if first is not None:
+            built = build(options, sampled=not files.ranked)
+            output.start()
+            _run(job, built, chain([first], rows), _count(lines))
+        if job.off_world:
+            say(off_world_summary(job.off_world, job.seen, ranked=files.ranked))
+        if job.failed > LISTED:
+            say(f"{job.failed - LISTED} more bad rows are not listed.")
+        if output.name != "standard output" or job.failed or sys.stderr.isatty():
+            say(job.summary(perf_counter() - started))
+        return job.exit_code
+
+
+def _run(job: Job, built: Built, rows: Iterable[Row], total: int | None) -> None:
+    from bon.mini.tasks import knows
+
+    embedded = job.options.embedded_scorer if job.files.ranked else job.options.embedded_policy
+
+    def counted() -> Iterator[Row]:
+        for row in rows:
+            job.off_world += embedded and not knows(row.task.messages[-1].content)
+            yield row
+
+    async def work(bar: tqdm[Any]) -> None:
+        try:
+            async for row, outcome in (rank_rows if job.files.ranked else run_rows)(built.bon, counted()):
+                if isinstance(outcome, BonError):
+                    job.fail(row.line, outcome)
+                else:
+                    job.finish(row, outcome)
+                bar.update(job.already + job.output.written + job.failed - bar.n)
+        finally:
+            await built.aclose()
+
+    with tqdm(total=total, unit="row", file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+        try:
+            run_until_interrupted(work(bar), lambda: job.reading)
+        except KeyboardInterrupt:
+            raise StoppedError(job.interrupted) from None
+
+
+def _open_input(source: str, output: Path | None) -> BinaryIO:
+    if source == "-":
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    if output is not None and output.exists() and os.path.samefile(source, output):
+        raise InputError(f"{source} is both the input and the output. Choose another -o.")
+    try:
+        return open(source, "rb")
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}.") from error
+
+
+def _count(lines: BinaryIO) -> int | None:
+    """Lines of a file, for the progress bar; None for a pipe."""
+    if not sys.stderr.isatty() or not stat.S_ISREG(os.fstat(lines.fileno()).st_mode):
+        return None
+    with open(lines.name, "rb") as again:
+        return sum(block.count(b"\n") for block in iter(lambda: again.read(1 << 20), b""))
