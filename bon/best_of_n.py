@@ -20,7 +20,7 @@ from bon.resolve import as_policy, as_scorer
 from bon.run import Run, Watch, one_error
 from bon.sampler import Sampled, Schedule, given, in_batches, sample
 from bon.scorers.base import Board, Scorer
-from bon.selectors import Selector, as_selector
+from bon.selectors import Selector, as_selector, only_the_best_counts
 from bon.types import Candidate, Conversation, Result, Sampling, Score, Task
 
 T = TypeVar("T")
@@ -42,7 +42,8 @@ class BestOfN:
         sampling: how the policy samples; a ``Sampling`` or a mapping with its fields.
         selector: "best", or one of ``bon.selectors``.
         min_reward: abstain when the best reward is below this.
-        prune: stop scoring a candidate as soon as it provably cannot win; False gives every reward.
+        prune: stop scoring a candidate as soon as it provably cannot win; False gives every reward, as do selectors
+            that look at more than the best one (top-k, softmax, votes).
         stop_at: stop everything for a prompt once a candidate has this reward. At the maximum reward (1.0 for F1)
             the winner's reward stays what it would have been. None scores all n.
         engine: which back end loads models given by name; None chooses.
@@ -69,7 +70,7 @@ class BestOfN:
         self.n = n
         self.sampling = Sampling.of(sampling)
         self.selector = as_selector(selector, min_reward)
-        self.prune, self.stop_at = prune, stop_at
+        self.prune, self.stop_at = prune and only_the_best_counts(self.selector), stop_at
         self.policy = as_policy(policy, engine)
         self.scorer = as_scorer(flip, policy, self.policy, engine)
 

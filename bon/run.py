@@ -129,14 +129,16 @@ class Run:
     def _result(self, task: int, selector: Selector, timing: Timing) -> Result:
         candidates = tuple(self._candidates[task][i] for i in sorted(self._candidates[task]))
         scores = tuple(self._score_of(task, candidate) for candidate in candidates)
+        started = self._now()
         selection = select(selector, scores, candidates)
+        timing = replace(timing, select=self._now() - started)
         return Result(self._tasks[task], candidates, scores, selection, timing, self._usage[task])
 
     def _score_of(self, task: int, candidate: Candidate) -> Score:
         if candidate.index in self._scores[task]:
             return self._scores[task][candidate.index]
         first = self._first[task][candidate.text]
-        return replace(self._scores[task][first], candidate=candidate.index, same_as=first, tokens=0)
+        return replace(self._scores[task][first], candidate=candidate.index, same_as=first)
 
     def _now(self) -> float:
         return perf_counter() - self._start

@@ -187,6 +187,11 @@ class MinReward:
         return self.selector(enough, order, texts)
 
 
+def only_the_best_counts(selector: Selector) -> bool:
+    """Whether a selector looks at nothing but the best reward, so that pruning the others changes nothing."""
+    return selector is best or (isinstance(selector, MinReward) and only_the_best_counts(selector.selector))
+
+
 SELECTORS: Mapping[str, Selector] = {"best": best}
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from bon import BackwardLikelihood, BestOfN, Candidate, Flip, RewardFunction, Sampling
+from bon import BackwardLikelihood, BestOfN, Candidate, Flip, RewardFunction, Sampling, Softmax, TopK
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, EngineError, InputError, PromptTooLongError, UserCodeError
 from bon.scorers.base import Scored
@@ -61,6 +61,7 @@ def test_identical_candidates_are_scored_once():
     first, second = sorted(result.scores[:2], key=lambda s: s.same_as is not None)
     assert second.same_as == first.candidate
     assert second.reward == first.reward == 1.0
+    assert result.best == first.candidate, "the copy does not win for having cost nothing"
 
 
 def test_candidates_without_text_are_kept_but_never_scored_nor_picked():
@@ -100,6 +101,13 @@ def test_pruning_keeps_the_winner_and_saves_words():
     assert pruned.scores[0].upper_bound < 1.0
     assert [s.status for s in full.scores] == ["ok"] * 3
     assert pruned.usage.scorer_completion_tokens < full.usage.scorer_completion_tokens
+
+
+@pytest.mark.parametrize(("selector", "pruned"), [("best", 2), (TopK(2), 0), (Softmax(0.1, 0), 0)])
+def test_nothing_is_pruned_for_selectors_that_look_at_more_than_the_best(selector, pruned):
+    answers, inferred = ["A cat.", "A red fox.", "A dog."], ["zig zag " * 30, PROMPT, "zoo " * 40]
+    result = best_of(answers, inferred, selector=selector, min_reward=0.0)(PROMPT)
+    assert result.counts.get("pruned", 0) == pruned
 
 
 def test_reaching_stop_at_stops_sampling_and_scoring():
