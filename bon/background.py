@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, suppress
 from functools import cache
 from typing import Any, TypeVar
 
@@ -19,6 +20,54 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="bon", daemon=True).start()
     return loop
+
+
+async def there(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await a coroutine that has to run on the background loop, from whatever loop this is."""
+    if asyncio.get_running_loop() is _loop():
+        return await coroutine
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, _loop()))
+
+
+async def across(items: AsyncIterator[T]) -> AsyncIterator[T]:
+    """Iterate over what has to run on the background loop, from whatever loop this is; leaving closes it there."""
+    here, loop = asyncio.get_running_loop(), _loop()
+    if here is loop:
+        async with aclosing(items) as own:  # type: ignore[type-var]
+            async for item in own:
+                yield item
+        return
+    arrived: asyncio.Queue[tuple[bool, T | BaseException | None]] = asyncio.Queue()
+    pumps: list[asyncio.Task[None]] = []
+
+    def send(ended: bool, value: T | BaseException | None) -> None:
+        with suppress(RuntimeError):  # the caller's loop is gone: nobody listens any more
+            here.call_soon_threadsafe(arrived.put_nowait, (ended, value))
+
+    async def pump() -> None:
+        async with aclosing(items) as source:  # type: ignore[type-var]
+            async for item in source:
+                send(False, item)
+
+    def start() -> None:
+        task = loop.create_task(pump())
+        task.add_done_callback(lambda t: send(True, None if t.cancelled() else t.exception()))
+        pumps.append(task)
+
+    loop.call_soon_threadsafe(start)
+    ended = False
+    try:
+        while True:
+            ended, value = await arrived.get()
+            if isinstance(value, BaseException) and ended:
+                raise value
+            if ended:
+                return
+            yield value  # type: ignore[misc]
+    finally:
+        loop.call_soon_threadsafe(lambda: pumps[0].cancel())
+        while not ended:
+            ended, _ = await arrived.get()
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

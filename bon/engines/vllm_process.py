@@ -1,0 +1,114 @@
+"""What bon adds to the processes that vLLM starts: they end with the process that started them, and say why they died.
+
+vLLM builds its log handlers in each of its processes from a configuration; ``Diary`` comes in that way. It imports
+neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+_LOOK_EVERY_S = 0.5
+_GRACE_S = 5.0  # for vLLM to free its memory and stop its workers
+_LAST_WORDS = 20_000  # bytes of a log in which its last error is looked for
+
+
+def logging_config(diary: Path, level: str | None) -> dict[str, Any]:
+    """A configuration for ``logging.config.dictConfig`` that vLLM applies in every process of one engine.
+
+    Args:
+        diary: file for errors, and for what the processes print.
+        level: shown on stderr from this level on; None shows nothing.
+    """
+    handlers: dict[str, dict[str, Any]] = {
+        "diary": {"()": f"{__name__}.Diary", "file": str(diary), "owner": os.getpid(), "quiet": level is None},
+    }
+    if level is not None:
+        handlers["stderr"] = {"class": "logging.StreamHandler", "level": level, "formatter": "plain"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": {"format": "vllm[%(process)d] %(levelname)s %(message)s"}},
+        "handlers": handlers,
+        "loggers": {"vllm": {"handlers": list(handlers), "level": level or "ERROR", "propagate": False}},
+    }
+
+
+class Diary(logging.FileHandler):
+    """Writes errors to a file. Built in a process of vLLM's own, it also ties that process to the one that started it.
+
+    Such a process gets a process group of its own, so that Ctrl-C stops a call and not the engine; it ends when its
+    parent is gone, whatever became of that one; and where ``quiet``, what it prints goes to the file as well.
+
+    Args:
+        file: where to write.
+        owner: id of the process that bon runs in.
+        quiet: keep standard output and standard error of vLLM's processes to the file.
+    """
+
+    def __init__(self, file: str, owner: int, quiet: bool) -> None:
+        super().__init__(file, delay=True, encoding="utf-8")
+        self.setLevel(logging.ERROR)
+        self.setFormatter(logging.Formatter("%(message)s"))
+        if os.getpid() == owner:
+            return
+        os.setpgid(0, 0)
+        if quiet:
+            log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(log)
+        parent = os.getppid()
+        orphan = parent == 1 != owner  # the parent was gone before this began
+        threading.Thread(target=_end_with, args=(0 if orphan else parent,), name="bon-watch", daemon=True).start()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing: the file goes with its engine, while vLLM's logger in bon's own process stays."""
+
+
+def _end_with(parent: int) -> None:
+    """Stop this process once it has another parent than ``parent``: first politely, then not."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_config(folder: Path, level: str | None) -> tuple[Path, Path]:
+    """Write the logging configuration of one engine; return its path and that of the diary."""
+    diary = folder / "errors.log"
+    config = folder / "logging.json"
+    config.write_text(json.dumps(logging_config(diary, level)))
+    return config, diary
+
+
+def last_words(diary: Path) -> str | None:
+    """The last exception in a diary as "Type: message", or None where there is none."""
+    try:
+        with diary.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    found = None
+    inside = False
+    for line in lines:
+        if line.startswith("Traceback (most recent call last)"):
+            inside = True
+        elif inside and line and not line[0].isspace():
+            inside = False
+            if not line.startswith(_ECHOES):
+                found = line
+    return found
+
+
+# Errors that only say that another one happened.
+_ECHOES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt")
