@@ -277,12 +277,14 @@ class Timing:
     Args:
         sample: until the last candidate was there.
         score: from the first score's start to the last score's end.
-        total: from the call to the result.
+        total: from the call to the selection.
+        select: the selection.
     """
 
     sample: float
     score: float
     total: float
+    select: float = 0.0
 
     @property
     def overlap(self) -> float:

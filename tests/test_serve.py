@@ -1,11 +1,17 @@
 import asyncio
+import json
+import re
 import time
+from importlib.resources import files
 
 import pytest
+from serving import openai, served
 
 from bon import BestOfN, RewardFunction, Sampling
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
+from bon.serve import Settings
+from bon.serve.logs import JsonFormatter
 
 PROMPT = "Write a short poem about the red fox"
 
@@ -49,3 +55,333 @@ def test_a_deadline_that_does_not_pass_changes_nothing():
     bon = BestOfN(ScriptedEngine(["red fox", "red fox"]), n=2)
     result = asyncio.run(bon.run(PROMPT, deadline=60))
     assert result.counts == {"ok": 2}
+
+
+# The API, through the front door: a real uvicorn and the official client.
+
+
+def script(text, draw):
+    """Answers carry the prompt's last word, so that a crossed answer would show; the first ones are worse."""
+    _, inversion, response = text.rpartition("Response:\n")
+    if inversion:
+        return response
+    words = text.split()
+    return " ".join(words[-(draw + 1) :])
+
+
+@pytest.fixture(scope="module")
+def site():
+    bon = BestOfN(ScriptedEngine(script), n=4, sampling=Sampling(max_tokens=50))
+    with served(bon, model_names=("bon-mini", "alias")) as it:
+        yield it
+
+
+MESSAGES = [{"role": "user", "content": "Write about a quick red fox"}]
+
+
+def test_the_official_client_gets_the_best_of_n(site):
+    answer = site.openai().chat.completions.create(model="bon-mini", messages=MESSAGES)
+    assert answer.choices[0].message.content == "a quick red fox"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.model == "bon-mini"
+    assert answer.best_of_n["n"] == 4
+    assert answer.best_of_n["reward"] == pytest.approx(0.75)
+    assert answer.best_of_n["choices"][0]["inferred"] == "a quick red fox"
+    assert "candidates" not in answer.best_of_n, "only on request"
+
+
+def test_the_official_client_works_asynchronously(site):
+    async def ask():
+        async with site.async_openai() as client:
+            calls = [
+                client.chat.completions.create(
+                    model="bon-mini", messages=[{"role": "user", "content": f"Write about token{i}"}]
+                )
+                for i in range(20)
+            ]
+            return await asyncio.gather(*calls)
+
+    answers = asyncio.run(ask())
+    assert [a.choices[0].message.content.split()[-1] for a in answers] == [f"token{i}" for i in range(20)]
+
+
+def test_the_official_client_streams(site):
+    stream = site.openai().chat.completions.create(
+        model="bon-mini", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "a quick red fox"
+    assert len([c for c in chunks if c.choices and c.choices[0].delta.content]) == 4, "in pieces"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.total_tokens > 0
+    assert chunks[-2].best_of_n["reward"] == pytest.approx(0.75)
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_the_official_clients_stream_helper_accumulates_the_answer(site):
+    with site.openai().chat.completions.stream(model="bon-mini", messages=MESSAGES) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.content == "a quick red fox"
+
+
+def test_text_completions_work_and_stream(site):
+    client = site.openai()
+    answer = client.completions.create(model="alias", prompt="Write about a quick red fox")
+    assert (answer.choices[0].text, answer.object, answer.model) == ("a quick red fox", "text_completion", "alias")
+    chunks = list(client.completions.create(model="alias", prompt=["Write about a quick red fox"], stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == "a quick red fox"
+    assert client.completions.create(model="alias", prompt="one two three", best_of=2).best_of_n["n"] == 2
+
+
+def test_n_returns_the_n_best_ranked(site):
+    answer = site.openai().chat.completions.create(model="bon-mini", messages=MESSAGES, n=3)
+    assert [c.message.content for c in answer.choices] == ["a quick red fox", "quick red fox", "red fox"]
+    assert [c.index for c in answer.choices] == [0, 1, 2]
+    rewards = [c["reward"] for c in answer.best_of_n["choices"]]
+    assert rewards == sorted(rewards, reverse=True)
+    assert answer.best_of_n["statuses"] == {"ok": 4}, "the k best need every reward, so nothing is pruned"
+    more = site.openai().chat.completions.create(model="bon-mini", messages=MESSAGES, n=6)
+    assert len(more.choices) == 6, "more than the default number of candidates"
+    stream = list(site.openai().chat.completions.create(model="bon-mini", messages=MESSAGES, n=2, stream=True))
+    texts = ["", ""]
+    for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == ["a quick red fox", "quick red fox"]
+
+
+def test_sampling_fields_keep_their_meaning(site):
+    create = site.openai().chat.completions.create
+    cut = create(model="bon-mini", messages=MESSAGES, max_tokens=1)
+    assert {c["finish_reason"] for c in cut.best_of_n["choices"]} == {"length"}
+    assert cut.choices[0].finish_reason == "length"
+    cut = create(model="bon-mini", messages=MESSAGES, max_completion_tokens=2, n=4)
+    assert max(len(c.message.content.split()) for c in cut.choices) == 2
+    stopped = create(model="bon-mini", messages=MESSAGES, stop="fox")
+    assert "fox" not in stopped.choices[0].message.content
+    assert create(model="bon-mini", messages=MESSAGES, temperature=0).choices[0].message.content == "fox"
+    seeded = [create(model="bon-mini", messages=MESSAGES, seed=7, n=4).choices for _ in range(2)]
+    assert [c.message.content for c in seeded[0]] == [c.message.content for c in seeded[1]]
+    ignored = create(model="bon-mini", messages=MESSAGES, user="someone", metadata={"a": "b"}, frequency_penalty=0)
+    assert ignored.choices[0].message.content == "a quick red fox"
+
+
+def test_the_extension_reaches_the_run(site):
+    def ask(**options):
+        return site.chat("Write about a quick red fox", best_of_n=options).json()
+
+    assert ask(n=2)["choices"][0]["message"]["content"] == "red fox"
+    assert [c["text"] for c in ask(n=2, return_candidates=True)["best_of_n"]["candidates"]] == ["fox", "red fox"]
+    assert ask(stop_at=0.1)["best_of_n"]["statuses"].get("pruned", 0) > 0
+    assert ask(scorer="likelihood")["best_of_n"]["reward"] < 0
+    assert ask(instruction="a quick red fox")["best_of_n"]["reward"] == 1.0
+
+
+def test_an_answer_below_the_minimum_reward_is_refused_in_openais_shape(site):
+    answer = site.openai().chat.completions.create(
+        model="bon-mini", messages=MESSAGES, extra_body={"best_of_n": {"min_reward": 0.9}}
+    )
+    assert answer.choices[0].message.content is None
+    assert "below the minimum of 0.9" in answer.choices[0].message.refusal
+    assert answer.best_of_n["best"] is None
+    chunks = site.events("Write about a quick red fox", best_of_n={"min_reward": 0.9})
+    assert [c["choices"][0]["delta"] for c in chunks if "refusal" in c["choices"][0]["delta"]] == [
+        {"refusal": answer.choices[0].message.refusal}
+    ]
+
+
+def test_usage_is_true_separately_and_in_sum(site):
+    answer = site.chat("Write about a quick red fox", n=4).json()
+    usage, result = answer["usage"], BestOfN(ScriptedEngine(script), n=4, prune=False)("Write about a quick red fox")
+    assert usage["policy"] == {"prompt_tokens": 6, "completion_tokens": 2 + 3 + 4 + 5}
+    assert usage["scorer"]["prompt_tokens"] == result.usage.scorer_prompt_tokens
+    assert usage["scorer"]["completion_tokens"] == result.usage.scorer_completion_tokens
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] == result.usage.total_tokens
+
+
+def test_content_parts_of_text_are_joined(site):
+    parts = [{"type": "text", "text": "Write about "}, {"type": "text", "text": "a quick red fox"}]
+    assert site.chat(parts).json()["best_of_n"]["instruction"] == "Write about a quick red fox"
+
+
+def test_a_message_that_the_client_dumped_can_be_sent_back(site):
+    client = site.openai()
+    first = client.chat.completions.create(model="bon-mini", messages=MESSAGES).choices[0].message.model_dump()
+    again = [*MESSAGES, first, {"role": "user", "content": "Shorter"}]
+    assert client.chat.completions.create(model="bon-mini", messages=again).choices[0].message.content == "Shorter"
+
+
+def test_models_are_listed_with_what_they_can_do(site):
+    models = site.openai().models.list().data
+    assert [m.id for m in models] == ["bon-mini", "alias"]
+    assert models[0].best_of_n == {
+        "n": 4,
+        "max_n": 64,
+        "scorers": ["flip-direct", "likelihood"],
+        "scorer": "flip-direct",
+    }
+
+
+def test_errors_reach_the_official_client_as_its_own_types(site):
+    client = site.openai()
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="bon-mini", messages=MESSAGES, temperature=-1)
+    assert (bad.value.param, bad.value.code, bad.value.type) == (
+        "temperature",
+        "invalid_value",
+        "invalid_request_error",
+    )
+    with pytest.raises(openai.NotFoundError, match="this server has 'bon-mini', 'alias'"):
+        client.chat.completions.create(model="gpt-5", messages=MESSAGES)
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(
+            model="bon-mini", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+
+
+def test_a_stream_tells_of_its_progress_without_disturbing_anyone():
+    bon = BestOfN(ScriptedEngine(step_seconds=0.03), n=4)
+    with served(bon, heartbeat_s=0.02, status_s=0.05) as site:
+        chunks = site.events("one two three four five six")
+        told = [c["best_of_n"] for c in chunks if c.get("best_of_n", {}).get("event")]
+        assert told[-1]["sampled"] == 4
+        assert all(c["choices"][0]["delta"] == {} for c in chunks if c.get("best_of_n", {}).get("event"))
+        body = {"messages": [{"role": "user", "content": "one two three four"}], "stream": True}
+        assert b": still here\n\n" in site.http.post("/v1/chat/completions", json=body).content
+        assert len(list(site.openai().chat.completions.create(model="scripted", **body))) > 3, "comments are skipped"
+
+
+def test_a_stream_with_candidates_tells_each_as_it_comes_and_what_matched(site):
+    chunks = site.events("Write about a quick red fox", best_of_n={"return_candidates": True})
+    told = [c["best_of_n"] for c in chunks if c.get("best_of_n", {}).get("event")]
+    assert sorted(t["index"] for t in told if t["event"] == "candidate") == [0, 1, 2, 3]
+    scores = {t["index"]: t for t in told if t["event"] == "score"}
+    assert scores[1]["inferred"] == "red fox"
+    assert scores[1]["matched"] == [[0, 3], [4, 7]]
+    assert len(chunks[-1]["best_of_n"]["candidates"]) == 4
+
+
+def test_a_deadline_returns_the_best_so_far_and_says_so():
+    answers = ["red fox", "fox", "a very long answer " * 100]
+    with served(BestOfN(ScriptedEngine(answers, step_seconds=0.01), ScriptedEngine(), n=3)) as site:
+        answer = site.chat("the red fox", best_of_n={"deadline_s": 0.4}).json()
+        assert answer["choices"][0]["message"]["content"] == "red fox"
+        assert answer["best_of_n"]["deadline_passed"] is True
+        assert answer["best_of_n"]["statuses"] == {"late": 1, "ok": 2}
+        assert "0.4" in answer["best_of_n"]["reason"] or "passed" in answer["best_of_n"]["reason"]
+        nothing = site.chat("the red fox", best_of_n={"deadline_s": 0.001})
+        assert (nothing.status_code, nothing.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert site.metric("bon_runs_total", outcome="deadline") == 2
+
+
+def test_a_candidate_that_nobody_scored_is_better_than_none_at_a_deadline():
+    policy, flip = ScriptedEngine(["fine", "long " * 500], step_seconds=0.01), ScriptedEngine(overlaps=False)
+    with served(BestOfN(policy, flip, n=2, prune=False)) as site:
+        policy.overlaps = False
+        answer = site.chat("the red fox", best_of_n={"deadline_s": 0.3}).json()
+        assert answer["choices"][0]["message"]["content"] == "fine"
+        assert (answer["best_of_n"]["best"], answer["best_of_n"]["reward"]) == (None, None)
+        assert "late" in answer["best_of_n"]["reason"]
+
+
+def test_keys_are_needed_when_there_are_any():
+    with served(BestOfN(ScriptedEngine(), n=1), api_keys=("secret-1", "secret-2")) as site:
+        for key in ("secret-1", "secret-2"):
+            assert site.openai(api_key=key).models.list().data
+        with pytest.raises(openai.AuthenticationError) as refused:
+            site.openai(api_key="wrong").chat.completions.create(model="scripted", messages=MESSAGES)
+        assert refused.value.code == "invalid_api_key"
+        assert site.http.get("/v1/models").status_code == 401
+        assert site.http.get("/v1/models", headers={"authorization": "Basic secret-1"}).status_code == 401
+        assert site.http.get("/v1/models", headers={"authorization": b"Bearer \xff"}).status_code == 401
+        assert site.http.get("/health").status_code == site.http.get("/ready").status_code == 200
+
+
+def test_every_response_carries_security_headers_and_a_request_id(site):
+    for path in ("/", "/health", "/v1/models", "/nowhere", "/metrics"):
+        response = site.http.get(path)
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+        assert "unsafe" not in response.headers["content-security-policy"]
+        assert response.headers["x-request-id"].startswith("req-")
+        assert "server" not in response.headers
+        assert "access-control-allow-origin" not in response.headers, "CORS is off"
+    assert site.http.get("/health", headers={"x-request-id": "mine.1"}).headers["x-request-id"] == "mine.1"
+    assert site.http.get("/health", headers={"x-request-id": "a<b>"}).headers["x-request-id"] != "a<b>"
+
+
+def test_cors_is_for_the_origins_that_were_named():
+    with served(BestOfN(ScriptedEngine(), n=1), cors_origins=("https://ours.example",)) as site:
+        ours = site.http.get("/v1/models", headers={"origin": "https://ours.example"})
+        assert ours.headers["access-control-allow-origin"] == "https://ours.example"
+        theirs = site.http.get("/v1/models", headers={"origin": "https://theirs.example"})
+        assert "access-control-allow-origin" not in theirs.headers
+
+
+def test_on_loopback_foreign_host_names_are_not_answered(site):
+    """A page whose name was rebound to 127.0.0.1 sends its own name in the Host header."""
+    refused = site.http.get("/v1/models", headers={"host": "evil.example"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_not_allowed")
+    assert site.http.get("/v1/models", headers={"host": "localhost:1234"}).status_code == 200
+    assert Settings(host="0.0.0.0").hosts is None
+
+
+def test_the_playground_is_served_on_loopback_or_when_asked_for():
+    assert Settings().shows_playground
+    assert not Settings(host="0.0.0.0").shows_playground
+    assert Settings(host="0.0.0.0", playground=True).shows_playground
+    with served(BestOfN(ScriptedEngine(), n=1), playground=False) as site:
+        assert site.http.get("/").status_code == 404
+
+
+def test_the_log_has_one_line_for_each_request_and_no_prompt_text(caplog):
+    caplog.set_level("INFO", "bon.serve")
+    for log_prompts in (False, True):
+        caplog.clear()
+        with served(BestOfN(ScriptedEngine(), n=2), log_prompts=log_prompts, api_keys=("secret-key",)) as site:
+            headers = {"authorization": "Bearer secret-key"}
+            body = {"messages": [{"role": "user", "content": "confidential words"}]}
+            assert site.http.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
+            site.http.post("/v1/chat/completions", json=body | {"confidential": 1}, headers=headers)
+        lines = [JsonFormatter().format(record) for record in caplog.records if record.name == "bon.serve"]
+        requests = [json.loads(line) for line in lines if json.loads(line).get("event") == "request"]
+        assert [r["status"] for r in requests] == [200, 400]
+        assert requests[0]["n"] == 2
+        assert requests[0]["policy_tokens"] > 0
+        assert ("confidential words" in "".join(lines)) is log_prompts
+        assert "secret-key" not in "".join(lines)
+
+
+def test_metrics_say_what_was_done():
+    with served(BestOfN(ScriptedEngine(script), n=4)) as site:
+        site.chat("Write about a quick red fox")
+        site.chat("Write about a quick red fox", best_of_n={"stop_at": 0.1})
+        site.chat(temperature=-1)
+        text = site.http.get("/metrics").text
+        value = site.metric
+        assert value("bon_http_requests_total", path="/v1/chat/completions", status="200") == 2
+        assert value("bon_http_requests_total", path="/v1/chat/completions", status="400") == 1
+        assert value("bon_runs_total", outcome="ok") == 2
+        candidates = [value("bon_candidates_total", finish_reason=r) for r in ("stop", "length", "pruned")]
+        assert sum(candidates) == 8
+        assert value("bon_stopped_early_runs_total") == 1
+        for stage in ("queue", "sample", "score", "select", "total"):
+            assert value("bon_stage_seconds_count", stage=stage) == 2
+        assert value("bon_tokens_total", model="policy", kind="completion") > 0
+        assert value("bon_winner_reward_sum") > value("bon_mean_reward_sum") - 1e-9
+        assert value("bon_time_to_first_byte_seconds_count") == 3
+        for name in ("bon_running_requests", "bon_waiting_requests", "bon_ready"):
+            assert f"\n{name} " in text
+        site.http.get("/nowhere/at/all")
+        assert "/nowhere" not in site.http.get("/metrics").text, "labels stay few"
+
+
+def test_the_dashboard_asks_only_for_metrics_that_exist(site):
+    dashboard = json.loads(files("bon.serve").joinpath("dashboard.json").read_text())
+    wanted = set(re.findall(r"bon_\w+", json.dumps([p.get("targets", []) for p in dashboard["panels"]])))
+    site.chat()
+    exposed = set(re.findall(r"^(bon_\w+)", site.http.get("/metrics").text, re.M))
+    exposed |= set(re.findall(r"# TYPE (bon_\w+)", site.http.get("/metrics").text))
+    assert len(wanted) > 10
+    assert wanted <= exposed

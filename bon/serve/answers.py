@@ -1,0 +1,205 @@
+"""A result, as OpenAI's response: whole, or as a stream of chunks.
+
+Whoever reads only OpenAI's fields sees an ordinary completion. What a stream tells of its progress comes in chunks
+with an empty delta, so that no client has to know of it.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from bon.serve.failures import ApiError
+from bon.serve.plan import Plan
+from bon.similarity import matched_words
+from bon.types import Candidate, Result, Score, Usage
+
+DONE = b"data: [DONE]\n\n"
+_PIECE = re.compile(r"\s*\S{1,24}\s*|\s+")
+
+
+class Answer:
+    """Builds what is sent for one request.
+
+    Args:
+        plan: what was asked for.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.id = ("chatcmpl-" if plan.chat else "cmpl-") + secrets.token_hex(12)
+        self._created = int(time.time())
+
+    def whole(self, result: Result, queue_s: float) -> dict[str, Any]:
+        """The response in one piece."""
+        return {
+            **self._head("chat.completion" if self._plan.chat else "text_completion"),
+            "choices": [self._choice(place, pick, result) for place, pick in enumerate(self._picks(result))],
+            "usage": usage_body(result.usage),
+            "best_of_n": self._evidence(result, queue_s),
+        }
+
+    def opening(self) -> bytes:
+        """The first chunk of a stream."""
+        return self._chunk({"role": "assistant", "content": ""} if self._plan.chat else "")
+
+    def progress(self, about: dict[str, Any]) -> bytes:
+        """A chunk that tells of the work; its delta is empty."""
+        return self._chunk({} if self._plan.chat else "", best_of_n=about)
+
+    def news(self, event: Candidate | Score) -> dict[str, Any]:
+        """A candidate that was finished or scored."""
+        if isinstance(event, Candidate):
+            return {
+                "event": "candidate",
+                "index": event.index,
+                "text": event.text,
+                "finish_reason": _reason(event),
+                "completion_tokens": event.completion_tokens,
+                "sampled_s": event.finished,
+            }
+        return {"event": "score", **self._score(event)}
+
+    def closing(self, result: Result, queue_s: float) -> Iterator[bytes]:
+        """The winner's chunks, the evidence, the usage, the end."""
+        picks = self._picks(result)
+        for place, pick in enumerate(picks):
+            if place and self._plan.chat:
+                yield self._chunk({"role": "assistant", "content": ""}, place)
+            for piece in _PIECE.findall(pick.text) if pick else ():
+                yield self._chunk({"content": piece} if self._plan.chat else piece, place)
+            if pick is None and self._plan.chat:
+                yield self._chunk({"refusal": result.selection.reason}, place)
+            evidence = {"best_of_n": self._evidence(result, queue_s)} if place == len(picks) - 1 else {}
+            yield self._chunk({} if self._plan.chat else "", place, _ended(pick), **evidence)
+        if self._plan.stream_usage:
+            yield _event({**self._head(self._kind), "choices": [], "usage": usage_body(result.usage)})
+        yield DONE
+
+    def _picks(self, result: Result) -> list[Candidate | None]:
+        """The candidates to return, best first; None for an answer that is refused.
+
+        Without any reward (all of them late or unparsable) the first finished text is better than nothing, and the
+        evidence says what it is. Where a minimum was asked for there is no answer instead.
+
+        Raises:
+            ApiError: 504 when the deadline passed before any candidate was finished.
+        """
+        if result.best is None and (self._plan.min_reward or any(s.reward is not None for s in result.scores)):
+            return [None] * self._plan.k
+        unfinished = {s.candidate for s in result.scores if s.status == "late" and not _text(result, s.candidate)}
+        if len(unfinished) == len(result.candidates):
+            raise ApiError(504, str(result.scores[0].reason), "deadline_exceeded", "best_of_n.deadline_s")
+        order = [i for i in result.selection.ranking if i != result.best and i not in unfinished]
+        if result.best is None:
+            order.sort(key=lambda i: not _text(result, i).strip())
+        picks = [result.candidates[i] for i in ([] if result.best is None else [result.best]) + order]
+        return [*picks[: self._plan.k]]
+
+    def _choice(self, place: int, pick: Candidate | None, result: Result) -> dict[str, Any]:
+        ended: dict[str, Any] = {"index": place, "logprobs": None, "finish_reason": _ended(pick)}
+        if not self._plan.chat:
+            return {**ended, "text": pick.text if pick else ""}
+        refusal = None if pick else result.selection.reason
+        return {
+            **ended,
+            "message": {"role": "assistant", "content": pick.text if pick else None, "refusal": refusal},
+        }
+
+    def _evidence(self, result: Result, queue_s: float) -> dict[str, Any]:
+        rewards = [s.reward for s in result.scores if s.reward is not None]
+        timing, late = result.timing, [s for s in result.scores if s.status == "late"]
+        everything = [self._score(s, result.candidates[s.candidate]) for s in result.scores]
+        return {
+            "n": len(result.candidates),
+            "scorer": self._plan.scorer,
+            "instruction": result.task.instruction,
+            "best": result.best,
+            "reward": result.reward,
+            "mean_reward": sum(rewards) / len(rewards) if rewards else None,
+            "reason": result.selection.reason or (late[0].reason if late else None),
+            "deadline_passed": bool(late),
+            "statuses": result.counts,
+            "choices": [
+                {k: v for k, v in everything[pick.index].items() if k != "text"} for pick in self._picks(result) if pick
+            ],
+            **({"candidates": everything} if self._plan.return_candidates else {}),
+            "timing": {
+                "queue_s": queue_s,
+                "sample_s": timing.sample,
+                "score_s": timing.score,
+                "overlap_s": timing.overlap,
+                "total_s": queue_s + timing.total,
+            },
+        }
+
+    def _score(self, score: Score, candidate: Candidate | None = None) -> dict[str, Any]:
+        matched = matched_words(score.inferred, self._plan.task.instruction) if score.inferred else []
+        body: dict[str, Any] = {
+            "index": score.candidate,
+            "reward": score.reward,
+            "status": score.status,
+            "inferred": score.inferred,
+            "matched": matched,
+            "precision": score.precision,
+            "recall": score.recall,
+            "upper_bound": score.upper_bound,
+            "reason": score.reason,
+            "same_as": score.same_as,
+            "scored_s": (score.started, score.finished) if score.finished else None,
+        }
+        if candidate is not None:
+            body |= {k: v for k, v in self.news(candidate).items() if k != "event"}
+        return body
+
+    @property
+    def _kind(self) -> str:
+        return "chat.completion.chunk" if self._plan.chat else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._plan.model}
+
+    def _chunk(self, delta: Any, place: int = 0, finish_reason: str | None = None, **more: Any) -> bytes:
+        content = {"delta": delta} if self._plan.chat else {"text": delta}
+        choice = {"index": place, **content, "logprobs": None, "finish_reason": finish_reason}
+        return _event({**self._head(self._kind), "choices": [choice], **more})
+
+
+def failure(error: ApiError) -> bytes:
+    """An error inside a stream that is already open."""
+    return _event(error.body)
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """Tokens in OpenAI's shape: cached ones are part of the prompt's, as OpenAI counts them."""
+    policy, scorer = usage.policy_prompt_tokens, usage.scorer_prompt_tokens
+    policy_new, scorer_new = usage.policy_completion_tokens, usage.scorer_completion_tokens
+    return {
+        "prompt_tokens": policy + scorer,
+        "completion_tokens": policy_new + scorer_new,
+        "total_tokens": policy + scorer + policy_new + scorer_new,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "policy": {"prompt_tokens": policy, "completion_tokens": policy_new},
+        "scorer": {"prompt_tokens": scorer, "completion_tokens": scorer_new},
+    }
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+def _text(result: Result, index: int) -> str:
+    return result.candidates[index].text
+
+
+def _reason(candidate: Candidate) -> str | None:
+    return None if candidate.finish_reason == "pruned" else candidate.finish_reason
+
+
+def _ended(pick: Candidate | None) -> str:
+    return "length" if pick and pick.finish_reason == "length" else "stop"

@@ -1,0 +1,292 @@
+"""The application: OpenAI's endpoints, answered by best-of-N."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bon import __version__
+from bon.best_of_n import BestOfN
+from bon.scorers.base import Scorer
+from bon.serve.admission import Admission
+from bon.serve.answers import Answer
+from bon.serve.edge import Edge
+from bon.serve.failures import ApiError, api_error, json_response
+from bon.serve.health import Health
+from bon.serve.job import Job, unless_gone
+from bon.serve.metrics import Metrics
+from bon.serve.plan import Plan, Planner, default_scorers
+from bon.serve.playground import PAGE, POLICY
+from bon.serve.protocol import (
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    ErrorResponse,
+    ModelList,
+    StateBody,
+    parse,
+)
+from bon.serve.settings import Settings
+from bon.serve.stream import EventStream, disconnected
+from bon.types import Result
+
+log = logging.getLogger("bon.serve")
+R = TypeVar("R", ChatRequest, CompletionRequest)
+
+# A request that fails within this time gets its own HTTP status although it asked for a stream.
+STREAM_OPENS_AFTER_S = 0.05
+# What is read and thrown away of a request that is too large, so that the client is there to read why.
+_MOST_DISCARDED = 64 * 1024 * 1024
+
+
+class Server:
+    """What the routes share.
+
+    Args:
+        bon: models and defaults.
+        settings: limits and names.
+        scorers: scorers that requests may name; the first is the default.
+    """
+
+    def __init__(self, bon: BestOfN, settings: Settings, scorers: Mapping[str, Scorer] | None = None) -> None:
+        self.bon, self.settings = bon, settings
+        scorers = dict(scorers or default_scorers(bon))
+        overlaps = bon.policy.overlaps and all(scorer.overlaps for scorer in scorers.values())
+        self.admission = Admission(settings.max_running or (64 if overlaps else 1), settings.max_waiting)
+        self.metrics = Metrics(self.admission)
+        self.health = Health(bon, self.admission)
+        self.planner = Planner(bon, scorers, settings.model_names or (bon.policy.name,), settings)
+        self.started = int(time.time())
+
+    async def complete(self, kind: type[R], request: Request) -> Response:
+        """Answer ``POST /v1/chat/completions`` and ``/v1/completions``."""
+        plan = self.planner.plan(parse(kind, await read_body(request, self.settings)))
+        job = Job(plan, self.admission.ticket(), partial(self._ended, plan, request))
+        try:
+            if plan.stream:
+                await asyncio.wait([job.task], timeout=STREAM_OPENS_AFTER_S)
+                if not job.task.done() or job.task.exception() is None:
+                    return EventStream(job, self.settings.heartbeat_s, self.settings.status_s)
+            result = await unless_gone(disconnected(request), asyncio.shield(job.task))
+            return json_response(Answer(plan).whole(result, job.ticket.queue_s))
+        except BaseException as error:
+            await job.abort()
+            if isinstance(error, ApiError) or not isinstance(error, Exception):
+                raise
+            raise api_error(error, plan.passed) from error
+
+    def _ended(self, plan: Plan, request: Request, job: Job, outcome: Result | BaseException) -> None:
+        self.health.saw(outcome)
+        self.metrics.ended(plan, outcome, job.ticket.queue_s)
+        fields: dict[str, Any] = request.state.log
+        fields |= {"n": plan.bon.n, "scorer": plan.scorer, "queue_ms": round(job.ticket.queue_s * 1000, 2)}
+        if isinstance(outcome, Result):
+            usage = outcome.usage
+            fields |= {
+                "statuses": outcome.counts,
+                "reward": outcome.reward,
+                "policy_tokens": usage.policy_prompt_tokens + usage.policy_completion_tokens,
+                "scorer_tokens": usage.scorer_prompt_tokens + usage.scorer_completion_tokens,
+                "cached_tokens": usage.cached_tokens,
+            }
+        elif isinstance(outcome, Exception):
+            fields["error"] = type(outcome).__name__
+            failure = api_error(outcome, plan.passed)
+            if failure.status >= 500 and failure.code not in ("deadline_exceeded",):
+                log.error("run failed", exc_info=outcome, extra={"fields": {"event": "error"}})
+        if self.settings.log_prompts:
+            fields["prompt"] = [{"role": m.role, "content": m.content} for m in plan.task.messages]
+            fields["answer"] = outcome.text if isinstance(outcome, Result) else None
+
+    def models(self) -> Response:
+        """Answer ``GET /v1/models``."""
+        planner = self.planner
+        about = {
+            "n": self.bon.n,
+            "max_n": self.settings.max_n,
+            "scorers": list(planner.scorers),
+            "scorer": next(iter(planner.scorers)),
+        }
+        data = [
+            {"id": name, "object": "model", "created": self.started, "owned_by": "bon", "best_of_n": about}
+            for name in planner.models
+        ]
+        return json_response({"object": "list", "data": data})
+
+    def ready(self) -> Response:
+        """Answer ``GET /ready``: whether a request sent now would be answered."""
+        self.health.probe()
+        if self.admission.draining:
+            return json_response({"status": "draining", "reason": "the server is shutting down"}, 503)
+        if self.health.reason is not None:
+            return json_response({"status": "failed", "reason": "a model does not answer"}, 503)
+        return json_response({"status": "ready"})
+
+    def scrape(self) -> Response:
+        """Answer ``GET /metrics``."""
+        self.metrics.ready.set(self.health.reason is None and not self.admission.draining)
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def create_app(bon: BestOfN, settings: Settings | None = None, scorers: Mapping[str, Scorer] | None = None) -> FastAPI:
+    """Build the application; ``app.state.server`` is its ``Server``.
+
+    Args:
+        bon: models and defaults.
+        settings: limits and names.
+        scorers: scorers that requests may name, the default first; None offers what ``bon``'s model can do.
+    """
+    settings = settings or Settings()
+    server = Server(bon, settings, scorers)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await bon.aclose()
+
+    app = FastAPI(title="bon", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.server = server
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse, "description": what} for status, what in _ERRORS.items()
+    }
+    unready: dict[int | str, dict[str, Any]] = {503: {"model": StateBody, "description": "Not now"}}
+    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
+
+    @app.post("/v1/chat/completions", responses=errors | _ok(ChatResponse, streamed), openapi_extra=_takes(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Sample candidates, score them, return the best."""
+        return await server.complete(ChatRequest, request)
+
+    @app.post(
+        "/v1/completions", responses=errors | _ok(CompletionResponse, streamed), openapi_extra=_takes(CompletionRequest)
+    )
+    async def completions(request: Request) -> Response:
+        """Do the same for a bare prompt, taken as a user's message."""
+        return await server.complete(CompletionRequest, request)
+
+    @app.get("/v1/models", responses=_ok(ModelList) | {401: errors[401]})
+    async def models() -> Response:
+        """List the names that ``model`` may have."""
+        return server.models()
+
+    @app.get("/health", responses=_ok(StateBody))
+    async def health() -> Response:
+        """Say that the process answers."""
+        return json_response({"status": "ok"})
+
+    @app.get("/ready", responses=_ok(StateBody) | unready)
+    async def ready() -> Response:
+        """Say whether a request sent now would be answered."""
+        return server.ready()
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        """Expose the Prometheus metrics."""
+        return server.scrape()
+
+    if settings.shows_playground:
+
+        @app.get("/", include_in_schema=False)
+        async def playground() -> Response:
+            """Show the playground."""
+            return Response(PAGE, media_type="text/html; charset=utf-8", headers={"content-security-policy": POLICY})
+
+    app.add_exception_handler(ApiError, lambda request, error: _as_api(error).response())
+    app.add_exception_handler(HTTPException, lambda request, error: _as_api(error).response())
+    app.openapi = _openapi(app)  # type: ignore[method-assign]
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    paths = frozenset(getattr(route, "path", "") for route in app.routes)
+    app.add_middleware(Edge, settings=settings, metrics=server.metrics, paths=paths)
+    return app
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """Read a JSON body of bounded size in bounded time.
+
+    Raises:
+        ApiError: 415 for another content type (which keeps pages of other origins from sending forms here), 413, 408.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, "send the header 'Content-Type: application/json'.", "unsupported_media_type")
+    body, size = [], 0
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= settings.max_body_bytes:
+                    body.append(chunk)
+                elif size > _MOST_DISCARDED:
+                    break
+    except TimeoutError:
+        raise ApiError(408, f"the request did not arrive within {settings.body_timeout_s:g} s.", "timeout") from None
+    if size > settings.max_body_bytes:
+        said = f"the request has more than the {settings.max_body_bytes} bytes that this server takes."
+        raise ApiError(413, said, "request_too_large", headers={"connection": "close"})
+    return b"".join(body)
+
+
+_ERRORS = {
+    400: "A field is wrong",
+    401: "No valid API key",
+    403: "The host name is not answered to",
+    404: "No such model",
+    408: "The request did not arrive in time",
+    413: "The request is too large",
+    415: "Not JSON",
+    429: "The queue is full",
+    500: "A fault of the server",
+    503: "A model does not answer, or the server shuts down",
+    504: "The deadline passed before there was a candidate",
+}
+
+
+def _as_api(error: Exception) -> ApiError:
+    if isinstance(error, HTTPException):
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        return ApiError(
+            error.status_code, f"{error.detail}.", codes.get(error.status_code, "http"), headers=error.headers
+        )
+    return api_error(error)
+
+
+def _ok(model: type, more: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": model, **({"content": more} if more else {})}}
+
+
+def _takes(model: type) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """Describe the requests as well: the routes read their bodies themselves, so FastAPI does not know them."""
+
+    def describe() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, schemas = models_json_schema(
+                [(ChatRequest, "validation"), (CompletionRequest, "validation")],
+                ref_template="#/components/schemas/{model}",
+            )
+            app.openapi_schema.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        return app.openapi_schema
+
+    return describe

@@ -1,0 +1,94 @@
+"""Every error in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from bon.errors import (
+    BonError,
+    EngineError,
+    InputError,
+    MissingExtraError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    UnknownNameError,
+    UserCodeError,
+)
+
+# Not the client's fault, and no model answers until somebody has done something about it.
+BROKEN = (EngineError, UserCodeError, ModelNotFoundError, MissingExtraError)
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An error to be sent to a client.
+
+    Args:
+        status: HTTP status.
+        message: what happened, and what to do.
+        code: for programs.
+        param: the request field that is at fault, as a path.
+        headers: more response headers.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The HTTP response."""
+        return json_response(self.body, self.status, self.headers)
+
+
+class ClientGone(Exception):  # noqa: N818
+    """The client closed the connection; its work has been aborted."""
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON as bytes, encoded once."""
+    return Response(orjson.dumps(body), status, dict(headers or {}), media_type="application/json")
+
+
+def bad(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """Make a 400 that names a field."""
+    return ApiError(400, f"{param}: {message}" if not message.startswith(param) else message, code, param)
+
+
+def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> ApiError:
+    """Put what a run raised into words for the client.
+
+    Args:
+        error: what was raised.
+        passed: request fields that were handed on to the policy's engine: where that refuses one, it is named.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PromptTooLongError):
+        return ApiError(400, str(error), "context_length_exceeded", "messages")
+    if isinstance(error, BROKEN):
+        said = (
+            str(error) if isinstance(error, EngineError) else "a model of this server failed; its log has the details."
+        )
+        return ApiError(503, said, "engine_error", headers={"retry-after": "5"})
+    if isinstance(error, InputError):
+        name = str(error.name) if isinstance(error, UnknownNameError) else None
+        if passed:
+            name = name if name in passed else next(iter(passed))
+            return ApiError(400, f"{name}: the policy cannot honour this field: {error}", "unsupported_parameter", name)
+        return ApiError(400, str(error), "invalid_value", name)
+    if isinstance(error, BonError):
+        return ApiError(503 if error.retryable else 500, str(error), "failed")
+    return ApiError(500, "the server failed on this request; its log has the details.", "internal_error")

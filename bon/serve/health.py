@@ -1,0 +1,74 @@
+"""Whether the models answer.
+
+One engine error turns the server red. It turns green again with the next request that works, or with a probe: while
+it is red, asking ``/ready`` samples one token now and then. A model behind HTTP therefore heals by itself. One inside
+this process, once dead, does not: restart the process when ``/ready`` stays red (``/health`` only says that the process
+answers).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+
+from bon.best_of_n import BestOfN
+from bon.serve.admission import Admission
+from bon.serve.failures import BROKEN, ApiError
+from bon.types import Result
+
+log = logging.getLogger("bon.serve")
+PROBE_EVERY_S = 5.0
+PROBE_TAKES_S = 30.0
+
+
+class Health:
+    """Watches outcomes, and probes while red.
+
+    Args:
+        bon: what to probe.
+        admission: probes take their turn like any request.
+    """
+
+    def __init__(self, bon: BestOfN, admission: Admission) -> None:
+        self._probe = bon.replace(n=1, sampling=bon.sampling.replace(max_tokens=1), stop_at=None)
+        self._admission = admission
+        self._running: asyncio.Task[None] | None = None
+        self._probed = -PROBE_EVERY_S
+        self.reason: str | None = None
+
+    def saw(self, outcome: Result | BaseException) -> None:
+        """Take note of how a run ended."""
+        if isinstance(outcome, BROKEN):
+            if self.reason is None:
+                log.error("engine failed", extra={"fields": {"event": "unready", "reason": str(outcome)}})
+            self.reason = str(outcome)
+        elif isinstance(outcome, Result) and set(outcome.counts) != {"late"}:
+            if self.reason is not None:
+                log.info("engine works again", extra={"fields": {"event": "ready"}})
+            self.reason = None
+
+    def probe(self) -> None:
+        """Try the models in the background if they are red and were not tried just now."""
+        if self.reason is None or self._running is not None or monotonic() - self._probed < PROBE_EVERY_S:
+            return
+        self._probed = monotonic()
+        self._running = asyncio.create_task(self._try())
+
+    async def _try(self) -> None:
+        try:
+            ticket = self._admission.ticket()
+        except ApiError:
+            self._running = None
+            return
+        try:
+            async with asyncio.timeout(PROBE_TAKES_S):
+                await ticket.turn()
+                self.saw(await self._probe.run("Say yes."))
+        except TimeoutError:
+            pass
+        except Exception as error:
+            self.saw(error)
+        finally:
+            ticket.leave()
+            self._running = None

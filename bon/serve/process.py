@@ -1,0 +1,72 @@
+"""The process: uvicorn, and a drain on SIGTERM.
+
+The first SIGTERM or Ctrl-C lets running and waiting requests finish; new ones get 503 and ``/ready`` turns red, so that
+a load balancer goes elsewhere. A second one, or ``drain_s``, ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from bon.best_of_n import BestOfN
+from bon.serve.app import Server, create_app
+from bon.serve.logs import log_json
+from bon.serve.settings import Settings
+
+log = logging.getLogger("bon.serve")
+_CLOSE_S = 2  # for responses that are being written when the drain ends
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, except that it goes on listening while it drains."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+        self._give_up_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or end at once the second time."""
+        if self._server.admission.draining:
+            super().handle_exit(sig, frame)
+            return
+        self._server.admission.draining = True
+        self._give_up_at = monotonic() + self._server.settings.drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """End when nothing is left to do."""
+        admission = self._server.admission
+        if self._give_up_at is not None and not self.should_exit:
+            left = admission.running + admission.waiting
+            if not left or monotonic() > self._give_up_at:
+                log.info("drained", extra={"fields": {"event": "drained", "aborted": left}})
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def build(app: FastAPI) -> DrainingServer:
+    """A uvicorn server for an application."""
+    server: Server = app.state.server
+    settings = server.settings
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSE_S,
+        timeout_keep_alive=75,
+    )
+    return DrainingServer(config, server)
+
+
+def serve(bon: BestOfN, settings: Settings) -> None:
+    """Serve until told to stop; blocks."""
+    log_json()
+    build(create_app(bon, settings)).run()

@@ -1,0 +1,85 @@
+"""What can be set about a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from bon.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the server behaves; the models and defaults of best-of-N are those of its ``BestOfN``.
+
+    Args:
+        host, port: where it listens.
+        model_names: names that clients may ask for, the policy's name if there are none.
+        api_keys: if there are any, requests to /v1 need one of them as a bearer token.
+        max_n: candidates that a request may ask for.
+        max_running: requests that run at the same time; None means 1 for engines that want one batch at a time and
+            64 for those whose requests join a running batch.
+        max_waiting: requests that may wait for their turn; the next one gets 429.
+        deadline_s: seconds a request may take, waiting included; requests may ask for less. None sets no limit.
+        max_body_bytes: size of a request.
+        body_timeout_s: seconds a client may take to send it.
+        heartbeat_s: a stream on which nothing happened for so long gets a comment.
+        status_s: a stream tells of its progress so often at most.
+        drain_s: seconds that running requests get to finish after SIGTERM.
+        cors_origins: origins whose pages may call the API; none by default.
+        allowed_hosts: values of the Host header to answer; None means loopback names when listening on loopback (so
+            that a foreign page cannot reach the server through DNS rebinding), else any.
+        playground: whether to serve the page at /; None means on loopback only.
+        log_prompts: whether prompts and winning texts are written to the log.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_names: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+    max_n: int = 64
+    max_running: int | None = None
+    max_waiting: int = 256
+    deadline_s: float | None = 600.0
+    max_body_bytes: int = 4 * 1024 * 1024
+    body_timeout_s: float = 30.0
+    heartbeat_s: float = 10.0
+    status_s: float = 0.25
+    drain_s: float = 30.0
+    cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] | None = None
+    playground: bool | None = None
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_n", 1), ("max_waiting", 0), ("max_body_bytes", 1), ("port", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.max_running is not None and self.max_running < 1:
+            raise InputError(f"max_running must be at least 1, got {self.max_running}.")
+        for name in ("deadline_s", "body_timeout_s", "heartbeat_s", "drain_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"{name} must be above 0, got {value}.")
+        if any(not key.strip() or not key.isascii() for key in self.api_keys):
+            raise InputError("an API key must be non-empty ASCII text.")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """Host names to answer to, without port; None for any."""
+        if self.allowed_hosts is not None:
+            return frozenset(host.lower() for host in self.allowed_hosts)
+        return frozenset({"localhost", "127.0.0.1", "[::1]", self.host.lower()}) if self.loopback else None
+
+    @property
+    def shows_playground(self) -> bool:
+        """Whether / is the playground."""
+        return self.loopback if self.playground is None else self.playground
