@@ -1,0 +1,767 @@
+"""The HTTP engine against a real server on loopback that misbehaves on demand."""
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("openai")
+
+from fake_openai import FakeServer, Reply, error
+
+from bon import BackwardLikelihood, BestOfN, Flip, Sampling, background
+from bon.engines import wire
+from bon.engines.base import ENGINES, Prompt, load_engine
+from bon.engines.endpoints import Endpoint, base_url, pause, retry_after
+from bon.engines.openai import OpenAIEngine
+from bon.engines.scripted import ScriptedEngine
+from bon.errors import (
+    EngineError,
+    InputError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    RefusedError,
+    UnavailableError,
+    UnknownNameError,
+)
+from bon.types import Message
+
+PROMPT = Prompt.of([Message("user", "Name a colour.")])
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("bon.engines.endpoints.FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as server:
+        yield server
+
+
+def generate(engine, prompts=(PROMPT,), n=1, keep=None, **sampling):
+    """All completions, in order, with the engine closed after."""
+
+    async def collect():
+        try:
+            done = [c async for c in engine.generate(list(prompts), Sampling(**sampling), n, keep=keep)]
+        finally:
+            await engine.aclose()
+        return sorted(done, key=lambda c: (c.prompt_index, c.sample_index))
+
+    return asyncio.run(collect())
+
+
+@pytest.fixture
+def http():
+    """Makes engines for the background loop, and closes them."""
+    made = []
+
+    def make(*urls, **options):
+        made.append(OpenAIEngine(urls, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        background.run(engine.aclose())
+
+
+def waits(check, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not check() and time.monotonic() < end:
+        time.sleep(0.01)
+    return check()
+
+
+# --- what it asks for and what comes back ---
+
+
+def test_a_url_is_enough_and_the_server_says_which_model_it_has(server):
+    engine = load_engine(server.url)
+    [done] = generate(engine)
+    assert (done.text, done.finish_reason) == ("answer 0", "stop")
+    assert done.logprobs == (-0.5,) * 3
+    assert done.cumulative_logprob == -1.5
+    assert (done.prompt_tokens, done.completion_tokens, done.cached_tokens) == (7, 3, 4)
+    assert server.posts[0].body["model"] == engine.name == "fake-model"
+    assert server.posts[0].body["messages"] == [{"role": "user", "content": "Name a colour."}]
+
+
+def test_the_registry_names_this_engine():
+    assert ENGINES["openai"].target == "bon.engines.openai:OpenAIEngine"
+
+
+def test_only_options_that_are_set_are_sent_under_the_servers_names(server):
+    generate(OpenAIEngine(server.url), max_tokens=9)
+    generate(
+        OpenAIEngine(server.url, extra_body={"repetition_penalty": 1.1, "wait": True}),
+        n=2,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        stop=("\n",),
+        seed=40,
+        extra={"repetition_penalty": 1.2, "presence_penalty": 0.5},
+    )
+    plain, first, second = sorted((p.body for p in server.posts), key=lambda b: b.get("seed", 0))
+    assert plain.keys() == {"model", "messages", "temperature", "max_tokens", "logprobs"}
+    assert first == second | {"seed": 40}
+    assert second["seed"] == 41, "each sample has a seed of its own"
+    options = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "stop": ["\n"], "max_tokens": 1024}
+    assert options.items() <= first.items()
+    assert (first["repetition_penalty"], first["presence_penalty"], first["wait"]) == (1.2, 0.5, True)
+
+
+@pytest.mark.parametrize("name", ["tempreature", "repetition_penalty"])
+def test_an_option_that_nobody_listed_is_refused(name):
+    with pytest.raises(UnknownNameError, match=name):
+        OpenAIEngine("http://127.0.0.1:1").generate([PROMPT], Sampling(extra={name: 1}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_url": "localhost:8000"}, "http://127.0.0.1:8000/v1"),
+        ({"base_url": []}, "at least one base URL"),
+        ({"n_per_request": 0}, "n_per_request"),
+        ({"max_concurrency": 1.5}, "max_concurrency"),
+        ({"retries": -1}, "retries"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"extra_body": {"stream": True}}, "stream"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        OpenAIEngine(**{"base_url": "http://x", **arguments})
+
+
+def test_an_address_without_a_path_gets_v1_and_may_name_the_model(server):
+    assert base_url("http://host:1/") == "http://host:1/v1"
+    assert base_url("https://host/api/v3/") == "https://host/api/v3"
+    server.models *= 2
+    [done] = generate(OpenAIEngine(server.url.removesuffix("/v1") + "#other"))
+    assert done.text
+    assert server.posts[0].body["model"] == "other"
+
+
+def test_each_sample_is_a_request_of_its_own_and_is_there_as_soon_as_it_is_done(server):
+    server.refuse = lambda seen: "hang" if seen.body["seed"] == 1 else None
+    server.hold = 2
+
+    async def first_of_two():
+        engine = OpenAIEngine(server.url)
+        stream = engine.generate([PROMPT], Sampling(seed=0), 2)
+        first = await anext(stream)
+        await stream.aclose()
+        await engine.aclose()
+        return first
+
+    assert asyncio.run(first_of_two()).sample_index == 0
+    hanging = next(p for p in server.posts if p.body["seed"] == 1)
+    assert hanging.aborted.wait(10), "closing the iterator aborts what is under way"
+
+
+def test_n_per_request_asks_for_that_many_at_once(server):
+    done = generate(OpenAIEngine(server.url, n_per_request=4), n=6, seed=10)
+    assert [c.sample_index for c in done] == [*range(6)]
+    assert {c.text for c in done} == {f"answer {i}" for i in range(6)}
+    assert sorted((p.body["n"], p.body["seed"]) for p in server.posts) == [(2, 14), (4, 10)]
+    assert [c.completion_tokens for c in done] == [3] * 6
+
+
+def test_a_server_that_ignores_n_is_topped_up_and_not_asked_for_n_again(server):
+    server.honours_n = False
+    engine = OpenAIEngine(server.url, n_per_request=3)
+
+    async def twice():
+        for _ in range(2):
+            done = [c async for c in engine.generate([PROMPT], Sampling(), 3)]
+            assert sorted(c.sample_index for c in done) == [0, 1, 2]
+        await engine.aclose()
+
+    asyncio.run(twice())
+    assert [p.body.get("n") for p in server.posts] == [3] + [None] * 5
+    assert server.draws == 6, "nothing is sampled in vain"
+
+
+@pytest.mark.parametrize(
+    "message", ["Only one completion choice is allowed", "Unsupported value: 'n' must be 1", "what is this?"]
+)
+def test_a_server_that_refuses_n_is_asked_one_by_one(server, message):
+    server.refuse = lambda seen: error(400, message) if "n" in seen.body else None
+    done = generate(OpenAIEngine(server.url, n_per_request=3), n=3)
+    assert [c.finish_reason for c in done] == ["stop"] * 3
+    assert [p.body.get("n") for p in server.posts].count(3) == 1
+
+
+def test_choices_beyond_those_asked_for_are_dropped(server):
+    server.faults += [{"choices": [{"message": {"content": t}} for t in "abc"]}]
+    done = generate(OpenAIEngine(server.url, n_per_request=2), n=2)
+    assert [c.text for c in done] == ["a", "b"]
+
+
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "logprobs"])
+def test_a_field_that_bon_can_do_without_is_dropped_where_it_is_refused(server, field):
+    message = f"Unrecognized request argument supplied: {field}"
+    server.refuse = lambda seen: error(400, message) if field in seen.body else None
+    engine = OpenAIEngine(server.url)
+    prompt = Prompt(PROMPT.turns, {"enable_thinking": False})
+
+    async def twice():
+        for _ in range(2):
+            [done] = [c async for c in engine.generate([prompt], Sampling())]
+            assert done.text
+        await engine.aclose()
+
+    asyncio.run(twice())
+    assert [field in p.body for p in server.posts] == [True, False, False], "found out once and remembered"
+    kept = {"chat_template_kwargs", "logprobs"} - {field}
+    assert all(kept < p.body.keys() for p in server.posts), "the others are still sent"
+
+
+def test_template_variables_of_the_prompt_reach_the_server(server):
+    prompt = Prompt(PROMPT.turns, {"enable_thinking": False})
+    engine = OpenAIEngine(server.url, extra_body={"chat_template_kwargs": {"tone": "dry", "enable_thinking": True}})
+    generate(engine, [prompt])
+    assert server.posts[0].body["chat_template_kwargs"] == {"tone": "dry", "enable_thinking": False}
+
+
+def test_an_option_of_the_user_is_never_dropped_silently(server):
+    server.refuse = lambda seen: error(400, "top_k is not supported") if "top_k" in seen.body else None
+    with pytest.raises(RefusedError, match="top_k is not supported"):
+        generate(OpenAIEngine(server.url), top_k=3)
+
+
+def test_max_tokens_goes_by_its_newer_name_where_the_old_one_is_refused(server):
+    message = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+    server.refuse = lambda seen: error(400, message) if "max_tokens" in seen.body else None
+    generate(OpenAIEngine(server.url), max_tokens=5)
+    assert server.posts[1].body["max_completion_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [("stop", "stop"), ("length", "length"), ("eos_token", "stop"), ("tool_calls", "stop"), (None, "stop")],
+)
+def test_finish_reasons_mean_what_the_contract_says(server, reason, expected):
+    server.faults += [{"choices": [{"message": {"content": "x"}, "finish_reason": reason}]}]
+    assert generate(OpenAIEngine(server.url))[0].finish_reason == expected
+
+
+def test_what_a_content_filter_withheld_is_an_error_and_no_text(server):
+    server.faults += [{"choices": [{"message": {"content": "half"}, "finish_reason": "content_filter"}]}]
+    done = sorted(generate(OpenAIEngine(server.url), n=2), key=lambda c: c.finish_reason)
+    assert [(c.text, c.finish_reason) for c in done] in ([("", "error"), ("answer 0", "stop")],)
+    assert "content filter" in str(done[0].error)
+
+
+def test_tool_calls_become_canonical_text_and_keep_their_form(server):
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"b": 2,  "a": 1}'}}]
+    server.faults += [{"choices": [{"message": {"content": None, "tool_calls": calls}, "finish_reason": "tool_calls"}]}]
+    [done] = generate(OpenAIEngine(server.url), extra={"tools": [{"type": "function"}]})
+    assert done.text == '[{"arguments":{"a":1,"b":2},"name":"f"}]'
+    assert done.tool_calls == tuple(calls)
+
+
+# --- keep: streams, and only there ---
+
+
+def test_nothing_is_streamed_without_keep(server):
+    generate(OpenAIEngine(server.url))
+    assert "stream" not in server.posts[0].body
+
+
+def test_keep_sees_the_text_grow_and_the_whole_is_what_a_plain_request_gives(server):
+    server.text = lambda seen, draw: "one two three"
+    seen = []
+    [done] = generate(OpenAIEngine(server.url), keep=lambda p: seen.append(p.text) or True)
+    assert seen == ["one", "one two", "one two three"]
+    assert (done.text, done.finish_reason, done.cumulative_logprob) == ("one two three", "stop", -1.5)
+    assert (done.prompt_tokens, done.completion_tokens) == (7, 4)
+
+
+def test_a_completion_that_keep_gives_up_is_aborted_at_the_server(server):
+    server.text = lambda seen, draw: "word " * 1000
+    server.pace = 0.01
+    [done] = generate(OpenAIEngine(server.url), keep=lambda p: p.completion_tokens < 3)
+    assert done.finish_reason == "pruned"
+    assert done.text == "word word word"
+    assert server.posts[0].aborted.wait(10)
+
+
+def test_stream_options_that_are_refused_are_left_out(server):
+    server.refuse = lambda seen: (
+        error(400, "Unknown parameter: 'stream_options.continuous_usage_stats'.")
+        if "continuous_usage_stats" in seen.body.get("stream_options", {})
+        else None
+    )
+    [done] = generate(OpenAIEngine(server.url), keep=lambda p: True)
+    assert done.prompt_tokens == 7
+    assert server.posts[1].body["stream_options"] == {"include_usage": True}
+
+
+def test_a_stream_that_breaks_off_is_made_again_as_a_plain_request(server):
+    # A bound may hold on to what it saw, so a text that starts anew is not shown to keep.
+    server.text = lambda seen, draw: "one <cut> two" if draw == 0 else "other"
+    shown = []
+    [done] = generate(OpenAIEngine(server.url), keep=lambda p: shown.append(p.text) or True)
+    assert (done.text, shown) == ("other", ["one"])
+    assert "stream" not in server.posts[1].body
+
+
+# --- misbehaviour ---
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "reset",
+        "reset mid-body",
+        error(429, "slow down", {"Retry-After": "0"}),
+        error(500, "oops"),
+        error(503, "loading"),
+        b"<html>",
+        b"",
+        {"choices": []},
+        {"choices": [{"message": None}]},
+        {"choices": "?"},
+        {"error": {"message": "upstream"}},
+        {"choices": [{"message": {"content": "x"}, "finish_reason": "abort"}]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("keep", [None, lambda partial: True], ids=["plain", "streamed"])
+def test_passing_trouble_is_retried_and_leaves_no_trace(server, fault, keep):
+    server.faults += [fault, fault]
+    [done] = generate(OpenAIEngine(server.url), keep=keep)
+    assert (done.text, done.finish_reason) == ("answer 0", "stop")
+    assert len(server.posts) == 3
+
+
+@pytest.mark.parametrize("fault", ["reset", error(500, "oops"), b"<html>", {"choices": []}], ids=str)
+def test_trouble_that_stays_makes_an_error_completion_that_says_where_and_what(server, fault):
+    server.refuse = lambda seen: fault
+    [done] = generate(OpenAIEngine(server.url, retries=1))
+    assert (done.finish_reason, done.text) == ("error", "")
+    assert isinstance(done.error, UnavailableError)
+    assert done.error.retryable
+    assert server.url in str(done.error)
+    assert "(2 tries)" in str(done.error)
+    assert len(server.posts) == 2
+
+
+def test_a_server_that_is_not_there_is_named(server):
+    server.die()
+    [done] = generate(OpenAIEngine(server.url, model="m", retries=0))
+    assert f"cannot reach {server.url}" in str(done.error)
+    assert "Is a server running there?" in str(done.error)
+
+
+def test_a_server_that_hangs_is_given_up_and_told_so(server):
+    server.faults += ["hang"]
+    [done] = generate(OpenAIEngine(server.url, timeout_s=0.2))
+    assert done.text == "answer 0", "the retry got through"
+    assert server.posts[0].aborted.wait(10)
+
+
+def test_a_deadline_keeps_what_is_there(server):
+    server.refuse = lambda seen: "hang" if seen.body["seed"] == 2 else None
+    done = generate(OpenAIEngine(server.url, deadline_s=1.0), n=3, seed=0)
+    assert [c.finish_reason for c in done] == ["stop", "stop", "error"]
+    assert "deadline" in str(done[2].error)
+
+
+def test_a_wait_that_is_too_long_is_not_waited_for(server):
+    server.refuse = lambda seen: error(429, "quota", {"Retry-After": "86400"})
+    [done] = generate(OpenAIEngine(server.url))
+    assert "asks to wait 86400 s" in str(done.error)
+    assert len(server.posts) == 1
+
+
+def test_pauses_grow_are_random_and_never_undercut_retry_after():
+    assert [pause(k, jitter=lambda: 1.0) for k in (1, 2, 3)] == [0.01, 0.02, 0.04]
+    assert pause(1, jitter=lambda: 0.0) == 0.005
+    assert pause(1, retry_after=3.0) == 3.0
+    assert pause(1000) <= 8.0
+    assert retry_after({"retry-after": "2.5"}) == 2.5
+    assert retry_after({"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}) is None
+    assert retry_after({"retry-after": "nan"}) is None
+    assert retry_after({}) is None
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_ends_the_call_at_once_and_never_shows_the_key(server, status, monkeypatch):
+    monkeypatch.setenv("BON_UPSTREAM_API_KEY", "sk-secret")
+    server.refuse = lambda seen: error(status, "Incorrect API key: sk-secret")
+    with pytest.raises(RefusedError) as caught:
+        generate(OpenAIEngine(server.url, model="m"), n=1)
+    assert server.url in str(caught.value)
+    assert "API key" in str(caught.value)
+    assert "sk-secret" not in f"{caught.value} {OpenAIEngine(server.url)!r}"
+    assert not caught.value.retryable
+    assert server.posts[0].headers["authorization"] == "Bearer sk-secret"
+    assert len(server.posts) == 1
+
+
+def test_openais_key_is_not_sent_in_the_clear(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.delenv("BON_UPSTREAM_API_KEY", raising=False)
+    assert OpenAIEngine("http://far.example/v1").endpoints._api_key is None
+    assert OpenAIEngine("https://far.example/v1").endpoints._api_key == "sk-secret"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    generate(OpenAIEngine(server.url))
+    assert "authorization" not in server.posts[0].headers
+
+
+def test_a_model_that_is_not_there_is_named(server):
+    server.refuse = lambda seen: error(404, "The model `m` does not exist.", code="model_not_found")
+    with pytest.raises(ModelNotFoundError, match=r"no such model: The model `m`.*/v1/models"):
+        generate(OpenAIEngine(server.url, model="m"))
+
+
+def test_several_models_are_listed_when_none_was_named(server):
+    server.models = [{"id": "a"}, {"id": "b"}]
+    with pytest.raises(ModelNotFoundError, match=r"several models \(a, b\).*#name"):
+        generate(OpenAIEngine(server.url))
+
+
+def test_a_wrong_path_is_told_from_a_wrong_model(server):
+    server.refuse = lambda seen: Reply(404, {"detail": "Not Found"})
+    with pytest.raises(RefusedError, match="/v1"):
+        generate(OpenAIEngine(server.url, model="m"))
+
+
+def test_text_that_is_no_unicode_is_the_callers_mistake(server):
+    with pytest.raises(InputError, match="surrogate"):
+        generate(OpenAIEngine(server.url), [Prompt.of([Message("user", "\ud800")])])
+
+
+# --- the length of the context ---
+
+OVERFLOWS = [
+    "This model's maximum context length is 100 tokens. However, you requested 170 tokens ({} in the messages, 90 in "
+    "the completion). Please reduce the length of the messages or completion.",
+    "'max_tokens' or 'max_completion_tokens' is too large: 90. This model's maximum context length is 100 tokens and "
+    "your request has {} input tokens (90 > 100 - {}).",
+    "You passed {} input tokens and requested 90 output tokens. However, the model's context length is only 100 "
+    "tokens, resulting in a maximum input length of 10 tokens.",
+    "Requested token count exceeds the model's maximum context length of 100 tokens. You requested a total of 170 "
+    "tokens: {} tokens from the input messages and 90 tokens for the completion.",
+    "request ({} tokens) exceeds the available context size (100 tokens), try increasing it",
+]
+
+
+@pytest.mark.parametrize("message", OVERFLOWS)
+def test_a_prompt_that_does_not_fit_says_by_how_much(server, message):
+    server.refuse = lambda seen: error(400, message.replace("{}", "120"))
+    with pytest.raises(PromptTooLongError) as caught:
+        generate(OpenAIEngine(server.url), n=2, max_tokens=90)
+    assert (caught.value.tokens, caught.value.limit, caught.value.indices) == (120, 99, (0,))
+
+
+@pytest.mark.parametrize("message", OVERFLOWS)
+def test_max_tokens_are_bounded_by_the_room_in_the_context(server, message):
+    server.refuse = lambda seen: error(400, message.replace("{}", "30")) if seen.body["max_tokens"] > 70 else None
+    engine = OpenAIEngine(server.url)
+    [done] = generate(engine, max_tokens=90)
+    assert done.text
+    assert server.posts[-1].body["max_tokens"] == 70
+    assert engine.max_model_len == 100
+
+
+def test_more_tokens_than_the_context_has_are_not_asked_for(server):
+    server.models[0]["max_model_len"] = 512
+    generate(OpenAIEngine(server.url), max_tokens=1024)
+    assert "max_tokens" not in server.posts[0].body
+
+
+# --- many at a time, several replicas, several loops ---
+
+
+def test_64_samples_are_under_way_at_the_same_time(server):
+    server.hold = 64
+    done = generate(OpenAIEngine(server.url), n=64)
+    assert sorted(c.text for c in done) == sorted(f"answer {i}" for i in range(64))
+    assert server.peak == 64
+
+
+def test_no_more_requests_are_under_way_than_allowed(server):
+    server.hold = 3
+    done = generate(OpenAIEngine(server.url, max_concurrency=3), n=20)
+    assert len(done) == 20
+    assert server.peak == 3
+
+
+def test_replicas_share_the_work(server):
+    with FakeServer() as other:
+        server.hold = other.hold = 4
+        done = generate(OpenAIEngine([server.url, other.url]), n=8)
+        assert len(done) == 8
+        assert (len(server.posts), len(other.posts)) == (4, 4)
+
+
+def test_a_replica_that_dies_is_set_aside_and_used_again_when_it_is_back(server):
+    with FakeServer() as other:
+        engine = OpenAIEngine(f"{server.url},{other.url}", cooldown_s=0.05)
+
+        async def story():
+            async def calls(n):
+                done = [c async for c in engine.generate([PROMPT], Sampling(), n)]
+                assert [c.finish_reason for c in done] == ["stop"] * n
+
+            await calls(4)
+            assert server.posts
+            await asyncio.to_thread(server.die)
+            await calls(8)
+            assert engine.endpoints.all[0].failures
+            before = len(server.posts)
+            await asyncio.to_thread(server.listen)
+            while len(server.posts) == before:
+                await calls(2)
+            assert not engine.endpoints.all[0].failures
+            await engine.aclose()
+
+        asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_a_failing_endpoint_is_set_aside_for_longer_each_time():
+    endpoint = Endpoint("http://x/v1")
+    endpoint.failed(5.0)
+    first = endpoint.aside_until
+    for _ in range(50):
+        endpoint.failed(5.0)
+    assert endpoint.failures == 1, "requests that fail together are one failure"
+    assert first <= endpoint.aside_until < first + 5
+    endpoint.failed(5.0, retry_after=30)
+    assert endpoint.aside_until > first + 20
+    endpoint.answered()
+    assert (endpoint.failures, endpoint.aside_until) == (0, 0.0)
+
+
+def test_one_engine_serves_several_event_loops(server):
+    engine = OpenAIEngine(server.url)
+
+    async def one():
+        [done] = [c async for c in engine.generate([PROMPT], Sampling())]
+        return done.text
+
+    texts = [asyncio.run(one()) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: texts.append(asyncio.run(one()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(texts) == [f"answer {i}" for i in range(7)]
+    assert not engine.endpoints._loops, "a loop that ends takes its connections with it"
+
+
+def test_a_closed_engine_says_so(server):
+    engine = OpenAIEngine(server.url)
+    generate(engine)
+    with pytest.raises(EngineError, match="has been closed"):
+        generate(engine)
+
+
+def test_a_cancelled_call_aborts_its_requests(server):
+    server.refuse = lambda seen: "hang"
+
+    async def cancelled():
+        engine = OpenAIEngine(server.url)
+        task = asyncio.create_task(anext(engine.generate([PROMPT], Sampling(), 5)))
+        await asyncio.to_thread(waits, lambda: len(server.posts) == 5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await engine.aclose()
+
+    asyncio.run(cancelled())
+    assert all(post.aborted.wait(10) for post in server.posts)
+
+
+# --- the pipeline ---
+
+
+def test_best_of_n_over_http_end_to_end(server):
+    server.text = lambda seen, draw: "A red fox." if "Response" not in json.dumps(seen.body) else "Write about a fox"
+    with BestOfN(server.url, n=4, prune=False) as bon:
+        result = bon("Write about a fox")
+    assert (result.text, result.reward) == ("A red fox.", 1.0)
+    assert result.usage.policy_prompt_tokens == 7
+    assert result.usage.policy_completion_tokens == 16
+    assert result.errors == ()
+
+
+def test_one_failed_sample_degrades_n_and_says_so(server, http):
+    server.refuse = lambda seen: error(500, "oops") if seen.body["seed"] == 2 else None
+    policy = http(server.url, retries=0)
+    bon = BestOfN(policy, ScriptedEngine(["Write"]), n=4, sampling={"seed": 0})
+    result = bon("Write")
+    assert result.text.startswith("answer")
+    assert [c.finish_reason for c in result.candidates] == ["stop", "stop", "error", "stop"]
+    assert result.scores[2].status == "failed"
+    assert result.scores[2].reward is None
+    assert result.counts["failed"] == 1
+    [reason] = result.errors
+    assert "oops" in reason
+    assert reason in result.scores[2].reason
+    assert result.to_dict()["candidates"][2]["error"] == reason
+
+
+def test_when_every_sample_fails_the_call_fails_with_the_cause(server, http):
+    server.refuse = lambda seen: error(500, "oops")
+    bon = BestOfN(http(server.url, retries=0), ScriptedEngine(["x"]), n=3)
+    with pytest.raises(UnavailableError, match="oops"):
+        bon("Write")
+
+
+def test_a_judge_that_fails_once_does_not_void_the_run(server, http):
+    server.text = lambda seen, draw: "Write"
+    server.refuse = lambda seen: error(500, "oops") if "bad" in json.dumps(seen.body) else None
+    policy = ScriptedEngine(["good", "bad", "fine"])
+    result = BestOfN(policy, Flip(http(server.url, retries=0)), n=3, prune=False)("Write")
+    assert [s.status for s in result.scores] == ["ok", "failed", "ok"]
+    assert "oops" in result.scores[1].reason
+
+
+class Judge:
+    """A scorer that cannot be reached for some of the candidates."""
+
+    name, overlaps = "judge", True
+
+    def __init__(self, unreachable):
+        self.unreachable = unreachable
+
+    async def score(self, items):
+        for i, item in enumerate(items):
+            if item.candidate.text in self.unreachable:
+                raise UnavailableError("http://judge is away.")
+            from bon.scorers.base import Scored
+            from bon.types import Score
+
+            yield Scored(i, Score(item.candidate.index, 0.5))
+
+    async def aclose(self):
+        pass
+
+
+def test_a_scorer_that_cannot_be_reached_for_one_candidate_fails_that_one_only():
+    result = BestOfN(ScriptedEngine(["a", "b"]), Judge({"b"}), n=2)("Write")
+    assert [s.status for s in result.scores] == ["ok", "failed"]
+    assert "away" in result.scores[1].reason
+
+
+def test_a_scorer_that_can_never_be_reached_is_an_error():
+    with pytest.raises(UnavailableError, match="away"):
+        BestOfN(ScriptedEngine(["a", "b"]), Judge({"a", "b"}), n=2)("Write")
+
+
+def test_stopping_at_a_reward_aborts_what_is_under_way_at_the_server(server, http):
+    server.pace = 0.01
+    server.text = lambda seen, draw: "good" if seen.body["seed"] == 0 else "word " * 1000
+    flip = ScriptedEngine(lambda text, draw: "Write" if "good" in text else "zzz")
+    result = BestOfN(http(server.url), flip, n=2, stop_at=1.0, sampling={"seed": 0})("Write")
+    assert result.candidates[1].finish_reason == "pruned"
+    assert next(p for p in server.posts if p.body["seed"] == 1).aborted.wait(10)
+
+
+# --- token ids and likelihoods ---
+
+
+def test_without_a_tokenizer_rating_says_what_to_do(server, http):
+    bon = BestOfN(ScriptedEngine(["a", "b"]), BackwardLikelihood(http(server.url)), n=2)
+    with pytest.raises(InputError, match="tokenizer="):
+        bon("Write")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from tiny import tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+def rate(engine, continuation="red"):
+    async def once():
+        try:
+            return await engine.loglikelihood([PROMPT], [continuation])
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(once())
+
+
+def echo(seen):
+    """Answer a rating as OpenAI's completions with echo, or as vLLM's prompt_logprobs."""
+    length = len(seen.body["prompt"])
+    values = [None, *(-float(i) for i in range(1, length)), *[-9.0] * seen.body["max_tokens"]]
+    choice = {"text": "", "finish_reason": "length"}
+    if "prompt_logprobs" in seen.body:
+        rows = [None if v is None else {"5": {"logprob": v}} for v in values[:length]]
+        return {"choices": [{**choice, "prompt_logprobs": rows}]}
+    return {"choices": [{**choice, "logprobs": {"token_logprobs": values}}]}
+
+
+@pytest.mark.parametrize("refused", [(), ("max_tokens 0",), ("max_tokens 0", "echo")])
+def test_rating_takes_the_way_that_the_server_offers(server, tokenizer, refused):
+    def answer(seen):
+        if "max_tokens 0" in refused and seen.body["max_tokens"] == 0:
+            return error(400, "max_tokens must be at least 1")
+        if "echo" in refused and "echo" in seen.body:
+            return error(400, "echo is not supported")
+        return echo(seen)
+
+    server.refuse = answer
+    engine = OpenAIEngine(server.url, tokenizer=tokenizer)
+    start, tail = len(engine.renderer.render(PROMPT)), len(engine.renderer.encode("red")) + 1
+    [rated] = rate(engine)
+    assert (rated.tokens, rated.prompt_tokens) == (tail, start)
+    assert rated.total == -sum(range(start, start + tail))
+
+
+def test_a_server_that_gives_no_prompt_logprobs_is_named_with_what_to_use_instead(server, tokenizer):
+    with pytest.raises(InputError, match=r"gives no log-probabilities of a prompt.*Flip"):
+        rate(OpenAIEngine(server.url, tokenizer=tokenizer))
+
+
+def test_with_a_tokenizer_prompts_are_sent_as_token_ids(server, tokenizer):
+    engine = OpenAIEngine(server.url, tokenizer=tokenizer)
+    ids = engine.renderer.encode("green")
+    server.faults += [{"choices": [{"text": "green", "finish_reason": "stop", "token_ids": [*ids]}]}]
+    [done] = generate(engine)
+    assert server.posts[0].path == "/v1/completions"
+    assert server.posts[0].body["prompt"] == [*engine.renderer.render(PROMPT)]
+    assert done.tokens.ids == ids
+    assert done.tokens.vocabulary == engine.renderer.fingerprint
+
+
+def test_a_server_that_takes_no_token_ids_gets_messages(server, tokenizer):
+    server.refuse = lambda seen: error(400, "prompt must be text") if "prompt" in seen.body else None
+    done = generate(OpenAIEngine(server.url, tokenizer=tokenizer), n=2)
+    assert [c.finish_reason for c in done] == ["stop", "stop"]
+    assert server.posts[-1].path == "/v1/chat/completions"
+
+
+def test_with_a_tokenizer_a_prompt_that_is_too_long_is_never_sent(server, tokenizer):
+    server.models[0]["max_model_len"] = 8
+    with pytest.raises(PromptTooLongError) as caught:
+        generate(OpenAIEngine(server.url, tokenizer=tokenizer), [PROMPT, PROMPT])
+    assert caught.value.indices == (0, 1)
+    assert not server.posts
+
+
+def test_a_tokenizer_that_is_not_there_is_named(server):
+    with pytest.raises(ModelNotFoundError, match="no/such"):
+        generate(OpenAIEngine(server.url, tokenizer="no/such/tokenizer"))
+
+
+def test_log_probabilities_are_given_whole_or_not_at_all():
+    assert wire.read_logprobs({"token_logprobs": [-1.0, None]}) is None
+    assert wire.read_logprobs({"content": []}) is None
+    assert wire.read_logprobs(None) is None
+    assert wire.prompt_logprobs({"choices": [{"logprobs": {"token_logprobs": [None, -1.0]}}]}, 3) is None
