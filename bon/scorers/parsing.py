@@ -293,11 +293,16 @@ def _may_become_key(rest: str) -> bool:
 
 def _without_partial_escape(content: str) -> str:
     r"""Cut an escape that is still being written: ``\``, ``\u12``, or the first half of a surrogate pair."""
+    if "\\" not in content[-6:]:
+        return content
     return re.sub(r"(?<!\\)((?:\\\\)*)\\(?:u[0-9a-fA-F]{0,3})?\Z", r"\1", content)
 
 
 def _decode(content: str) -> str:
     """Resolve escapes; an unknown one, such as LaTeX's, stands for itself."""
+
+    if "\\" not in content:
+        return content
 
     def plain(match: re.Match[str]) -> str:
         code = match.group(1)
