@@ -71,11 +71,13 @@ class Server:
         self.health = Health(bon, self.admission)
         self.planner = Planner(bon, scorers, settings.model_names or (bon.policy.name,), settings)
         self.started = int(time.time())
+        self._jobs: set[Job] = set()
 
     async def complete(self, kind: type[R], request: Request) -> Response:
         """Answer ``POST /v1/chat/completions`` and ``/v1/completions``."""
         plan = self.planner.plan(parse(kind, await read_body(request, self.settings)))
         job = Job(plan, self.admission.ticket(), partial(self._ended, plan, request))
+        self._jobs.add(job)
         try:
             if plan.stream:
                 await asyncio.wait([job.task], timeout=STREAM_OPENS_AFTER_S)
@@ -89,7 +91,13 @@ class Server:
                 raise
             raise api_error(error, plan.passed) from error
 
+    def stop(self) -> None:
+        """Stop all work; clients are told that the server shuts down."""
+        for job in self._jobs:
+            job.stop(ApiError(503, "the server is shutting down.", "draining"))
+
     def _ended(self, plan: Plan, request: Request, job: Job, outcome: Result | BaseException) -> None:
+        self._jobs.discard(job)
         self.health.saw(outcome)
         self.metrics.ended(plan, outcome, job.ticket.queue_s)
         fields: dict[str, Any] = request.state.log
@@ -106,7 +114,7 @@ class Server:
         elif isinstance(outcome, Exception):
             fields["error"] = type(outcome).__name__
             failure = api_error(outcome, plan.passed)
-            if failure.status >= 500 and failure.code not in ("deadline_exceeded",):
+            if failure.status >= 500 and failure.code not in ("deadline_exceeded", "draining"):
                 log.error("run failed", exc_info=outcome, extra={"fields": {"event": "error"}})
         if self.settings.log_prompts:
             fields["prompt"] = [{"role": m.role, "content": m.content} for m in plan.task.messages]

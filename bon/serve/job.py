@@ -35,8 +35,17 @@ class Job:
         self.task = asyncio.create_task(self._work())
         self.task.add_done_callback(self._done)
         self._ended = ended
+        self._stopped: ApiError | None = None
 
     async def _work(self) -> Result:
+        try:
+            return await self._run()
+        except asyncio.CancelledError:
+            if self._stopped is None:
+                raise
+            raise self._stopped from None
+
+    async def _run(self) -> Result:
         deadline = self.plan.deadline_s
         try:
             async with asyncio.timeout(deadline):
@@ -72,6 +81,11 @@ class Job:
             "n": self.plan.bon.n,
             "best_reward": self.best,
         }
+
+    def stop(self, error: ApiError) -> None:
+        """Stop all of it; the client is told why."""
+        self._stopped = error
+        self.task.cancel()
 
     async def abort(self) -> None:
         """Stop all of it and wait until it has stopped."""

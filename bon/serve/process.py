@@ -19,7 +19,7 @@ from bon.serve.logs import log_json
 from bon.serve.settings import Settings
 
 log = logging.getLogger("bon.serve")
-_CLOSE_S = 2  # for responses that are being written when the drain ends
+_CLOSE_S = 2  # seconds for responses that are being written when the drain ends
 
 
 class DrainingServer(uvicorn.Server):
@@ -39,13 +39,16 @@ class DrainingServer(uvicorn.Server):
         self._give_up_at = monotonic() + self._server.settings.drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        """End when nothing is left to do."""
+        """End when nothing is left to do; stop what is left when the time is up."""
         admission = self._server.admission
-        if self._give_up_at is not None and not self.should_exit:
-            left = admission.running + admission.waiting
-            if not left or monotonic() > self._give_up_at:
-                log.info("drained", extra={"fields": {"event": "drained", "aborted": left}})
-                self.should_exit = True
+        left = admission.running + admission.waiting
+        if self._give_up_at is not None and monotonic() > self._give_up_at:
+            log.warning("drain cut off", extra={"fields": {"event": "drain_cut_off", "stopped": left}})
+            self._server.stop()
+            self.should_exit = True
+        elif admission.draining and not left and not self.should_exit:
+            log.info("drained", extra={"fields": {"event": "drained"}})
+            self.should_exit = True
         return await super().on_tick(counter)
 
 
