@@ -15,7 +15,6 @@ from tiny import model, save, tokenizer
 
 from bon.engines.base import Completion, Prompt
 from bon.engines.decode import MAX_ROWS, Job, batches
-from bon.engines.rows import PlainRows
 from bon.engines.sampling import Uniforms, choose, row_key
 from bon.engines.torch import TorchEngine
 from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
@@ -225,12 +224,16 @@ def test_uniform_numbers_belong_to_seed_prompt_and_sample() -> None:
 # --- batches -------------------------------------------------------------------------------------------------------
 
 
+def cost(prompt: int, copies: int, new: int) -> int:
+    return copies * (prompt + new)
+
+
 def test_batches_hold_the_budget_and_lose_nothing() -> None:
     jobs = [Job(i, tuple(range(length)), range(8), 30) for i, length in enumerate([5, 5, 9, 40, 40, 300, 900])]
     jobs.append(Job(7, (1, 2), range(3 * MAX_ROWS), 5))
     seen = []
-    for batch in batches(jobs, 1000, PlainRows.cost):
-        spent = sum(PlainRows.cost(len(j.ids), len(j.samples), j.limit) for j in batch)
+    for batch in batches(jobs, 1000, cost):
+        spent = sum(cost(len(j.ids), len(j.samples), j.limit) for j in batch)
         assert spent <= 1000 or (len(batch) == 1 and len(batch[0].samples) == 1)
         assert sum(len(j.samples) for j in batch) <= MAX_ROWS
         seen += [(j.index, s) for j in batch for s in j.samples]

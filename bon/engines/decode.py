@@ -52,7 +52,7 @@ def batches(jobs: Sequence[Job], budget: int, cost: Callable[[int, int, int], in
     Args:
         jobs: in the order in which they shall run.
         budget: tokens of keys and values that one batch may need.
-        cost: tokens that (prompt length, rows, new tokens) need.
+        cost: tokens that (prompt length, rows, new tokens) need at most.
     """
     batch: list[Job] = []
     rows = spent = 0

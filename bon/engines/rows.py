@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,26 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-Ids = Sequence[int]
+Ids = tuple[int, ...]
+
+
+@dataclass
+class Stats:
+    """What an engine computed and stored, added up over its calls.
+
+    Args:
+        computed: prompt tokens that went through the model, padding not counted.
+        padding: tokens that went through the model and belong to no prompt.
+        cached: prompt tokens that another prompt's computation served.
+        decoded: tokens computed one by one, one per row and step.
+        prefix_bytes: most memory that keys and values of prompts took in one batch.
+    """
+
+    computed: int = 0
+    padding: int = 0
+    cached: int = 0
+    decoded: int = 0
+    prefix_bytes: int = 0
 
 
 class Rows(Protocol):
@@ -44,20 +64,16 @@ class PlainRows:
 
     Args:
         model: a causal language model of transformers.
+        stats: counts what is computed and stored.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, stats: Stats) -> None:
+        self._model, self._stats = model, stats
         self._accepted = set(inspect.signature(model.forward).parameters)
         self._cache = DynamicCache(config=model.config)
         self._mask: Tensor | None = None  # shape (rows, tokens so far); None where nothing is padded
         self._position = torch.zeros(0, dtype=torch.long)  # shape (rows,): position of each row's next token
         self.cached: list[int] = []
-
-    @staticmethod
-    def cost(prompt: int, copies: int, new: int) -> int:
-        """Tokens whose keys and values ``copies`` rows of one prompt need at most."""
-        return copies * (prompt + new)
 
     def prefill(self, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
         """See ``Rows.prefill``."""
@@ -67,6 +83,8 @@ class PlainRows:
             index = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(logits.device)
             self._take(index)
             logits = logits[index]
+        tensors = [t for layer in self._cache.layers for t in (layer.keys, layer.values) if t is not None]
+        self._stats.prefix_bytes = max(self._stats.prefix_bytes, sum(t.numel() * t.element_size() for t in tensors))
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -75,6 +93,7 @@ class PlainRows:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
         logits = self._forward(tokens.unsqueeze(1), self._position.unsqueeze(1), keep=1)[:, -1]
         self._position = self._position + 1
+        self._stats.decoded += len(tokens)
         return logits
 
     def select(self, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -102,6 +121,8 @@ class PlainRows:
         positions = (torch.arange(width, device=device) - pad).clamp_(min=0)
         self._mask = (torch.arange(width, device=device) >= pad).long() if bool((lengths != width).any()) else None
         self._position = lengths.to(device)
+        self._stats.computed += int(lengths.sum())
+        self._stats.padding += width * len(prompts) - int(lengths.sum())
         return self._forward(ids, positions, keep=keep)
 
     def _forward(self, ids: Tensor, positions: Tensor, keep: int) -> Tensor:

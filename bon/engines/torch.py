@@ -24,13 +24,15 @@ import torch
 from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
 from bon.engines.decode import Batch, Job, batches
 from bon.engines.loading import load
+from bon.engines.paths import Paths
 from bon.engines.render import Renderer
-from bon.engines.rows import PlainRows
+from bon.engines.rows import Stats
 from bon.errors import BonError, EngineError, InputError, PromptTooLongError, UnknownNameError
 from bon.types import Sampling
 
 _MEMORY_SHARE = 0.25  # of main memory, or of what is free on the GPU, for keys and values
 _MOST_BATCH_TOKENS = 1 << 19
+_PADDING = 0.1  # share of the tokens of a rating batch that may be padding
 _LOGIT_BYTES = 1 << 28  # logits of one rating batch
 
 
@@ -47,6 +49,12 @@ class TorchEngine:
             quarter of the memory.
         revision: branch, tag or commit of a Hugging Face name.
         trust_remote_code: whether the model may bring its own code.
+        share_prefix: compute and store what prompts have in common once. Models for which that does not work take the
+            plain path in any case, and a log line says so.
+
+    Attributes:
+        stats: what was computed and stored so far.
+        renderer: messages to token ids and back.
 
     Raises:
         UnknownNameError: an option that does not exist.
@@ -67,6 +75,7 @@ class TorchEngine:
         max_batch_tokens: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        share_prefix: bool = True,
         **unknown: Any,
     ) -> None:
         for option in unknown:
@@ -83,6 +92,8 @@ class TorchEngine:
         self.renderer = Renderer(tokenizer, chat_template_kwargs, eos_ids=_eos_ids(self._model))
         self.max_model_len = _context(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
+        self.stats = Stats()
+        self._paths = Paths(self._model, share_prefix, self.stats)
         self._vocabulary = int(config.vocab_size)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bon-torch")
         self._calls: weakref.WeakSet[threading.Event] = weakref.WeakSet()
@@ -189,11 +200,11 @@ class TorchEngine:
             Job(i, ids, range(n), self._room(len(ids), sampling.max_tokens), 0 if sampling.seed is not None else i)
             for i, ids in enumerate(rendered)
         ]
-        jobs.sort(key=lambda job: len(job.ids))
-        for batch in batches(jobs, self.max_batch_tokens, PlainRows.cost):
+        path = self._paths.choose(rendered, max((len(j.ids) + j.limit for j in jobs), default=0))
+        for batch in batches([jobs[i] for i in path.order], self.max_batch_tokens, path.cost):
             if stop.is_set():
                 return
-            Batch(PlainRows(self._model), batch, self.renderer, sampling, seed, keep).run(emit, stop)
+            Batch(path.rows(), batch, self.renderer, sampling, seed, keep).run(emit, stop)
 
     def _rate(
         self,
@@ -208,36 +219,35 @@ class TorchEngine:
         targets = [(*self.renderer.encode(text), *last) for text in continuations]
         lengths = [len(a) + len(b) for a, b in zip(contexts, targets, strict=True)]
         self._check_lengths(lengths, 0, "prompt and continuation")
-        pairs = sorted(range(len(prompts)), key=lambda i: lengths[i])
-        for batch in self._rating_batches(pairs, contexts, targets):
+        rated = [i for i, target in enumerate(targets) if target]
+        for i in set(range(len(prompts))) - set(rated):
+            emit((i, Loglikelihood(0.0, 0, len(contexts[i]))))
+        path = self._paths.choose([contexts[i] for i in rated], max(lengths, default=0))
+        for batch in self._rating_batches([rated[i] for i in path.order], lengths, targets, path.pads):
             if stop.is_set():
                 return
-            rows = PlainRows(self._model)
+            rows = path.rows()
             totals = rows.rate([contexts[i] for i in batch], [targets[i] for i in batch])
             for at, i in enumerate(batch):
                 emit((i, Loglikelihood(totals[at], len(targets[i]), len(contexts[i]), rows.cached[at])))
-        for i in pairs:
-            if not targets[i]:
-                emit((i, Loglikelihood(0.0, 0, len(contexts[i]))))
 
     def _rating_batches(
-        self, order: Sequence[int], contexts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+        self, order: Sequence[int], lengths: Sequence[int], targets: Sequence[Sequence[int]], pads: bool
     ) -> Iterator[list[int]]:
-        """Neighbours in ``order`` together while the logits, the tokens and the padding of a batch stay small."""
+        """Neighbours in ``order`` together while the tokens and logits of a batch, and its padding, stay small."""
         batch: list[int] = []
-        used = width = 0
+        real = wanted = 0
         for i in order:
-            if not targets[i]:
-                continue
-            length = len(contexts[i]) + len(targets[i]) - 1
-            rows, wide = len(batch) + 1, max(width, length)
-            logits = 4 * self._vocabulary * len(targets[i]) * rows
-            padded = rows * wide - (used + length)
-            if batch and (logits > _LOGIT_BYTES or rows * wide > self.max_batch_tokens or padded > 0.1 * rows * wide):
+            real, wanted = real + lengths[i], wanted + len(targets[i])
+            tokens, positions = real, wanted
+            if pads:
+                tokens = (len(batch) + 1) * max(lengths[j] for j in (*batch[-1:], i))
+                positions = (len(batch) + 1) * max(len(targets[j]) for j in (*batch, i))
+            large = tokens > self.max_batch_tokens or 4 * self._vocabulary * positions > _LOGIT_BYTES
+            if batch and (large or tokens - real > _PADDING * tokens):
                 yield batch
-                batch, used, wide = [], 0, length
+                batch, real, wanted = [], lengths[i], len(targets[i])
             batch.append(i)
-            used, width = used + length, wide
         if batch:
             yield batch
 
