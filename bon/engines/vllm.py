@@ -8,6 +8,7 @@ event loop; callers may be on any. It serves no pooling models and no images.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -204,10 +205,10 @@ class VLLMEngine:
                     f"the vLLM engine of {self.name!r} died: {self._engine.cause()}. Load it again to go on."
                 )
             raise self._failure from error
-        except (VLLMClientError, ValueError, TypeError) as error:
-            raise InputError(f"vLLM refuses the request: {error}") from error
         except BonError:
             raise
+        except (VLLMClientError, ValueError, TypeError) as error:
+            raise InputError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
             raise EngineError(f"{self.name!r} failed: {error.__cause__ or error}") from error
 
@@ -233,8 +234,8 @@ class VLLMEngine:
         }
         with self._errors():
             if isinstance(extra.get("structured_outputs"), Mapping):
-                extra["structured_outputs"] = StructuredOutputsParams(**extra["structured_outputs"])
-            SamplingParams(**options, **extra)  # refuse now what vLLM would refuse later
+                extra["structured_outputs"] = _structure(extra["structured_outputs"])
+            SamplingParams(**options, **extra, max_tokens=sampling.max_tokens)  # refuse now what is refused later
 
         def make(ids: tuple[int, ...], sample: int) -> Any:
             assert self.max_model_len is not None
@@ -339,6 +340,14 @@ def _chosen(logprobs: Any) -> list[float]:
     values = logprobs.logprobs
     spans = zip(logprobs.start_indices, logprobs.end_indices, strict=True)
     return [float(values[begin]) if begin < end else 0.0 for begin, end in spans]
+
+
+def _structure(wanted: Mapping[str, Any]) -> Any:
+    known = [f.name for f in dataclasses.fields(StructuredOutputsParams) if f.init]
+    for name in wanted:
+        if name not in known:
+            raise UnknownNameError("kind of structured output", name, known)
+    return StructuredOutputsParams(**wanted)
 
 
 def _seed(seed: int, prompt: Sequence[int], sample: int) -> int:

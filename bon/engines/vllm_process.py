@@ -6,6 +6,7 @@ neither vLLM nor torch.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -60,6 +61,8 @@ class Diary(logging.FileHandler):
         if os.getpid() == owner:
             return
         os.setpgid(0, 0)
+        # Taking an interpreter with torch in it apart costs seconds, and nobody needs the pieces.
+        atexit.register(os._exit, 0)
         if quiet:
             log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(log, 1)
@@ -110,5 +113,13 @@ def last_words(diary: Path) -> str | None:
     return found
 
 
+def hush() -> None:
+    """Keep vLLM's loggers quiet until they are configured, which is after it has been imported."""
+    logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
+
+
 # Errors that only say that another one happened.
 _ECHOES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt")
+
+if __name__ == "__mp_main__":  # a process that was spawned starts here: bon.engines.vllm_start sees to it
+    hush()

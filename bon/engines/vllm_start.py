@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bon.engines.vllm_process import last_words, write_config
+from bon.engines.vllm_process import hush, last_words, write_config
 from bon.errors import EngineError, InputError, MissingExtraError, ModelNotFoundError, UnknownNameError
 
 _VERBOSITY = os.environ.get("VLLM_LOGGING_LEVEL")  # None: the user did not ask to hear of it
 # Standard output belongs to results. vLLM reads both when it is imported, here and in its own processes.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+hush()
 
 try:
     with warnings.catch_warnings():
@@ -82,11 +83,9 @@ class Started:
     folder: Path
     diary: Path
 
-    @property
-    def processes(self) -> list[Any]:
-        """The processes that vLLM runs the engine in."""
+    def __post_init__(self) -> None:
         manager = self.llm.engine_core.resources.engine_manager
-        return list(getattr(manager, "processes", ()))
+        self.processes: list[Any] = list(getattr(manager, "processes", ()))
 
     def cause(self) -> str:
         """Why the engine died: its last exception, or how its process ended."""
@@ -103,7 +102,8 @@ class Started:
 
     def stop(self) -> None:
         """End the processes, free the memory, remove the files; blocks for a moment."""
-        self.llm.shutdown()
+        llm, self.llm = self.llm, None  # its destructor must not wait for the interpreter's end
+        llm.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -241,7 +241,7 @@ def _environment(threads: int | None) -> Iterator[None]:
         os.environ.update({name: wanted[name] for name in new})
         _set_here.extend(new)
         _starts += 1
-        multiprocessing.spawn.get_preparation_data = _without_main
+        multiprocessing.spawn.get_preparation_data = _prepare
     try:
         yield
     finally:
@@ -256,13 +256,14 @@ def _environment(threads: int | None) -> Iterator[None]:
 _preparation = multiprocessing.spawn.get_preparation_data
 
 
-def _without_main(name: str) -> dict[str, Any]:
+def _prepare(name: str) -> dict[str, Any]:
     """Keep the caller's script out of vLLM's processes: they do not need it, and running it there starts another.
 
     A process that is spawned runs the main module again, so a script without ``if __name__ == "__main__"`` would fail.
+    It runs a module of bon's instead.
     """
     data: dict[str, Any] = _preparation(name)
-    return {key: value for key, value in data.items() if not key.startswith("init_main_from")}
+    return {**data, "init_main_from_path": None, "init_main_from_name": "bon.engines.vllm_process"}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,279 @@
+"""The vLLM engine on vLLM's CPU build: what the contract tests cannot know about it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save
+from transformers import AutoModelForCausalLM
+
+from bon.engines.base import Completion, Prompt
+from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
+from bon.mini import WEIGHTS
+from bon.types import Message, Sampling
+
+pytestmark = pytest.mark.vllm
+
+TEXTS = (
+    "Write a short reminder for Anna to water the plants on Monday.",
+    "Write a slogan for a bakery called Sunrise.",
+    "Write an invitation for Tom to a garden party on Friday.",
+)
+PROMPTS = [Prompt.of([Message("user", text)]) for text in TEXTS]
+
+
+def load(model: Any, **options: Any) -> Any:
+    from bon.engines.vllm import VLLMEngine
+
+    return VLLMEngine(model, **options)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Any]:
+    made = load(WEIGHTS)
+    yield made
+    asyncio.run(made.aclose())
+
+
+def generate(engine: Any, prompts: list[Prompt], n: int = 1, keep: Any = None, **sampling: Any) -> list[Completion]:
+    async def collect() -> list[Completion]:
+        return [c async for c in engine.generate(prompts, Sampling(**{"max_tokens": 64, **sampling}), n, keep=keep)]
+
+    return sorted(asyncio.run(collect()), key=lambda c: (c.prompt_index, c.sample_index))
+
+
+def rate(engine: Any, prompts: list[Prompt], texts: list[str]) -> list[Any]:
+    return asyncio.run(engine.loglikelihood(prompts, texts))
+
+
+def test_greedy_tokens_of_the_mini_model_are_those_of_transformers(engine: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
+    for prompt, completion in zip(PROMPTS, generate(engine, PROMPTS, temperature=0.0), strict=True):
+        ids = torch.tensor([engine.renderer.render(prompt)])
+        with torch.inference_mode():
+            whole = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=list(engine.renderer.end_ids))
+        expected = whole[0, ids.shape[1] :].tolist()
+        ended = expected[-1] in engine.renderer.end_ids
+        assert completion.tokens is not None
+        assert list(completion.tokens.ids) == (expected[:-1] if ended else expected)
+        assert completion.finish_reason == ("stop" if ended else "length")
+        with torch.inference_mode():
+            logits = model(whole).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1)
+        own = logits[torch.arange(len(expected)), expected].tolist()
+        assert completion.logprobs == pytest.approx(own, abs=1e-4)
+
+
+def test_the_torch_engine_says_the_same(engine: Any) -> None:
+    from bon.engines.torch import TorchEngine
+
+    other = TorchEngine(WEIGHTS, device="cpu")
+    ours, theirs = generate(engine, PROMPTS, temperature=0.0), generate(other, PROMPTS, temperature=0.0)
+    assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+    assert [c.text for c in ours] == [c.text for c in theirs]
+    texts = [c.text for c in ours]
+    assert [r.total for r in rate(engine, PROMPTS, texts)] == pytest.approx(
+        [r.total for r in rate(other, PROMPTS, texts)], abs=1e-3
+    )
+    asyncio.run(other.aclose())
+
+
+def test_samples_of_a_prompt_share_its_keys_and_values(engine: Any) -> None:
+    prompt = Prompt.of([Message("user", f"{TEXTS[0]} " * 12)])
+    generate(engine, [prompt], max_tokens=1)
+    for completion in generate(engine, [prompt], n=4):
+        assert completion.cached_tokens >= completion.prompt_tokens - 2 * 32
+
+
+def test_a_loglikelihood_out_of_the_cache_is_the_one_computed_afresh(engine: Any) -> None:
+    """vLLM returns uninitialised memory for log-probabilities of tokens that it took from the cache."""
+    prompts = [Prompt.of([Message("user", f"{text} " * 8)]) for text in TEXTS]
+    texts = ["Dear Anna, please water the plants on Monday. " * 4] * 3
+    first = rate(engine, prompts, texts)
+    again = rate(engine, prompts, texts)  # everything is in the cache now, the continuation too
+    assert [r.total for r in again] == pytest.approx([r.total for r in first], abs=1e-3)
+    assert all(0 > r.mean > -30 for r in first)
+    for other in rate(engine, prompts, ["Something else."] * 3):
+        whole_blocks = other.prompt_tokens // 32 * 32
+        assert other.cached_tokens == (0 if whole_blocks == other.prompt_tokens else whole_blocks)
+
+
+def test_an_unfinished_call_leaves_nothing_running(engine: Any) -> None:
+    async def leave() -> None:
+        stream = engine.generate(PROMPTS, Sampling(max_tokens=500, extra={"ignore_eos": True}), 8)
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.3)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await stream.aclose()
+
+    asyncio.run(leave())
+    assert engine._engine.llm.get_num_unfinished_requests() == 0
+    started = time.perf_counter()
+    generate(engine, PROMPTS, max_tokens=2)
+    assert time.perf_counter() - started < 2
+
+
+def test_a_pruned_completion_stops_the_work_in_vllm(engine: Any) -> None:
+    [done] = generate(engine, PROMPTS[:1], max_tokens=500, keep=lambda p: False, extra={"ignore_eos": True})
+    assert (done.finish_reason, done.completion_tokens) == ("pruned", 4)
+    assert engine._engine.llm.get_num_unfinished_requests() == 0
+
+
+def test_structured_output_follows_its_schema(engine: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"instruction": {"type": "string", "maxLength": 40}},
+        "required": ["instruction"],
+        "additionalProperties": False,
+    }
+    extra = {"structured_outputs": {"json": schema}}
+    for completion in generate(engine, PROMPTS, n=8, max_tokens=200, seed=1, extra=extra):
+        if completion.finish_reason == "stop":
+            assert len(json.loads(completion.text)["instruction"]) <= 40
+    with pytest.raises(InputError, match="Did you mean 'json'"):
+        generate(engine, PROMPTS, extra={"structured_outputs": {"jsonn": schema}})
+    [yes] = generate(engine, PROMPTS[:1], extra={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert yes.text in ("yes", "no")
+
+
+def test_options_under_vllms_own_names_reach_it_and_others_are_refused(engine: Any) -> None:
+    plain, biased = (
+        generate(engine, PROMPTS[:1], temperature=0.0, extra=extra)[0] for extra in ({}, {"min_tokens": 60})
+    )
+    assert biased.completion_tokens > plain.completion_tokens
+    with pytest.raises(UnknownNameError, match="Did you mean 'presence_penalty'"):
+        generate(engine, PROMPTS, extra={"presence_penality": 1.0})
+    with pytest.raises(InputError, match="presence_penalty must be in"):
+        generate(engine, PROMPTS, extra={"presence_penalty": 7.0})
+    with pytest.raises(InputError, match="temperature"):
+        generate(engine, PROMPTS, temperature=9.0)
+
+
+def test_more_samples_than_fit_at_a_time_wait_their_turn(engine: Any) -> None:
+    done = generate(engine, PROMPTS[:1], n=150, max_tokens=4, seed=1)
+    assert len(done) == 150
+    assert len({c.text for c in done}) > 5
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("/no/such/folder", {}, ModelNotFoundError, "no model folder at '/no/such/folder'"),
+        (WEIGHTS / "config.json", {}, ModelNotFoundError, "is a file"),
+        (WEIGHTS, {"tensor_paralel_size": 2}, UnknownNameError, "Did you mean 'tensor_parallel_size'"),
+        (WEIGHTS, {"max_model_len": 5000}, InputError, "max_model_len.*5000"),
+        (WEIGHTS, {"dtype": "float31"}, InputError, "float31"),
+        (WEIGHTS, {"kv_cache_memory_bytes": 1 << 20}, EngineError, "KV cache.*max_model_len"),
+    ],
+)
+def test_what_cannot_start_says_why(model: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load(model, **options)
+
+
+def test_two_engines_start_at_the_same_time(engine: Any) -> None:
+    engines: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda i=i: engines.update({i: load(WEIGHTS, threads=1)})) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    texts = [c.text for c in generate(engine, PROMPTS, temperature=0.0)]
+    for made in engines.values():
+        assert [c.text for c in generate(made, PROMPTS, temperature=0.0)] == texts
+        asyncio.run(made.aclose())
+    assert len(engines) == 2
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
+
+
+def test_an_engine_that_dies_says_why_once_and_another_can_be_loaded(tmp_path: Path) -> None:
+    """vLLM's CPU attention knows no heads of 16 and dies of it at the first request."""
+    dying = load(save(tmp_path / "model", "Llama", "ascii", head_dim=16), max_model_len=128)
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"died: RuntimeError: Unsupported CPU attention .*head_dim=16"):
+            generate(dying, PROMPTS)
+    with pytest.raises(EngineError, match="died"):
+        rate(dying, PROMPTS[:1], ["x"])
+    asyncio.run(dying.aclose())
+    again = load(WEIGHTS)
+    assert generate(again, PROMPTS)
+    asyncio.run(again.aclose())
+    with pytest.raises(EngineError, match="is closed"):
+        generate(again, PROMPTS)
+
+
+def test_an_engine_whose_process_is_killed_does_not_hang() -> None:
+    engine = load(WEIGHTS)
+
+    async def killed() -> list[Completion]:
+        stream = engine.generate(PROMPTS, Sampling(max_tokens=900, extra={"ignore_eos": True}), 4)
+        threading.Timer(0.3, engine._engine.processes[0].kill).start()
+        return [c async for c in stream]
+
+    with pytest.raises(EngineError, match=r"died: its process was ended by signal 9 \(out of memory\?\)"):
+        asyncio.run(asyncio.wait_for(killed(), 30))
+    asyncio.run(engine.aclose())
+
+
+# A script without ``if __name__ == "__main__"``: a spawned process must not run it again.
+SCRIPT = """
+    import sys, time
+    from bon import BestOfN
+    bon = BestOfN(engine="vllm", n=2, sampling={"max_tokens": 16})
+    result = bon("Write a slogan for a bakery called Sunrise.")
+    print(len(result.candidates), *(p.pid for p in bon.policy._engine.processes), flush=True)
+    how = sys.argv[1]
+    if how == "exception":
+        raise ValueError("on purpose")
+    elif how != "exit":
+        bon.n = 4000
+        bon("Write a slogan for a bakery called Sunrise.")
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "exception", "SIGINT", "SIGTERM", "SIGKILL"])
+def test_no_process_is_left_behind(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    process = subprocess.Popen(
+        [sys.executable, str(script), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    line = process.stdout.readline()
+    assert line, process.stderr.read()
+    candidates, child = map(int, line.split())
+    assert candidates == 2
+    if how.startswith("SIG"):
+        time.sleep(0.5)
+        process.send_signal(getattr(signal, how))
+    out, err = process.communicate(timeout=60)
+    assert out == ""  # standard output belongs to the caller
+    expected = {"exit": 0, "exception": 1}
+    assert process.returncode == expected.get(how, -getattr(signal, how, 0)), err
+    assert {"exit": "", "exception": "on purpose", "SIGINT": "KeyboardInterrupt"}.get(how, "") in err
+    deadline = time.monotonic() + 15
+    while _alive(child):
+        assert time.monotonic() < deadline, f"process {child} is still there"
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
