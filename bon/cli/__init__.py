@@ -1,4 +1,4 @@
-"""The command line: ``bon run``, ``rerank``, ``eval``, ``tasks``, ``doctor``.
+"""The command line: ``bon run``, ``rerank``, ``eval``, ``tasks``, ``bench``, ``doctor``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0; 2 for bad usage or input; 130 after
 Ctrl-C; 1 otherwise. Commands import what they need when they run, so ``bon --help`` loads no model library.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from bon import __version__
-from bon.cli import doctor, evaluate, run, tasks
+from bon.cli import bench, doctor, evaluate, run, tasks
 from bon.cli.interrupt import INTERRUPTED, StoppedError
 from bon.errors import BonError, InputError
 
@@ -47,6 +47,7 @@ app.command("run")(run.run)
 app.command("rerank")(run.rerank)
 app.add_typer(evaluate.app, name="eval")
 app.command("tasks")(tasks.tasks)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 

@@ -1,0 +1,103 @@
+"""``bon bench``: latency, pruning and prefix sharing on a user's own models, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bon import background
+from bon.bench.harness import Report, conditions
+from bon.bench.latency import latency_table, measure_latency
+from bon.bench.models import shape_of
+from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
+from bon.bench.sharing import forward_table, measure_forward
+from bon.engines.base import Engine
+from bon.scorers.base import Scorer
+from bon.scorers.flip import Flip
+from bon.scorers.likelihood import BackwardLikelihood
+from bon.types import Sampling, Task
+
+FLIP, LIKELIHOOD = "FLIP direct", "likelihood"
+
+
+def bench(
+    policy: Engine,
+    flip: Engine,
+    tasks: Sequence[Task],
+    *,
+    n: int = 16,
+    max_tokens: int = 96,
+    seed: int = 0,
+    quick: bool = False,
+) -> Report:
+    """Measure best-of-n with FLIP (``direct``) and, where the scorer can rate, the likelihood scorer.
+
+    Args:
+        policy: what samples.
+        flip: what scores; may be the policy.
+        tasks: what is asked; quick takes the first three.
+        n: candidates; latency is measured for powers of two up to it as well, unless quick.
+        max_tokens: of a response and of a reconstruction.
+        seed: of the sampling.
+        quick: few rounds and sizes.
+    """
+    from bon.engines.torch import TorchEngine
+
+    tasks = tasks[:3] if quick else tasks
+    sampling = Sampling(max_tokens=max_tokens, seed=seed)
+    judge = Flip(flip, sampling=Sampling(temperature=0.0, max_tokens=max_tokens))
+    scorers: dict[str, Scorer] = {FLIP: judge}
+    if _rates(flip):
+        scorers[LIKELIHOOD] = BackwardLikelihood(flip)
+    report = Report("bench", conditions(policy=policy.name, scorer=flip.name, tasks=len(tasks), n=n, seed=seed))
+    report.conditions["max_tokens"] = max_tokens
+
+    latencies = measure_latency(policy, scorers, tasks, _numbers(n, quick), sampling)
+    report.text.append(latency_table(latencies))
+    for latency in latencies:
+        report.rows += latency.rows()
+    for name in scorers:
+        report.ratios["overhead_likelihood" if name == LIKELIHOOD else "overhead"] = latencies[-1].overhead(name)
+
+    exact = isinstance(flip, TorchEngine) and flip._model.dtype.itemsize == 4
+    pruning = measure_pruning(policy, judge, tasks, n, sampling, exact=exact)
+    report.text.append(pruning.text())
+    report.rows += pruning.rows()
+    report.ratios["pruning_saved"], report.ratios["stopping_saved"] = pruning.saved(PRUNED), pruning.saved(STOPPED)
+
+    if isinstance(policy, TorchEngine):
+        _sharing(report, policy._model, n, seed, quick)
+    return report
+
+
+def _sharing(report: Report, model: Any, n: int, seed: int, quick: bool) -> None:
+    """Bare forward passes of the policy with n rows."""
+    from bon.engines.shared_prefix import NAME
+
+    report.conditions["policy_shape"] = shape_of(model.config)
+    if model.config._attn_implementation != NAME:  # what the engine chose when it ran a moment ago
+        report.text.append("Prefixes are not shared with this model: it runs as transformers runs it.")
+        return
+    sizes = {"rows": n, "rounds": 1 if quick else 3, "seed": seed, "exact": model.dtype.itemsize == 4}
+    measured = [measure_forward(model, prefix=prefix, **sizes) for prefix in ((128,) if quick else (128, 512))]
+    report.text.append(forward_table(measured))
+    report.rows += [pairs.to_dict() for cases in measured for pairs in cases.values()]
+    for case in ("prefill", "decode"):
+        report.ratios[f"{case}_shared"] = measured[-1][case].ratio
+
+
+def _numbers(n: int, quick: bool) -> list[int]:
+    return [n] if quick else [*(2**power for power in range(n.bit_length()) if 2**power < n), n]
+
+
+def _rates(engine: Engine) -> bool:
+    """Whether an engine gives likelihoods."""
+    from bon.engines.base import Prompt
+    from bon.errors import BonError
+    from bon.types import Message
+
+    try:
+        background.run(engine.loglikelihood([Prompt.of([Message("user", "a")])], ["b"]))
+    except BonError:
+        return False
+    return True

@@ -1,0 +1,253 @@
+"""How things are timed and reported, the same for every benchmark.
+
+The sides of a comparison run in turn, round after round (A B A B ...), so that whatever else the machine does hits
+both; a ratio is taken within each round, and the median of those ratios is the result. Means are not used anywhere.
+A report ends in one line of JSON, which a program can read and `benchmarks/plot.py` draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import orjson
+from tqdm import tqdm
+
+import bon
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles of some measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise; with one value all three are that value."""
+        low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+        return cls(float(median), float(low), float(high))
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}}..{self.high:{spec}})"
+
+
+@dataclass(frozen=True, slots=True)
+class Timed(Generic[T]):
+    """What one call took, in seconds, and what it returned."""
+
+    seconds: float
+    value: T
+
+
+def interleave(
+    sides: Mapping[str, Callable[[int], T]], rounds: int, *, warmup: int = 1, label: str = ""
+) -> dict[str, list[Timed[T]]]:
+    """Call every side once in each round, in turn, and time each call.
+
+    Args:
+        sides: name -> what to run; it is told the number of the round, warm-up rounds being negative.
+        rounds: rounds that count.
+        warmup: rounds that come first and do not count.
+        label: shown on a progress bar on stderr, which is there only on a terminal.
+    """
+    timed: dict[str, list[Timed[T]]] = {name: [] for name in sides}
+    numbers = tqdm(range(-warmup, rounds), desc=label, leave=False, disable=None if label else True)
+    for number in numbers:
+        for name, side in sides.items():
+            started = perf_counter()
+            value = side(number)
+            seconds = perf_counter() - started
+            if number >= 0:
+                timed[name].append(Timed(seconds, value))
+    return timed
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """One case, measured on two sides in the same rounds.
+
+    Args:
+        case: what was measured ("prefill").
+        sizes: what it was measured at ({"prefix": 512, "rows": 32}).
+        names: of the two sides; the ratio is first / second.
+        first, second: one number for each round.
+        unit: of those numbers.
+    """
+
+    case: str
+    sizes: Mapping[str, Any]
+    names: tuple[str, str]
+    first: Sequence[float]
+    second: Sequence[float]
+    unit: str = "s"
+
+    def __post_init__(self) -> None:
+        if not self.first or len(self.first) != len(self.second):
+            raise ValueError(f"{self.case}: {len(self.first)} and {len(self.second)} measurements make no pairs")
+
+    @property
+    def ratio(self) -> Spread:
+        """Spread of the ratios within each round."""
+        return Spread.of([a / b for a, b in zip(self.first, self.second, strict=True)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row of this case in a report's JSON."""
+        first, second, ratio = Spread.of(self.first), Spread.of(self.second), self.ratio
+        return {
+            "case": self.case,
+            **self.sizes,
+            "sides": list(self.names),
+            "medians": [first.median, second.median],
+            "unit": self.unit,
+            "ratio": ratio.median,
+            "ratio_quartiles": [ratio.low, ratio.high],
+            "rounds": len(self.first),
+        }
+
+
+@dataclass
+class Report:
+    """What a benchmark has to say: tables for people, one JSON object for programs.
+
+    Args:
+        benchmark: its name.
+        conditions: see ``conditions``.
+        ratios: key -> the measured ratio; the medians go into the JSON under "ratios".
+        rows: every case with its raw medians.
+        text: tables and remarks, each at most 80 columns wide.
+    """
+
+    benchmark: str
+    conditions: dict[str, Any]
+    ratios: dict[str, Spread] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "benchmark": self.benchmark,
+            "conditions": self.conditions,
+            "ratios": {key: round(spread.median, 4) for key, spread in self.ratios.items()},
+            "quartiles": {key: [round(s.low, 4), round(s.high, 4)] for key, s in self.ratios.items()},
+            "rows": self.rows,
+        }
+
+    def emit(self, out: Path | None = None, *, only_json: bool = False) -> None:
+        """Print conditions, tables and, as the last line, the JSON; write the JSON to a file as well."""
+        if not only_json:
+            print(f"{self.benchmark}\n")
+            print("\n".join(_card(self.conditions)))
+            for block in self.text:
+                print(f"\n{block}")
+            print()
+        print(orjson.dumps(self.to_dict()).decode(), flush=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+def conditions(**facts: Any) -> dict[str, Any]:
+    """What a measurement depends on: machine, threads, versions, and the facts that a benchmark adds.
+
+    ``load`` is the machine's load average when the benchmark began: above 0.5 or so somebody else was computing too.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    card = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "bon": bon.__version__,
+        "revision": _revision(),
+    }
+    return {name: value for name, value in {**card, **facts}.items() if value is not None}
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Plain text columns; the first is flush left, the others right. Numbers come formatted."""
+    cells = [list(map(str, row)) for row in [headers, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as a number of milliseconds with three figures."""
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every script in ``benchmarks/`` has."""
+    options = argparse.ArgumentParser(
+        description=description.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    options.add_argument("--quick", action="store_true", help="few sizes and rounds: does it run, roughly what comes")
+    options.add_argument("--out", type=Path, help="write the JSON to this file as well")
+    options.add_argument("--seed", type=int, default=0, help="of models, prompts and sampling")
+    options.add_argument("--device", default=None, help="torch device; chosen when not given")
+    options.add_argument("--dtype", default="float32", help="torch dtype of the models")
+    return options
+
+
+def _card(facts: Mapping[str, Any]) -> list[str]:
+    width = max(map(len, facts))
+    lines = []
+    for name, value in facts.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+        room = 79 - width
+        lines.append(f"{name.ljust(width)} {text[:room]}")
+        lines += [f"{' ' * width} {text[at : at + room]}" for at in range(room, len(text), room)]
+    return lines
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _revision() -> str | None:
+    """Git revision of the code that is running, where it runs from a checkout."""
+    root = Path(bon.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def warn(message: str) -> None:
+    """Say something on stderr, where it is not in the way of the JSON."""
+    print(message, file=sys.stderr)

@@ -1,0 +1,170 @@
+"""What pruning and stopping save, and that they change nothing that matters.
+
+The same candidates are scored three times: with nothing skipped, with pruning, and with pruning and a stop at the
+maximum reward. The winner's reward must be the same each time, on every prompt, and with pruning alone so must the
+winner; a benchmark that finds otherwise fails instead of reporting a saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bon import background
+from bon.bench.harness import Pairs, Spread, interleave, milliseconds, table
+from bon.best_of_n import BestOfN
+from bon.engines.base import Engine
+from bon.errors import BonError
+from bon.scorers.base import Scorer
+from bon.types import Result, Sampling, Task
+
+EVERYTHING, PRUNED, STOPPED = "everything", "pruning", "pruning, stop at 1.0"
+
+
+class WinnerChangedError(BonError):
+    """Skipping work changed which reward won: a bug in bon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """Scoring each prompt's candidates with nothing skipped, with pruning, and with stopping as well.
+
+    Args:
+        n: candidates for each prompt.
+        results: side -> one result for each prompt.
+        seconds: side -> scoring time for each prompt.
+    """
+
+    n: int
+    results: Mapping[str, Sequence[Result]]
+    seconds: Mapping[str, Sequence[float]]
+
+    def tokens(self, side: str) -> list[int]:
+        """Tokens the scorer decoded, for each prompt."""
+        return [result.usage.scorer_completion_tokens for result in self.results[side]]
+
+    def saved(self, side: str) -> Spread:
+        """Share of all scorer decode tokens that were not decoded; the quartiles are over prompts."""
+        spent, full = self.tokens(side), self.tokens(EVERYTHING)
+        each = Spread.of([1 - a / b for a, b in zip(spent, full, strict=True) if b] or [0.0])
+        return Spread(1 - sum(spent) / max(1, sum(full)), each.low, each.high)
+
+    def time(self, side: str) -> Spread:
+        """Scoring time with everything / with less, prompt by prompt."""
+        return self._pairs(side).ratio
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row of the report for each way of skipping."""
+        return [
+            {
+                **self._pairs(side).to_dict(),
+                "prompts": len(self.results[side]),
+                "tokens_everything": sum(self.tokens(EVERYTHING)),
+                "tokens": sum(self.tokens(side)),
+                "saved": self.saved(side).median,
+                "possible_in_step": self.possible_in_step,
+                "scores_pruned": sum(result.counts.get("pruned", 0) for result in self.results[side]),
+                "winner_rewards_equal": self.equal(side),
+            }
+            for side in (PRUNED, STOPPED)
+        ]
+
+    def text(self) -> str:
+        """A table of what was saved."""
+        rows = [
+            [
+                side,
+                sum(self.tokens(side)),
+                f"{self.saved(side).median:.1%}",
+                sum(result.counts.get("pruned", 0) for result in self.results[side]),
+                milliseconds(Spread.of(self.seconds[side]).median),
+                f"{self.time(side):.2f}",
+            ]
+            for side in (EVERYTHING, PRUNED, STOPPED)
+        ]
+        headers = ["scoring", "tokens", "saved", "pruned", "ms", "time ratio"]
+        count = len(self.results[PRUNED])
+        notes = (
+            f"{count} prompts, {self.n} candidates each.\n"
+            f"Winner's reward unchanged: {self.equal(PRUNED)} with pruning, {self.equal(STOPPED)} with stopping.\n"
+            f"The best possible bound could save {self.possible_in_step:.1%} while rows decode in step."
+        )
+        return f"{table(headers, rows)}\n{notes}"
+
+    def equal(self, side: str) -> int:
+        """On how many prompts the winner's reward is what it is with nothing skipped."""
+        pairs = zip(self.results[EVERYTHING], self.results[side], strict=True)
+        return sum(full.reward == less.reward for full, less in pairs)
+
+    @property
+    def possible_in_step(self) -> float:
+        """Share of decode tokens that the best possible bound could save while all rows decode in step.
+
+        A reconstruction can only lose against one that ended before: at best it is given up at the first step at which
+        a higher reward than its own final one is known.
+        """
+        saved = 0
+        for result in self.results[EVERYTHING]:
+            ended = [(s.tokens, -1.0 if s.reward is None else s.reward) for s in result.scores if s.same_as is None]
+            for tokens, reward in ended:
+                known = min((at for at, better in ended if better > reward), default=tokens)
+                saved += max(0, tokens - known)
+        return saved / max(1, sum(self.tokens(EVERYTHING)))
+
+    def _pairs(self, side: str) -> Pairs:
+        sizes = {"n": self.n, "scoring": side}
+        return Pairs("pruning", sizes, (EVERYTHING, side), self.seconds[EVERYTHING], self.seconds[side])
+
+
+def measure_pruning(
+    policy: Engine, scorer: Scorer, tasks: Sequence[Task], n: int, sampling: Sampling, *, exact: bool = True
+) -> Pruning:
+    """Sample once, score three times.
+
+    Args:
+        policy: what samples.
+        scorer: what is timed.
+        tasks: one round for each.
+        n: candidates for each task.
+        sampling: of the candidates.
+        exact: fail when a winner changes. In half precision one may without any fault of pruning: rows that leave
+            change the shape of a batch, and with it the rounding of its arithmetic.
+
+    Raises:
+        WinnerChangedError: a winner's reward, or under pruning alone a winner, is not what it was.
+    """
+    everything = BestOfN(policy, scorer, n=n, sampling=sampling, prune=False)
+    sampled = list(everything.map(tasks))
+    ways = {
+        EVERYTHING: everything,
+        PRUNED: BestOfN(policy, scorer, n=n, prune=True),
+        STOPPED: BestOfN(policy, scorer, n=n, prune=True, stop_at=1.0),
+    }
+
+    def side(bon: BestOfN) -> Callable[[int], Result]:
+        def rerank(round_: int) -> Result:
+            at = max(round_, 0)
+            return background.run(bon.run_rerank(tasks[at], sampled[at].candidates))
+
+        return rerank
+
+    timed = interleave({name: side(bon) for name, bon in ways.items()}, len(tasks), label="pruning")
+    measured = Pruning(
+        n,
+        {name: [t.value for t in ts] for name, ts in timed.items()},
+        {name: [t.seconds for t in ts] for name, ts in timed.items()},
+    )
+    if exact:
+        _check(measured)
+    return measured
+
+
+def _check(measured: Pruning) -> None:
+    for name in (PRUNED, STOPPED):
+        for index, (full, less) in enumerate(zip(measured.results[EVERYTHING], measured.results[name], strict=True)):
+            if full.reward != less.reward or (name == PRUNED and full.best != less.best):
+                raise WinnerChangedError(
+                    f"with {name}, candidate {less.best} won prompt {index} with reward {less.reward}; "
+                    f"without, candidate {full.best} with {full.reward}."
+                )

@@ -1,0 +1,280 @@
+"""The benchmarks: what the harness computes, and that every script runs to its last line. No figure is judged here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer, DynamicCache
+
+from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, table
+from bon.bench.latency import measure_latency
+from bon.bench.models import Filler, describe, random_model
+from bon.bench.pruning import EVERYTHING, PRUNED, Pruning, WinnerChangedError, measure_pruning
+from bon.bench.sharing import DifferentTokensError, cache_bytes, measure_forward, plain_forward
+from bon.cli import main as bon_main
+from bon.engines.base import load_engine
+from bon.engines.scripted import ScriptedEngine
+from bon.errors import UnknownNameError
+from bon.scorers import Flip
+from bon.types import Sampling, Task
+
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = tmp_path_factory.mktemp("words")
+    tiny.tokenizer("chatml").save_pretrained(words)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 0}
+    return random_model(tmp_path_factory.mktemp("small"), tokenizer=words, **sizes, **heads)
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def last_line(out: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    assert set(result) == {"benchmark", "conditions", "ratios", "quartiles", "rows"}
+    assert {"date", "cpu", "cores", "threads", "torch", "transformers", "bon", "seed"} <= set(result["conditions"])
+    assert set(result["ratios"]) == set(result["quartiles"])
+    assert result["rows"]
+    return result
+
+
+# --- The harness -----------------------------------------------------------------------------------------------------
+
+
+def test_sides_run_in_turn_and_warm_up_rounds_do_not_count() -> None:
+    calls: list[tuple[str, int]] = []
+    sides = {name: lambda r, name=name: calls.append((name, r)) or r for name in "AB"}
+    timed = interleave(sides, 2, warmup=1)
+    assert calls == [("A", -1), ("B", -1), ("A", 0), ("B", 0), ("A", 1), ("B", 1)]
+    assert [t.value for t in timed["A"]] == [0, 1]
+    assert all(t.seconds >= 0 for t in timed["B"])
+
+
+def test_the_ratio_is_the_median_of_the_ratios_within_rounds_not_the_ratio_of_medians() -> None:
+    pairs = Pairs("case", {"n": 3}, ("a", "b"), [10.0, 2.0, 9.0], [1.0, 2.0, 3.0])
+    assert pairs.ratio == Spread(median=3.0, low=2.0, high=6.5)
+    row = pairs.to_dict()
+    assert row["medians"] == [9.0, 2.0]
+    assert (row["ratio"], row["ratio_quartiles"], row["rounds"], row["n"]) == (3.0, [2.0, 6.5], 3, 3)
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), ([1.0], [1.0, 2.0])])
+def test_measurements_that_make_no_pairs_are_refused(first: list[float], second: list[float]) -> None:
+    with pytest.raises(ValueError, match="make no pairs"):
+        Pairs("case", {}, ("a", "b"), first, second)
+
+
+def test_a_report_ends_in_one_line_of_json_and_writes_the_same_to_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report("example", conditions(seed=0), {"key": Spread(2.0, 1.0, 3.0)}, [{"case": "x"}], ["a table"])
+    report.emit(tmp_path / "new" / "example.json")
+    printed = capsys.readouterr().out
+    result = last_line(printed)
+    assert "a table" in printed
+    assert result["ratios"] == {"key": 2.0}
+    assert result["quartiles"] == {"key": [1.0, 3.0]}
+    assert json.loads((tmp_path / "new" / "example.json").read_text()) == result
+
+
+def test_only_json_prints_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    Report("example", {"seed": 0}, text=["a table"]).emit(only_json=True)
+    assert json.loads(capsys.readouterr().out)["benchmark"] == "example"
+
+
+def test_tables_align() -> None:
+    assert table(["name", "ms"], [["a", 1], ["long name", 12.5]]).splitlines() == [
+        "name         ms",
+        "---------------",
+        "a             1",
+        "long name  12.5",
+    ]
+
+
+# --- What is timed ---------------------------------------------------------------------------------------------------
+
+
+def test_the_default_random_model_has_4_7_million_parameters(tmp_path: Path, small: Path) -> None:
+    assert describe(random_model(tmp_path, tokenizer=small))["parameters"] == pytest.approx(4.7e6, rel=0.01)
+
+
+def test_an_unknown_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"llama-4\.7m"):
+        random_model(tmp_path, "lama-4.7m")
+
+
+def test_a_random_model_never_ends_early_and_its_text_round_trips(small: Path) -> None:
+    engine = load_engine(small)
+    [latency] = measure_latency(
+        engine, {"flip": Flip(engine, sampling=Sampling(temperature=0, max_tokens=9))},
+        [Task.of("a haiku"), Task.of("the evening")], [4], Sampling(max_tokens=12, seed=0),
+    )  # fmt: skip
+    for result in latency.results["flip"]:
+        assert [c.completion_tokens for c in result.candidates] == [12] * 4
+        assert {c.finish_reason for c in result.candidates} == {"length"}
+        assert all(c.tokens is not None for c in result.candidates)
+
+
+def test_filler_has_exactly_the_tokens_asked_for(small: Path) -> None:
+    words = AutoTokenizer.from_pretrained(small)
+    filler = Filler(words)
+    for count in (1, 7, 100):
+        assert len(words.encode("." + filler(count), add_special_tokens=False)) == count + 1
+
+
+# --- Measurements ----------------------------------------------------------------------------------------------------
+
+
+def test_sampling_alone_and_best_of_n_sample_the_same_candidates(small: Path) -> None:
+    engine = load_engine(small)
+    scorer = Flip(engine, sampling=Sampling(temperature=0, max_tokens=4))
+    tasks = [Task.of("a haiku"), Task.of("the evening")]
+    runs = [measure_latency(engine, {"flip": scorer}, tasks, [2], Sampling(max_tokens=6, seed=3)) for _ in range(2)]
+    texts = [[[c.text for c in r.candidates] for r in run[0].results["flip"]] for run in runs]
+    assert texts[0] == texts[1]
+    row = runs[0][0].rows()[0]
+    assert row["policy_tokens"] == 12
+    assert row["policy_steps"] == 6
+    assert row["rounds"] == 2
+    assert row["total_p95"] >= row["total_p50"] > 0
+
+
+def test_pruning_that_changes_a_winner_fails_loudly() -> None:
+    answers = iter(["a b c d", "x y z", "a b c"] * 100)  # a scorer that says something else every time it is asked
+    policy = ScriptedEngine(lambda prompt, index: f"candidate {index}")
+    judge = ScriptedEngine(lambda prompt, index: next(answers))
+    with pytest.raises(WinnerChangedError, match="won prompt"):
+        measure_pruning(policy, Flip(judge), [Task.of("a b c d")], 2, Sampling())
+
+
+def test_pruning_counts_what_was_not_decoded() -> None:
+    policy = ScriptedEngine(lambda prompt, index: f"candidate {index}")
+    judge = ScriptedEngine(lambda prompt, index: "a b" if "candidate 0" in prompt else "x " * 40)
+    measured = measure_pruning(policy, Flip(judge), [Task.of("a b")] * 2, 3, Sampling())
+    assert 0.3 < measured.saved(PRUNED).median < 1
+    assert measured.saved(PRUNED).median <= measured.possible_in_step
+    assert measured.equal(PRUNED) == 2
+    assert isinstance(measured, Pruning)
+    assert sum(measured.tokens(EVERYTHING)) > sum(measured.tokens(PRUNED))
+
+
+def test_plain_forward_decodes_what_transformers_generates(small: Path) -> None:
+    engine = load_engine(small)
+    model = engine._model  # type: ignore[attr-defined]
+    prompts = [[5, 6, 7, 8 + row] for row in range(3)]
+    expected = model.generate(torch.tensor(prompts), max_new_tokens=6, do_sample=False)[:, 4:]
+    assert torch.equal(plain_forward(model, prompts, steps=5).tokens, expected)
+
+
+def test_both_sides_of_a_forward_benchmark_decode_the_same_and_the_model_stays_as_it_was(small: Path) -> None:
+    model = load_engine(small)._model  # type: ignore[attr-defined]
+    measured = measure_forward(model, prefix=24, rows=4, own=2, steps=4, rounds=2)
+    assert model.config._attn_implementation == "sdpa"
+    assert measured["memory"].ratio == Spread(4.0, 4.0, 4.0)
+    assert set(measured) == {"prefill", "decode", "memory"}
+    assert measured["decode"].sizes == {"prefix": 24, "rows": 4, "own": 2}
+
+
+def test_a_forward_benchmark_fails_when_the_sides_decode_different_tokens(small: Path) -> None:
+    model = load_engine(small)._model  # type: ignore[attr-defined]
+
+    def wrong_when_shared(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits if model.config._attn_implementation == "sdpa" else logits.flip(-1)
+
+    handle = model.lm_head.register_forward_hook(wrong_when_shared)
+    try:
+        with pytest.raises(DifferentTokensError, match="prefix 24, 4 rows"):
+            measure_forward(model, prefix=24, rows=4, steps=4, rounds=1)
+    finally:
+        handle.remove()
+
+
+def test_a_caches_bytes_are_those_of_its_keys_and_values() -> None:
+    cache = DynamicCache()
+    keys = torch.zeros(2, 3, 5, 4)
+    cache.update(keys, keys.clone(), 0)
+    assert cache_bytes(cache) == 2 * (2 * 3 * 5 * 4) * 4
+
+
+# --- The scripts and the command -------------------------------------------------------------------------------------
+
+
+def test_latency_runs_to_its_last_line(small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--quick", "--policy", small, "--prompts", 2, "--max-tokens", 4, "--out", tmp_path / "latency.json"]
+    script("latency").main([*map(str, arguments)])
+    result = last_line(capsys.readouterr().out)
+    assert result["benchmark"] == "latency"
+    assert set(result["ratios"]) == {"overhead_bon16", "overhead_bon16_likelihood"}
+    draw(tmp_path / "latency.json")
+
+
+def test_pruning_runs_to_its_last_line(small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--quick", "--policy", small, "--prompts", 2, "--n", 3, "--max-tokens", 8]
+    script("pruning").main([*map(str, arguments), "--out", str(tmp_path / "pruning.json")])
+    result = last_line(capsys.readouterr().out)
+    assert result["benchmark"] == "pruning"
+    assert {"pruning_saved", "pruning_saved_stopping"} <= set(result["ratios"])
+    draw(tmp_path / "pruning.json")
+
+
+def test_throughput_runs_to_its_last_line(small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--quick", "--policy", small, "--prompts", 2, "--n", 2, "--max-tokens", 4]
+    script("throughput").main([*map(str, arguments), "--out", str(tmp_path / "throughput.json")])
+    result = last_line(capsys.readouterr().out)
+    assert result["benchmark"] == "throughput"
+    assert set(result["ratios"]) == {"end_to_end", "end_to_end_batched"}
+    draw(tmp_path / "throughput.json")
+
+
+def test_prefix_sharing_runs_to_its_last_line(small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--quick", "--model", str(small), "--sizes", "64x4", "512x32", "--candidates", "4"]
+    script("prefix_sharing").main([*arguments, "--out", str(tmp_path / "prefix_sharing.json")])
+    result = last_line(capsys.readouterr().out)
+    assert result["benchmark"] == "prefix_sharing"
+    expected = {"prefill_shared", "decode_shared", "prefix_memory", "score_fused", "score_shared"}
+    assert expected <= set(result["ratios"])
+    assert result["ratios"]["prefix_memory"] >= 32
+    draw(tmp_path / "prefix_sharing.json")
+
+
+def draw(path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script("plot").main([str(path)])
+    assert path.with_suffix(".png").stat().st_size > 5_000
+
+
+def test_bon_bench_measures_the_users_own_models(
+    small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Write a haiku."}\n{"prompt": "Thank you."}\n')
+    arguments = ["bench", "--policy", small, "--prompts", prompts, "-n", 4, "--max-tokens", 4, "--quick", "--json"]
+    assert bon_main([*map(str, arguments)]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1
+    result = last_line(out)
+    expected = {"overhead", "overhead_likelihood", "pruning_saved", "stopping_saved", "prefill_shared", "decode_shared"}
+    assert set(result["ratios"]) == expected
+
+
+def test_bon_bench_refuses_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bon_main(["bench", "--prompts", "nowhere.jsonl"]) == 2
+    assert "cannot read nowhere.jsonl" in capsys.readouterr().err
