@@ -88,13 +88,13 @@ class Answer:
         evidence says what it is. Where a minimum was asked for there is no answer instead.
 
         Raises:
-            ApiError: 504 when the deadline passed before any candidate was finished.
+            ApiError: 408 when the deadline passed before any candidate was finished.
         """
         if result.best is None and (self._plan.min_reward or any(s.reward is not None for s in result.scores)):
             return [None] * self._plan.k
         unfinished = {s.candidate for s in result.scores if s.status == "late" and not _text(result, s.candidate)}
         if len(unfinished) == len(result.candidates):
-            raise ApiError(504, str(result.scores[0].reason), "deadline_exceeded", "best_of_n.deadline_s")
+            raise ApiError(408, str(result.scores[0].reason), "deadline_exceeded", "best_of_n.deadline_s")
         order = [i for i in result.selection.ranking if i != result.best and i not in unfinished]
         if result.best is None:
             order.sort(key=lambda i: not _text(result, i).strip())

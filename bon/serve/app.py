@@ -172,7 +172,7 @@ def create_app(bon: BestOfN, settings: Settings | None = None, scorers: Mapping[
         status: {"model": ErrorResponse, "description": what} for status, what in _ERRORS.items()
     }
     unready: dict[int | str, dict[str, Any]] = {503: {"model": StateBody, "description": "Not now"}}
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
+    streamed: dict[str, Any] = {"text/event-stream": {}}
 
     @app.post("/v1/chat/completions", responses=errors | _ok(ChatResponse, streamed), openapi_extra=_takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
@@ -256,13 +256,12 @@ _ERRORS = {
     401: "No valid API key",
     403: "The host name is not answered to",
     404: "No such model",
-    408: "The request did not arrive in time",
+    408: "The request did not arrive in time, or its deadline passed before there was a candidate",
     413: "The request is too large",
     415: "Not JSON",
     429: "The queue is full",
     500: "A fault of the server",
     503: "A model does not answer, or the server shuts down",
-    504: "The deadline passed before there was a candidate",
 }
 
 

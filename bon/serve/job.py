@@ -52,7 +52,7 @@ class Job:
                 await self.ticket.turn()
         except TimeoutError:
             said = f"the deadline of {deadline:g} s passed before it was this request's turn."
-            raise ApiError(504, said, "deadline_exceeded", "best_of_n.deadline_s") from None
+            raise ApiError(408, said, "deadline_exceeded", "best_of_n.deadline_s") from None
         left = None if deadline is None else max(0.0, deadline - self.ticket.queue_s)
         return await self.plan.bon.run(self.plan.task, watch=self._tell, deadline=left)
 

@@ -1,0 +1,302 @@
+"""The playground in a real headless Chromium."""
+
+import os
+import shutil
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from serving import served, until
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+from bon import BestOfN  # noqa: E402
+from bon.engines.scripted import ScriptedEngine  # noqa: E402
+from bon.errors import EngineError  # noqa: E402
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = os.environ.get("BON_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PROMPT = "Write a reminder for Anna to water the plants on Monday."
+PAYLOADS = (
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    "<svg onload='window.hacked = 1'>",
+    "</p><iframe srcdoc='<script>parent.hacked = 1</script>'></iframe>",
+    "<a href='javascript:window.hacked=1'>click</a>",
+    "<style>body { display: none }</style>",
+    "<form action='http://evil.example'><input name=key autofocus onfocus='window.hacked = 1'></form>",
+    "\"><script src='http://evil.example/x.js'></script>",
+    "&lt;script&gt; stays as it is, and so does \u202e right to left \u0000 and \U0001f331 emoji",
+)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium, or set BON_CHROMIUM")
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium):
+    contexts = []
+
+    def open_page(site, fragment="", wait=True, **options):
+        context = chromium.new_context(**options)
+        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=site.url)
+        contexts.append(context)
+        page = context.new_page()
+        page.problems, page.foreign = [], []
+        page.on("console", lambda message: page.problems.append(message.text))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("dialog", lambda dialog: page.problems.append(dialog.message))
+        page.on("request", lambda r: page.foreign.append(r.url) if not r.url.startswith((site.url, "data:")) else None)
+        page.goto(f"{site.url}/{fragment}")
+        if wait:
+            page.wait_for_selector("#scorer option", state="attached")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def ask(page, prompt=PROMPT):
+    page.fill("#prompt", prompt)
+    page.click("#run")
+    page.wait_for_selector("body[data-state=done]", timeout=20_000)
+
+
+def backward(text, draw):
+    """Candidates drop words; what is inferred from a candidate is the candidate, with an emoji before it."""
+    _, inversion, response = text.rpartition("Response:\n")
+    if inversion:
+        return f"\U0001f331 {response}"
+    words = text.split()
+    return " ".join(words[draw:])
+
+
+@pytest.fixture(scope="module")
+def site():
+    with served(BestOfN(ScriptedEngine(backward, step_seconds=0.03), n=4, prune=False)) as it:
+        yield it
+
+
+def test_the_winner_comes_first_with_the_words_that_match(site, open_page):
+    page = open_page(site)
+    ask(page)
+    winner = page.locator("#winner article")
+    assert winner.locator(".text").inner_text() == PROMPT
+    marks = winner.locator("mark").all_inner_texts()
+    assert marks == ["Write", "reminder", "for", "Anna", "to", "water", "plants", "on", "Monday."], (
+        "emoji shift nothing"
+    )
+    rewards = [float(t) for t in page.locator("article .reward").all_inner_texts()]
+    assert len(rewards) == 4
+    assert rewards == sorted(rewards, reverse=True)
+    assert page.locator("#timeline rect.sample").count() == 4
+    assert page.locator("#timeline rect.score").count() == 4
+    assert page.locator("#rewards circle").count() == 4
+    assert page.locator("#rewards circle.best").count() == 1
+    assert page.locator("#status").inner_text().startswith("Done in ")
+    assert page.problems == page.foreign == []
+
+
+def test_candidates_and_rewards_appear_as_they_come(open_page):
+    policy = ScriptedEngine(lambda text, draw: "word " * (1 + 60 * draw), step_seconds=0.02)
+    with served(BestOfN(policy, ScriptedEngine(), n=3)) as site:
+        page = open_page(site)
+        page.fill("#prompt", PROMPT)
+        page.click("#run")
+        page.wait_for_selector("#list article")
+        page.wait_for_selector("text=2 more being sampled")
+        page.wait_for_selector("#timeline rect.live", state="attached")
+        assert page.get_attribute("body", "data-state") == "busy", "the first candidate is shown before the end"
+        page.wait_for_selector("body[data-state=done]", timeout=20_000)
+        assert page.locator("rect.live").count() == 0
+
+
+@pytest.mark.parametrize("where", ["candidate", "inferred", "error"])
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_what_models_say_is_never_interpreted(open_page, where, payload):
+    def script(text, draw):
+        inversion = "Response:\n" in text
+        return payload if (inversion if where == "inferred" else not inversion) else "plain"
+
+    class Failing(ScriptedEngine):
+        def generate(self, *args, **kwargs):
+            raise EngineError(payload)
+
+    engine = Failing() if where == "error" else ScriptedEngine(script)
+    with served(BestOfN(engine, n=2)) as site:
+        page = open_page(site)
+        page.fill("#prompt", payload)
+        page.click("#run")
+        page.wait_for_selector("body[data-state=done], body[data-state=failed]", timeout=20_000)
+        shown = {"candidate": "#winner .text", "inferred": "#winner .inferred", "error": "#alert"}[where]
+        assert " ".join(payload.split()) in " ".join(page.locator(shown).text_content().split())
+        page.wait_for_timeout(50)
+        assert page.evaluate("window.hacked") is None
+        assert (
+            page.locator("main").evaluate(
+                "node => node.querySelectorAll('script, img, iframe, a, form, style, input').length"
+            )
+            == 0
+        )
+        assert page.is_visible("#prompt")
+        assert page.foreign == []
+        assert [p for p in page.problems if "503" not in p] == [], "the browser's policy had nothing to block either"
+
+
+def test_the_policy_of_the_page_stops_a_script_that_got_in_anyway(site, open_page):
+    page = open_page(site)
+    page.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
+        " document.body.append(s); const i = document.createElement('img');"
+        " i.setAttribute('onerror', 'window.hacked = 1'); i.src = 'x:';"
+        " document.body.append(i); }"
+    )
+    page.wait_for_timeout(100)
+    assert page.evaluate("window.hacked") is None
+    assert any("Content Security Policy" in problem for problem in page.problems)
+
+
+def test_it_works_from_the_keyboard_alone(site, open_page):
+    page = open_page(site)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.type(PROMPT)
+    reached = []
+    for _ in range(5):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert reached[:3] == ["n", "scorer", "run"]
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#list article")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("body[data-state=idle]")
+    assert page.locator("#status").inner_text() == "Stopped."
+    until(lambda: site.server.admission.running == 0)
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("body[data-state=done]", timeout=20_000)
+    page.focus("#winner button")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#winner button').textContent === 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == PROMPT
+
+
+def test_every_control_has_a_name_and_the_progress_is_announced(site, open_page):
+    page = open_page(site)
+    ask(page)
+    page.click("summary")
+    nameless = page.evaluate(
+        "[...document.querySelectorAll('input, textarea, select, button')].filter(e => !(e.labels && e.labels.length)"
+        " && !e.textContent.trim() && !e.getAttribute('aria-label')).length"
+    )
+    assert nameless == 0
+    assert page.get_attribute("#status", "aria-live") == "polite"
+    assert page.locator("svg[role=img][aria-label]").count() == 2
+
+
+def test_a_link_carries_the_settings(site, open_page):
+    page = open_page(site)
+    page.fill("#prompt", "Say & mean <b>it</b> #1")
+    page.fill("#n", "3")
+    page.select_option("#scorer", "likelihood")
+    page.click("summary")
+    page.fill("#temperature", "0.5")
+    page.fill("#key", "sk-secret")
+    page.click("#link")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert "sk-secret" not in link
+    other = open_page(site, link.removeprefix(site.url + "/"))
+    values = [other.input_value(f"#{name}") for name in ("prompt", "n", "scorer", "temperature", "key")]
+    assert values == ["Say & mean <b>it</b> #1", "3", "likelihood", "0.5", ""]
+    assert other.evaluate("document.body.dataset.state") == "idle", "a link runs nothing by itself"
+    assert other.is_visible("#temperature")
+    hostile = open_page(site, "#n=%3Cimg&scorer=x&prompt=" + quote("<img src=x onerror=window.hacked=1>"))
+    assert hostile.evaluate("window.hacked") is None
+
+
+def test_pruned_candidates_are_grey_with_their_bound(open_page):
+    answers = [PROMPT, "one two three four five six seven eight nine ten eleven twelve thirteen " * 3]
+    with served(BestOfN(ScriptedEngine(answers, step_seconds=0.002), ScriptedEngine(step_seconds=0.01), n=2)) as site:
+        page = open_page(site)
+        ask(page)
+        pruned = page.locator("#list article.pruned")
+        assert pruned.count() == 1
+        assert pruned.locator(".reward").inner_text().startswith("≤ 0.")
+        assert "pruned" in pruned.inner_text()
+
+
+def test_rewards_below_zero_are_drawn_as_well(site, open_page):
+    page = open_page(site)
+    page.select_option("#scorer", "likelihood")
+    ask(page)
+    assert page.locator("#rewards circle").count() == 4
+    assert page.locator("#winner .reward").inner_text().startswith("-")
+    assert page.problems == []
+
+
+def test_a_key_is_asked_for_where_one_is_needed(open_page):
+    with served(BestOfN(ScriptedEngine(), n=1), api_keys=("sk-1",)) as site:
+        page = open_page(site, wait=False)
+        page.wait_for_selector("text=wants an API key")
+        page.fill("#key", "sk-1")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#scorer option", state="attached")
+        ask(page)
+        assert page.locator("#winner article").count() == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (768, 1024), (1440, 900)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_the_screen_and_can_be_read(site, open_page, width, height, scheme):
+    page = open_page(site, color_scheme=scheme, viewport={"width": width, "height": height})
+    ask(page, PROMPT + " " + "x" * 200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    contrasts = page.evaluate(CONTRAST)
+    assert min(contrasts) >= 4.5, "WCAG AA"
+    if folder := os.environ.get("BON_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"playground-{width}-{scheme}.png", full_page=True)
+
+
+# Contrast of each visible text with the first opaque background behind it (WCAG 2.1, relative luminance).
+CONTRAST = """() => {
+  const rgb = (text) => {
+    const values = text.match(/[\\d.]+/g).map(Number);
+    return {color: values.slice(0, 3), alpha: values[3] ?? 1};
+  };
+  const light = (color) => color.map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const found = rgb(getComputedStyle(node).backgroundColor);
+      if (found.alpha === 1) return found.color;
+    }
+  };
+  const texts = 'h1, h2, p, label, .reward, .name, .tag, mark, .numbers, #status, button:enabled';
+  const shown = [...document.querySelectorAll(texts)].filter(node => node.offsetParent && node.textContent.trim());
+  return shown.map(node => {
+    const [a, b] = [light(rgb(getComputedStyle(node).color).color), light(behind(node))];
+    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+  });
+}"""
