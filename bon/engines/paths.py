@@ -1,4 +1,8 @@
-"""The way a call takes through the model: prefixes shared, or as transformers does it."""
+"""The way a call takes through the model: prefixes shared, or as transformers does it.
+
+A model whose prefixes cannot be shared is found out by what its configuration says and by a trial run, never by a
+wrong answer.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,17 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import torch
+
+from bon.engines.prefix_attention import NAME
 from bon.engines.prefix_tree import Ids, arrange, preamble
 from bon.engines.rows import PlainRows, Rows, Stats
-from bon.engines.shared_prefix import NAME, Preamble, SharedRows, check, longest_served
+from bon.engines.shared_prefix import Preamble, SharedRows
 
 log = logging.getLogger(__name__)
+
+_ROPE_TYPES = {"default", "linear", "llama3", "yarn", "proportional"}  # the others depend on the batch's longest row
 
 
 class Path(Protocol):
@@ -109,3 +119,58 @@ class Paths:
         if name != self._current:
             self._model.set_attn_implementation(name)
             self._current = name
+
+
+def longest_served(model: Any) -> int | None:
+    """Tokens up to which every layer of a model attends to its whole context; None for no limit.
+
+    Raises:
+        NotImplementedError: the model has something that shared prefixes do not serve; the message says what.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not getattr(model, "_supports_attention_backend", False):
+        raise NotImplementedError("it does not use transformers' attention interface")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"it has layers of type {sorted(unknown)}")
+    if unknown := _rope_types(getattr(config, "rope_parameters", None)) - _ROPE_TYPES:
+        raise NotImplementedError(f"its position encoding is {sorted(unknown)}")
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds if getattr(config, "layer_types", None) else window is not None
+    return int(window) if slides and window else None
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    if not isinstance(parameters, dict):
+        return set()
+    own = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
+    return own.union(*(_rope_types(value) for value in parameters.values()))
+
+
+def check(model: Any) -> None:
+    """Run a few made-up prompts both ways and compare.
+
+    Raises:
+        NotImplementedError: shared prefixes give this model other logits than transformers does.
+    """
+    generator = np.random.default_rng(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    root, *contexts = (generator.integers(0, vocabulary, size).tolist() for size in (17, 18, 19))
+    prompts = [(*root, *contexts[i // 2], *generator.integers(0, vocabulary, 2 + i).tolist()) for i in range(4)]
+    tokens = torch.from_numpy(generator.integers(0, vocabulary, (2, 6))).to(model.device)
+    alive = np.array([True, False, True, True, True, True])
+    found = []
+    plain = model.config._attn_implementation
+    for name in (plain, NAME):
+        model.set_attn_implementation(name)
+        rows = PlainRows(model, Stats()) if name == plain else SharedRows(model, Preamble(tuple(root)), Stats())
+        outputs = [rows.prefill(prompts, [1, 2, 1, 2]), rows.step(tokens[0])]
+        back = np.argsort(order := rows.select(alive))
+        outputs.append(rows.step(tokens[1][torch.from_numpy(order).to(model.device)])[torch.from_numpy(back)])
+        found.append(torch.cat(outputs).float())
+    model.set_attn_implementation(plain)
+    expected, got = found
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    worst = float((expected - got).abs().max() / expected.std())
+    if not worst < tolerance:
+        raise NotImplementedError(f"its logits came out different by {worst:.1e} standard deviations")
