@@ -7,18 +7,13 @@ has no id) says which row it was. Nothing here prints, and nothing decides wheth
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
-
-import orjson
+from dataclasses import dataclass
+from typing import Any
 
 from bon.best_of_n import BestOfN
-from bon.errors import BonError, InputError, PromptTooLongError
+from bon.errors import BonError, InputError, PromptTooLongError, UserCodeError
 from bon.types import Message, Result, Task, as_messages
 
 Key = tuple[str, str | int]
@@ -74,7 +69,7 @@ def read_rows(lines: Iterable[bytes], *, system: str | None = None, ranked: bool
 
 
 def _row(number: int, line: bytes, system: str | None, ranked: bool) -> Row:
-    fields = _object(line)
+    fields = parse_object(line)
     _key(fields, number)
     messages = _messages(fields)
     if system is not None and messages[0].role not in ("system", "developer"):
@@ -86,7 +81,12 @@ def _row(number: int, line: bytes, system: str | None, ranked: bool) -> Row:
     return Row(number, fields, task, _candidates(fields) if ranked else ())
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Read one line of JSON Lines.
+
+    Raises:
+        InputError: not UTF-8, not JSON, or not an object.
+    """
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -169,9 +169,17 @@ async def run_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncIterator[tuple[Row
     async with aclosing(bon.stream(tasks())) as outcomes:  # type: ignore[type-var]
         async for position, outcome in outcomes:
             row = waiting.pop(position)
-            if isinstance(outcome, PromptTooLongError) and len(outcome.indices) > 1:
-                outcome = await _alone(bon, row)  # the shared error counts the tokens of the first such prompt only
-            yield row, outcome
+            yield row, await _alone(bon, row) if _is_shared(bon, outcome) else outcome
+
+
+def _is_shared(bon: BestOfN, outcome: Result | BonError) -> bool:
+    """Whether an error may be another row's, of those that ran together with this one.
+
+    A function that raises takes all of them down, and one error speaks for all prompts that are too long.
+    """
+    if isinstance(outcome, PromptTooLongError):
+        return len(outcome.indices) > 1
+    return isinstance(outcome, UserCodeError) and not (bon.policy.overlaps and bon.scorer.overlaps)
 
 
 async def _alone(bon: BestOfN, row: Row) -> Result | BonError:
@@ -214,116 +222,3 @@ def output_row(row: Row, result: Result, *, everything: bool = False) -> dict[st
     if replaced and "replaced" in row.fields:
         replaced["replaced"] = row.fields["replaced"]
     return {**row.fields, **own, **({"replaced": replaced} if replaced else {})}
-
-
-def to_json(value: Any) -> bytes:
-    """JSON in UTF-8, on one line; what orjson cannot write (lone surrogates, very long integers) json escapes."""
-    try:
-        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    except TypeError:
-        return json.dumps(value).encode()
-
-
-@dataclass(slots=True)
-class Output:
-    """Where rows go: a file that is appended to one whole line at a time, or standard output.
-
-    Args:
-        name: for messages.
-        done: keys of the rows that were there before.
-        repaired: bytes of a torn last line that were cut off.
-        written: rows written so far.
-    """
-
-    name: str
-    file: BinaryIO
-    done: set[Key] = field(default_factory=set)
-    repaired: int = 0
-    written: int = 0
-    _path: Path | None = None
-    _fresh: bool = False
-    _truncate: bool = False
-
-    @classmethod
-    def open(cls, path: Path | None, *, resume: bool = False, overwrite: bool = False) -> Output:
-        """Open the output and find out whether it can be written, before any work is done.
-
-        Args:
-            path: a file, or None for standard output.
-            resume: go on with what an interrupted run left; a torn last line is cut off.
-            overwrite: begin anew; what is there stays until ``start``.
-
-        Raises:
-            InputError: the file exists already, cannot be written, or holds what no run wrote.
-        """
-        if resume and overwrite:
-            raise InputError("--resume and --overwrite exclude each other.")
-        if path is None:
-            if resume or overwrite:
-                raise InputError(f"--{'resume' if resume else 'overwrite'} needs an output file: give -o FILE.")
-            return cls("standard output", sys.stdout.buffer)
-        fresh = not path.exists()
-        regular = fresh or path.is_file()
-        if not fresh and regular and path.stat().st_size and not (resume or overwrite):
-            raise InputError(
-                f"{path} exists already. Add --resume to append the rows that are missing, "
-                "--overwrite to begin anew, or choose another -o."
-            )
-        try:
-            file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise InputError(f"cannot write to {path}: {error.strerror}. Choose another -o.") from error
-        output = cls(str(path), file, _path=path, _fresh=fresh, _truncate=overwrite and regular)
-        if resume and regular:
-            try:
-                output._take_stock(path)
-            except BaseException:
-                output.close()
-                raise
-        return output
-
-    def _take_stock(self, path: Path) -> None:
-        """Find the rows that are done; end or cut off a last line that was torn."""
-        whole, line = 0, b"\n"
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    fields = _object(line)
-                    identity = fields.get("id", fields.get("line"))
-                    if isinstance(identity, bool) or not isinstance(identity, (str, int)):
-                        raise InputError("the row has neither 'id' nor 'line'")
-                except InputError as error:
-                    if not line.endswith(b"\n"):
-                        os.truncate(path, whole)
-                        self.repaired = len(line)
-                        return
-                    raise InputError(f"{path}:{number}: cannot resume: {error}") from error
-                self.done.add(("id", identity) if "id" in fields and fields["id"] is not None else ("line", identity))
-                whole += len(line)
-        if not line.endswith(b"\n"):
-            self.file.write(b"\n")
-
-    def start(self) -> None:
-        """Drop what an overwritten file held, now that the run is certain to begin."""
-        if self._truncate:
-            self.file.truncate(0)
-
-    def write(self, value: Mapping[str, Any]) -> None:
-        """Append one row and see it out of this process.
-
-        Raises:
-            OSError: the disk is full, the pipe is closed.
-        """
-        line = memoryview(to_json(value) + b"\n")
-        while line:
-            line = line[self.file.write(line) :]
-        self.file.flush()
-        self.written += 1
-
-    def close(self) -> None:
-        """Close the file; one that was made for this run and got no row is removed."""
-        if self._path is None:
-            return
-        self.file.close()
-        if self._fresh and not self.written and self._path.is_file() and not self._path.stat().st_size:
-            self._path.unlink()

@@ -11,10 +11,11 @@ import pytest
 from command import in_process_of_its_own, process, rows_of, write_rows
 
 from bon import BestOfN
-from bon.batch import BadRow, Output, Row, output_row, read_rows, run_rows, to_json
+from bon.batch import BadRow, Row, output_row, read_rows, run_rows
 from bon.cli import main
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
+from bon.output import Output, to_json
 
 
 @pytest.fixture
@@ -293,6 +294,21 @@ def test_each_prompt_that_is_too_long_is_named_with_its_own_count(tmp_path, monk
     assert {json.loads(line)["line"] for line in captured.out.splitlines()} == {1, 3}
     assert "in.jsonl:2: the prompt has 10 tokens, 3 more than the 7" in captured.err
     assert "in.jsonl:4: the prompt has 30 tokens, 23 more than the 7" in captured.err
+
+
+def test_a_function_that_raises_for_one_row_costs_that_row_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "picky.py").write_text(
+        "from bon.engines.scripted import ScriptedEngine\nflip = ScriptedEngine(overlaps=False)\n"
+        "def policy(prompt):\n    if '3' in prompt: raise ValueError('not three')\n    return prompt\n"
+    )
+    write_rows(tmp_path / "in.jsonl", prompts(8))
+    code = main(["run", "in.jsonl", "--policy", "picky:policy", "--flip", "picky:flip", "--skip-bad"])
+    captured = capsys.readouterr()
+    assert code == 0
+    assert len(captured.out.splitlines()) == 7
+    assert "in.jsonl:4: the function 'picky:policy' raised ValueError: not three" in captured.err
+    assert "1 bad" in captured.err
 
 
 def test_reading_says_what_is_wrong_and_goes_on():

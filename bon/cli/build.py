@@ -11,13 +11,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from bon.best_of_n import BestOfN
 from bon.cli.console import quiet_libraries
 from bon.engines.base import ENGINES, Engine, choose_engine, engine_class, load_engine
 from bon.engines.function import FunctionEngine
 from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
+from bon.resolve import as_policy
 from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip
 from bon.scorers.function import RewardFunction
@@ -141,7 +142,7 @@ def parse_selector(spec: str, seed: int | None) -> str | Selector:
 
 
 def _no_policy() -> Engine:
-    return FunctionEngine(lambda prompt: "", "no policy")
+    return as_policy(lambda prompt: "")
 
 
 def _own_scorer(options: Options) -> Scorer | None:
@@ -161,7 +162,7 @@ def _own_scorer(options: Options) -> Scorer | None:
     if isinstance(found, Scorer):
         return found
     if callable(found):
-        return RewardFunction(found, options.scorer)
+        return cast(Scorer, RewardFunction(found, options.scorer))
     raise InputError(f"{options.scorer!r} is no scorer and no function, but {type(found).__name__}.")
 
 
@@ -204,7 +205,7 @@ class _Loader:
             if isinstance(found, Engine) and not isinstance(found, type):
                 return found
             if callable(found):
-                return FunctionEngine(found, spec)
+                return as_policy(spec)
             raise InputError(f"{spec!r} is no function and no engine, but {type(found).__name__}.")
         if spec is not None and not spec.strip():
             raise InputError("a model's name is empty.")

@@ -28,8 +28,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
     """Show what is installed, which engines can run here, and what to type for those that cannot."""
-    from bon.batch import to_json
     from bon.cli.console import print_bytes
+    from bon.output import to_json
 
     report = examine()
     if as_json:

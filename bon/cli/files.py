@@ -19,12 +19,13 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from bon.batch import BadRow, Key, Output, Row, output_row, rank_rows, read_rows, run_rows
+from bon.batch import BadRow, Key, Row, output_row, rank_rows, read_rows, run_rows
 from bon.cli.build import Built, Options, build
 from bon.cli.console import say, sentence
 from bon.cli.interrupt import StoppedError, run_until_interrupted
 from bon.cli.notice import off_world_summary
 from bon.errors import BonError, InputError
+from bon.output import Output
 from bon.types import Result, Usage
 
 LISTED = 20

@@ -186,9 +186,9 @@ def is_file(argument: str) -> bool:
 
 
 def _run_prompt(prompt: str, system: str | None, instruction: str | None, options: Any, as_json: bool) -> int:
-    from bon.batch import to_json
     from bon.cli import console, notice
     from bon.cli.build import build
+    from bon.output import to_json
     from bon.types import Message, Result, Task
 
     try:

@@ -1,0 +1,319 @@
+"""Bad input: one clear line on standard error (value, place, what to do), exit code 2, no traceback, no output."""
+
+import json
+import os
+
+import pytest
+from command import in_process_of_its_own, write_rows
+
+from bon.cli import main
+
+SCRIPTED = ("--engine", "scripted")
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    """Run bon in an empty folder; check that it refuses; return what it says."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*arguments):
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        assert code == 2, captured.err
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
+        lines = captured.err.splitlines()
+        assert all(line.startswith("bon: ") for line in lines)
+        [message] = [line for line in lines if line.startswith("bon: error: ")]
+        return message
+
+    return refused
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"prompt": "a"', "not valid JSON"),
+        (b"hello", "not valid JSON"),
+        (b'["a"]', "must be a JSON object"),
+        (b"3", "must be a JSON object with 'prompt' or 'messages', not 3"),
+        (b'{"text": "a"}', "neither 'prompt' nor 'messages'. Its fields: 'text'"),
+        (b"{}", "Its fields: none"),
+        (b'{"prompt": null}', "neither 'prompt' nor 'messages'"),
+        (b'{"prompt": ""}', "the prompt is empty"),
+        (b'{"prompt": " \\n "}', "the prompt is empty"),
+        (b'{"prompt": 5}', "'prompt' must be text, not 5"),
+        (b'{"prompt": ["a"]}', "'prompt' must be text, not ['a']. A conversation belongs in 'messages'"),
+        (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "both 'prompt' and 'messages'"),
+        (b'{"messages": "hi"}', "'messages' must be a list"),
+        (b'{"messages": []}', "non-empty list of messages"),
+        (b'{"messages": ["hi"]}', "message 0 must have 'role' and 'content', got 'hi'"),
+        (b'{"messages": [{"role": "user"}]}', "message 0 must have 'role' and 'content'"),
+        (b'{"messages": [{"role": "uesr", "content": "a"}]}', "'uesr'. Did you mean 'user'"),
+        (b'{"messages": [{"role": ["user"], "content": "a"}]}', "unknown message role"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "must be text, not list"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}', "must come from the user, not from 'assistant'"),
+        (b'{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}', "bon does not know: tool_calls"),
+        (b'{"prompt": "a", "instruction": 3}', "'instruction' must be text, not 3"),
+        (b'{"prompt": "a", "instruction": "b"}', "'b' is not"),
+        (b'{"prompt": "a", "id": 1.5}', "'id' must be text or a whole number, not 1.5"),
+        (b'{"prompt": "a", "id": true}', "'id' must be text or a whole number, not True"),
+        (b'{"prompt": "a", "x": NaN}', "NaN is no JSON number"),
+        (b'{"prompt": "a \\ud800"}', "half a surrogate pair"),
+        (b'{"prompt": "caf\xe9"}', "byte 16 of the line (0xe9) is not UTF-8. Save the file as UTF-8"),
+        (b"\xff\xfe{\x00", "is not UTF-8"),
+        (b'{"prompt": "a", "x": ' + b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_file_and_line(refused, tmp_path, line, complaint):
+    (tmp_path / "in.jsonl").write_bytes(b"\n" + line + b"\n")
+    message = refused("run", "in.jsonl", *SCRIPTED)
+    assert message.startswith("bon: error: in.jsonl:2: ")
+    assert complaint in message
+
+
+@pytest.mark.parametrize(
+    ("candidates", "complaint"),
+    [
+        (None, "'candidates' must be a list of at least one text, not nothing"),
+        ([], "'candidates' must be a list of at least one text, not []"),
+        ("a", "'candidates' must be a list"),
+        (["a", 3], "candidate 1 must be text, not 3"),
+    ],
+)
+def test_bad_candidates_are_refused_with_their_file_and_line(refused, tmp_path, candidates, complaint):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say hi", "candidates": candidates}])
+    message = refused("rerank", "in.jsonl", *SCRIPTED)
+    assert "in.jsonl:1: " in message
+    assert complaint in message
+
+
+def test_a_bad_row_that_is_long_makes_no_long_message(refused, tmp_path):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": ["x" * 10_000]}])
+    assert len(refused("run", "in.jsonl", *SCRIPTED)) < 250
+
+
+def test_a_row_cannot_put_escape_sequences_on_the_terminal(refused, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"\\u001b[2J": 1}\n')
+    assert "\x1b" not in refused("run", "in.jsonl", *SCRIPTED)
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_jsonl_name_that_does_not_exist_is_no_prompt(refused):
+    assert "there is no file 'prompts.jsonl'" in refused("run", "prompts.jsonl", *SCRIPTED)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_refused(refused, tmp_path, content):
+    (tmp_path / "in.jsonl").write_text(content)
+    assert "in.jsonl is empty. Each line must be" in refused("run", "in.jsonl", *SCRIPTED)
+
+
+@pytest.mark.parametrize("command", ["run", "rerank"])
+def test_a_folder_is_no_input(refused, tmp_path, command):
+    (tmp_path / "rows").mkdir()
+    assert "'rows' is a folder" in refused(command, "rows", *SCRIPTED)
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("missing/out.jsonl", "cannot write to missing/out.jsonl: No such file or directory"),
+        ("folder", "cannot write to folder: Is a directory"),
+        ("in.jsonl", "in.jsonl is both the input and the output"),
+        ("./in.jsonl", "is both the input and the output"),
+        ("link.jsonl", "is both the input and the output"),
+        ("in.jsonl/x", "Not a directory"),
+    ],
+)
+def test_an_unwritable_output_is_refused_before_any_work(refused, tmp_path, path, complaint):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say hi"}])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    before = (tmp_path / "in.jsonl").read_bytes()
+    message = refused("run", "in.jsonl", "-o", path, "--overwrite", "--policy", "/would/be/noticed/later")
+    assert complaint in message
+    assert (tmp_path / "in.jsonl").read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_without_permission_is_refused(refused, tmp_path):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say hi"}])
+    (tmp_path / "out.jsonl").touch(0o400)
+    assert "cannot write to out.jsonl: Permission denied" in refused("run", "in.jsonl", "-o", "out.jsonl", *SCRIPTED)
+
+
+def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
+    for stdin, complaint in [(b"", "standard input is empty"), (b"x\n", "standard input:1: not valid JSON")]:
+        code, out, err = in_process_of_its_own("run", "-", *SCRIPTED, cwd=tmp_path, stdin=stdin)
+        assert (code, out) == (2, "")
+        assert complaint in err
+
+
+# --- Options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["runn"], "No such command 'runn'. Did you mean 'run'?"),
+        (["eval", "mni"], "No such command 'mni'. Did you mean 'mini'?"),
+        (["run"], "Missing argument 'PROMPT|FILE'"),
+        (["run", "say", "hi"], "unexpected extra argument"),
+        (["run", "hi", "--polcy", "x"], "No such option: --polcy. Did you mean '--policy'?"),
+        (["run", "hi", "-n", "many"], "'many'"),
+        (["run", "hi", "-n", "0", *SCRIPTED], "-n must be a whole number of at least 1, got 0"),
+        (["run", "hi", "-n", "-3", *SCRIPTED], "got -3"),
+        (["run", "", *SCRIPTED], "the prompt is empty"),
+        (["run", " \n", *SCRIPTED], "the prompt is empty"),
+        (["run", "caf\udce9", *SCRIPTED], "the prompt is not UTF-8"),
+        (["run", "hi", "--engine", "trch"], "unknown engine 'trch'. Did you mean 'torch'?"),
+        (["run", "hi", "--scorer", "likelyhood", *SCRIPTED], "unknown scorer 'likelyhood'. Did you mean 'likelihood'?"),
+        (["run", "hi", "--style", "jsn", *SCRIPTED], "unknown prompt style 'jsn'. Did you mean 'json'?"),
+        (["run", "hi", "--samples", "0", *SCRIPTED], "samples must be a whole number >= 1, got 0"),
+        (["run", "hi", "--scorer", "likelihood", "--style", "json", *SCRIPTED], "--style belongs to the scorer 'flip'"),
+        (["run", "hi", "--selector", "soft-max", *SCRIPTED], "unknown selector 'soft-max'. Did you mean 'softmax'?"),
+        (["run", "hi", "--selector", "top-k", *SCRIPTED], "needs a number, such as top-k:3"),
+        (["run", "hi", "--selector", "top-k:0", *SCRIPTED], "k must be a whole number >= 1, got 0"),
+        (["run", "hi", "--selector", "softmax:hot", *SCRIPTED], "needs a number, such as softmax:0.5"),
+        (["run", "hi", "--selector", "vote", *SCRIPTED], "needs a pattern"),
+        (["run", "hi", "--selector", "vote:(", *SCRIPTED], "not a regular expression"),
+        (["run", "hi", "--selector", "best:1", *SCRIPTED], "takes no value"),
+        (["run", "hi", "--min-reward", "nan", *SCRIPTED], "min_reward must be a number"),
+        (["run", "hi", "--temperature", "-1", *SCRIPTED], "temperature must be a number >= 0, got -1.0"),
+        (["run", "hi", "--top-p", "1.5", *SCRIPTED], "top_p must be a number in (0, 1], got 1.5"),
+        (["run", "hi", "--max-tokens", "0", *SCRIPTED], "max_tokens must be a whole number >= 1, got 0"),
+        (["run", "hi", "--stop", "", *SCRIPTED], "stop must be"),
+        (["run", "hi", "--seed", "-1", *SCRIPTED], "seed must be a whole number >= 0, got -1"),
+        (["run", "hi", "--instruction", "ho", *SCRIPTED], "'ho' is not"),
+        (["run", "hi", "-o", "out.jsonl", *SCRIPTED], "--output is for files of prompts"),
+        (["run", "hi", "--resume", *SCRIPTED], "--resume is for files of prompts"),
+        (["run", "hi", "--all", *SCRIPTED], "--all is for files of prompts"),
+        (["run", "hi", "--device", "cpu", *SCRIPTED], "the scripted engine takes no --device"),
+        (["run", "hi", "--policy", "x", *SCRIPTED], "the scripted engine runs no model, so it cannot be 'x'"),
+        (["run", "hi", "--policy", "./no/such/model"], "no/such/model"),
+        (["run", "hi", "--policy", ""], "a model's name is empty"),
+        (["run", "in.jsonl", "--json", *SCRIPTED], "--json is for a single prompt"),
+        (["run", "in.jsonl", "--instruction", "x", *SCRIPTED], "rows of a file have a field 'instruction'"),
+        (["run", "in.jsonl", "--resume", *SCRIPTED], "--resume needs an output file"),
+        (["run", "in.jsonl", "--resume", "--overwrite", "-o", "o", *SCRIPTED], "exclude each other"),
+        (["rerank", "nothing", *SCRIPTED], "there is no file 'nothing'"),
+        (["tasks", "--count", "0"], "'0'"),
+        (["eval", "mini", "--n-instructions", "0"], "'0'"),
+    ],
+)
+def test_bad_options_are_refused_with_what_to_do(refused, tmp_path, arguments, complaint):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say hi"}])
+    assert complaint in refused(*arguments)
+
+
+# --- Code of the user's ----------------------------------------------------------------------------------------------
+
+USER_CODE = """
+from bon.engines.scripted import ScriptedEngine
+
+number = 3
+tiny = ScriptedEngine(max_model_len=5)
+
+def raises(prompt):
+    raise ValueError("no luck")
+
+def too_few(prompt, n):
+    return ["one"] * (n - 1)
+
+def no_texts(prompt, n):
+    return [1] * n
+
+def no_list(prompt, n):
+    return 7
+
+def fine(prompt):
+    return "fine"
+
+def scores_raise(prompt, responses):
+    raise RuntimeError("bad day")
+
+def scores_few(prompt, responses):
+    return [1.0]
+
+def scores_words(prompt, responses):
+    return ["good"] * len(responses)
+
+class NeedsArguments:
+    def __init__(self, x): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--policy", "mine:raises", "--flip", "mine:fine"], "'mine:raises' raised ValueError: no luck"),
+        (["--policy", "mine:too_few", "--flip", "mine:fine"], "'mine:too_few' must return 4 texts, but returned 3"),
+        (["--policy", "mine:no_texts", "--flip", "mine:fine"], "must return texts, but returned 1"),
+        (["--policy", "mine:no_list", "--flip", "mine:fine"], "must return 4 texts, but returned 7"),
+        (["--policy", "mine:fine", "--flip", "mine:raises"], "'mine:raises' raised ValueError: no luck"),
+        (["--policy", "mine:fine"], "cannot score by itself. Name a model to score with: --flip MODEL"),
+        (["--policy", "mine:number"], "'mine:number' is no function and no engine, but int"),
+        (["--policy", "mine:missing"], "the module 'mine' has no 'missing'"),
+        (["--policy", "nowhere.at.all:f"], "there is no module 'nowhere'"),
+        (["--policy", "broken:f"], "cannot import 'broken:f': SyntaxError"),
+        (["--policy", "mine:tiny"], "the prompt has 6 tokens, 2 more than the 4 that fit"),
+        (["--scorer", "mine:number", *SCRIPTED], "'mine:number' is no scorer and no function, but int"),
+        (["--scorer", "mine:scores_raise", *SCRIPTED], "'mine:scores_raise' raised RuntimeError: bad day"),
+        (["--scorer", "mine:scores_words", *SCRIPTED], "must return numbers"),
+        (["--scorer", "mine:scores_few", *SCRIPTED], "must return"),
+        (["--scorer", "mine:NeedsArguments", *SCRIPTED], "'mine:NeedsArguments' raised TypeError"),
+        (["--scorer", "mine:scores_few", "--flip", "x", *SCRIPTED], "--flip names a model to infer instructions with"),
+    ],
+)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_functions_that_do_not_keep_their_side_are_named(
+    tmp_path, arguments, complaint, from_file, monkeypatch, capsys
+):
+    (tmp_path / "mine.py").write_text(USER_CODE)
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("mine", "broken"):
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    prompt = "Write one line about foxes"
+    prompt += " now" if "tiny" in str(arguments) else ""
+    write_rows(tmp_path / "in.jsonl", [{"prompt": prompt}])
+    code = main(["run", "in.jsonl" if from_file else prompt, "-n", "4", *arguments])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, ""), captured.err
+    assert complaint in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "hi", "-n", "0", *SCRIPTED, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("BON_DEBUG", "1")
+    assert main(["run", "hi", "-n", "0", *SCRIPTED]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_expected_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.py").write_text(
+        "class Odd:\n    name, overlaps = 'odd', False\n    def score(self, items): return {}['x']\n"
+        "    async def aclose(self): ...\nscorer = Odd()\n"
+    )
+    code = main(["run", "hi", "--scorer", "odd:scorer", *SCRIPTED])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (1, "")
+    assert captured.err == "bon: error: KeyError: 'x' (--debug shows where)\n"
+
+
+def test_refusals_leave_nothing_on_standard_output_of_a_real_process(tmp_path):
+    code, out, err = in_process_of_its_own("run", "hi", "--json", "--engine", "nope", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert json.dumps(err)

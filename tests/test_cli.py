@@ -1,0 +1,354 @@
+"""What people see: the ranked table, JSON, help, and what stays off the terminal."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from command import ROOT, in_process_of_its_own, write_rows
+
+import bon
+from bon.cli import main
+from bon.mini import WEIGHTS
+from bon.mini.tasks import FAMILIES, knows, sample_instructions
+
+PROMPT = "Write a short line about the quiet old harbour at night"
+SCRIPTED = ("--engine", "scripted")
+needs_weights = pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="the embedded weights are not there")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def answering(tmp_path, *texts):
+    """A module whose ``model`` answers with these texts and infers from each what it says."""
+    (tmp_path / "answers.py").write_text(
+        "from bon.engines.scripted import ScriptedEngine\n"
+        f"model = ScriptedEngine({list(texts)!r})\n"
+        "flip = ScriptedEngine(lambda text, draw: text.rpartition('Response:\\n')[2])\n"
+    )
+    return ("--policy", "answers:model", "--flip", "answers:flip", "-n", len(texts))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_modules(monkeypatch):
+    monkeypatch.delitem(sys.modules, "answers", raising=False)
+
+
+# --- The table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_winner_comes_first_and_then_all_candidates_by_reward(run):
+    code, out, err = run("run", PROMPT, "-n", 8, *SCRIPTED, "--no-prune")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"Best of 8: candidate \d, reward 1\.000", lines[0])
+    assert lines[2] == PROMPT
+    rewards = [float(m[1]) for line in lines if (m := re.match(r"\s*\*?\d+\s+(\d\.\d{3})\s", line))]
+    assert len(rewards) == 8
+    assert rewards == sorted(rewards, reverse=True)
+    assert "-> Write" in out
+    assert "sampling" in lines[-2]
+    assert "tokens: policy 11 in" in lines[-1]
+
+
+@pytest.mark.parametrize("columns", ["80", "60", "200"])
+def test_no_line_of_the_table_is_wider_than_the_terminal(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    _, out, _ = run("run", PROMPT, "-n", 8, *SCRIPTED)
+    assert max(map(len, out.splitlines()[3:-2])) <= int(columns)
+
+
+def test_a_pipe_gets_neither_colours_nor_boxes(tmp_path):
+    code, out, err = in_process_of_its_own("run", PROMPT, "-n", 8, *SCRIPTED, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out.isascii()
+    assert "\x1b" not in out
+
+
+def test_the_winner_is_printed_in_full_however_long_it_is(run, tmp_path):
+    text = " ".join(f"word{i}" for i in range(400)) + "\n\n  - indented [bold]not markup[/bold] :smile:"
+    _, out, _ = run("run", "Say", *answering(tmp_path, text))
+    assert text in out
+
+
+def test_candidates_cannot_reach_the_terminal_with_control_characters(run, tmp_path):
+    texts = [
+        "\x1b[2J\x1b]0;owned\x07red\x9b31m",
+        "a\u202eb\u2066c",
+        "bell\x07\x08\x7f",
+        "[red]markup[/red]",
+    ]
+    for text in texts:
+        sys.modules.pop("answers", None)
+        code, out, err = run("run", "Say it", *answering(tmp_path, text))
+        assert code == 0, err
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", out)
+    assert "[red]markup[/red]" in out
+
+
+def test_half_a_character_from_a_function_is_shown_as_its_code(run, tmp_path):
+    (tmp_path / "halves.py").write_text(
+        "def policy(prompt): return 'half \\ud83d done'\ndef scorer(prompt, responses): return [1.0] * len(responses)\n"
+    )
+    arguments = ("run", "Say it", "-n", 1, "--policy", "halves:policy", "--scorer", "halves:scorer")
+    assert r"half \ud83d done" in run(*arguments)[1]
+    assert json.loads(run(*arguments, "--json")[1])["text"] == "half \ud83d done"
+
+
+def test_candidates_without_a_reward_say_why(run, tmp_path):
+    _, out, _ = run("run", "Say it", *answering(tmp_path, "", "Say it", "Say it"))
+    assert "(no text)" in out
+    assert re.search(r"\s0\s+-\s+empty", out)
+    assert "the same text as candidate" in out
+
+
+def test_a_result_below_the_minimum_says_that_there_is_no_winner(run):
+    code, out, _ = run("run", PROMPT, "-n", 2, *SCRIPTED, "--min-reward", 1.5)
+    assert code == 0
+    assert out.startswith("No winner among 2: ")
+
+
+def in_a_terminal(*arguments, cwd, env=None):
+    """Run bon on a pseudo-terminal of 80 columns; return what it printed."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "80", **(env or {})}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "bon", *map(str, arguments)], stdout=slave, stderr=slave, cwd=cwd, env=environment
+    )
+    os.close(slave)
+    output = b""
+    while True:
+        try:
+            block = os.read(master, 1 << 16)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not block:
+            break
+        output += block
+    os.close(master)
+    assert running.wait() == 0
+    return output.decode()
+
+
+def test_matched_words_are_highlighted_on_a_terminal(tmp_path):
+    env = {"NO_COLOR": ""}
+    out = in_a_terminal("run", "Say it loud", *answering(tmp_path, "Say it softly"), cwd=tmp_path, env=env)
+    assert "\x1b[1;32mSay\x1b[0m" in out
+    assert "softly" in out
+    assert "32msoftly" not in out
+
+
+def test_without_colour_matched_words_are_bold(tmp_path):
+    out = in_a_terminal(
+        "run", "Say it loud", *answering(tmp_path, "Say it softly"), cwd=tmp_path, env={"NO_COLOR": "1"}
+    )
+    assert "\x1b[1mSay\x1b[0m" in out
+    assert "\x1b[1;32m" not in out
+
+
+def test_a_file_run_shows_progress_on_a_terminal_only(tmp_path):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": f"Say {i}"} for i in range(5)])
+    out = in_a_terminal("run", "in.jsonl", "-o", "out.jsonl", *SCRIPTED, cwd=tmp_path)
+    assert "5/5" in out
+    code, _, err = in_process_of_its_own("run", "in.jsonl", "-o", "out2.jsonl", *SCRIPTED, cwd=tmp_path)
+    assert code == 0
+    assert len(err.splitlines()) == 1
+    assert err.startswith("bon: 5 rows done")
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_and_nothing_else(tmp_path):
+    code, out, err = in_process_of_its_own("run", PROMPT, "-n", 8, "--json", *SCRIPTED, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert {"id", "text", "reward", "best", "candidates", "scores", "timing", "usage"} <= result.keys()
+    assert len(result["candidates"]) == len(result["scores"]) == 8
+    assert {"reward", "status", "inferred"} <= result["scores"][0].keys()
+    assert result["text"] == result["candidates"][result["best"]]["text"]
+
+
+def test_json_is_utf8_whatever_the_terminal_speaks(tmp_path):
+    arguments = answering(tmp_path, "Grüße 🦊")
+    env = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    code, out, _ = in_process_of_its_own("run", "Say", *arguments, "--json", cwd=tmp_path, env=env)
+    assert code == 0
+    assert json.loads(out)["text"] == "Grüße 🦊"
+    code, out, _ = in_process_of_its_own("run", "Say", *arguments, cwd=tmp_path, env=env)
+    assert code == 0
+    assert r"Gr\xfc\xdfe \U0001f98a" in out
+
+
+def test_the_same_seed_gives_the_same_result(run):
+    first, second = (json.loads(run("run", PROMPT, "--json", "--seed", 5, *SCRIPTED)[1]) for _ in range(2))
+    assert [c["text"] for c in first["candidates"]] == [c["text"] for c in second["candidates"]]
+    assert first["id"] == second["id"]
+
+
+# --- Options reach the library ---------------------------------------------------------------------------------------
+
+
+def test_options_mean_what_the_library_means(run):
+    def result(*options):
+        return json.loads(run("run", PROMPT, "--json", "--no-prune", *SCRIPTED, *options)[1])
+
+    assert len(result("-n", 3)["candidates"]) == 3
+    assert len(result()["candidates"]) == 8
+    assert len({c["text"] for c in result("--temperature", 0)["candidates"]}) == 1
+    assert {c["finish_reason"] for c in result("--max-tokens", 2)["candidates"]} == {"length"}
+    assert "short" not in result("--stop", " short")["candidates"][0]["text"]
+    assert len(result("--selector", "top-k:3")["chosen"]) == 3
+    assert result("--scorer", "likelihood")["reward"] < 0
+    assert len(result("--samples", 2)["scores"][0]["samples"]) == 2
+    assert result("--instruction", "a short line")["instruction"] == "a short line"
+    assert (
+        result("--selector", "softmax:0.5", "--seed", 1)["best"]
+        == result("--selector", "softmax:0.5", "--seed", 1)["best"]
+    )
+    assert result("--selector", "vote:(old harbour)")["best"] is not None
+
+
+def test_scorers_of_the_users_own_are_taken_from_a_module(run, tmp_path):
+    (tmp_path / "own_scorer.py").write_text(
+        "from bon import RewardFunction\n"
+        "def length(prompt, responses): return [len(r) for r in responses]\n"
+        "ready = RewardFunction(length)\n"
+        "class Made(RewardFunction):\n    def __init__(self): super().__init__(length)\n"
+    )
+    for name in ("length", "ready", "Made"):
+        code, out, err = run("run", PROMPT, "--json", *SCRIPTED, "--scorer", f"own_scorer:{name}")
+        assert code == 0, err
+        assert json.loads(out)["reward"] == len(json.loads(out)["text"])
+
+
+# --- The other commands ----------------------------------------------------------------------------------------------
+
+
+def test_tasks_prints_one_instruction_of_each_kind(run):
+    code, out, _ = run("tasks")
+    assert code == 0
+    assert len(out.splitlines()) == len(set(out.splitlines())) == len(FAMILIES)
+    assert all(knows(line) for line in out.splitlines())
+
+
+def test_tasks_makes_an_input_file_for_run(run, tmp_path):
+    code, out, _ = run("tasks", "--count", 40, "--seed", 3, "--jsonl")
+    assert code == 0
+    (tmp_path / "in.jsonl").write_text(out)
+    assert run("run", "in.jsonl", "-n", 1, "-o", "out.jsonl", *SCRIPTED)[0] == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 40
+    assert run("tasks", "--count", 40, "--seed", 3, "--jsonl")[1] == out
+
+
+def test_doctor_says_what_is_here_and_what_to_type_for_the_rest(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert f"bon           {bon.__version__}" in out
+    assert re.search(r"torch +ok", out)
+    code, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert {engine["name"] for engine in report["engines"]} >= {"torch", "scripted"}
+    assert all(engine["ok"] or engine["detail"] for engine in report["engines"])
+    assert report["versions"]["torch"]
+
+
+def test_version_and_help_exit_with_0(run):
+    assert run("--version") == (0, f"bon {bon.__version__}\n", "")
+    for arguments in ([], ["--help"], ["run", "--help"], ["rerank", "--help"], ["eval", "mini", "--help"]):
+        code, out, err = run(*arguments)
+        assert (code, err) == (0, "")
+        assert "Usage: bon" in out
+
+
+def test_help_states_the_exit_code_of_ctrl_c(run):
+    assert "130" in run("run", "--help")[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["tasks"]])
+def test_commands_that_need_no_model_load_no_model_library(arguments):
+    code = (
+        "import sys; from bon.cli import main\n"
+        f"main({arguments!r})\n"
+        "sys.stderr.write(' '.join(m for m in ('torch', 'transformers', 'vllm', 'openai') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+# --- The embedded model ----------------------------------------------------------------------------------------------
+
+
+@needs_weights
+def test_the_embedded_model_answers_what_it_knows(tmp_path):
+    prompt = "Write a reminder for Anna to water the plants on Monday."
+    code, out, err = in_process_of_its_own("run", prompt, "-n", 8, "--seed", 1, "--json", cwd=tmp_path)
+    result = json.loads(out)
+    assert code == 0
+    assert err == "", "the libraries keep quiet, and the prompt is known"
+    assert len(result["candidates"]) == 8
+    assert result["reward"] > 0.8
+
+
+@needs_weights
+def test_a_prompt_that_the_embedded_model_does_not_know_gets_a_plain_warning(run):
+    code, out, err = run("run", "Explain physics", "-n", 2, "--max-tokens", 9, "--scorer", "likelihood")
+    lines = err.splitlines()
+    assert code == 0
+    assert out.startswith("Best of 2")
+    assert "the embedded model knows a small world of writing tasks only" in lines[0]
+    assert all(knows(line.partition("for example: ")[2]) for line in lines[1:3])
+    assert "--policy" in lines[3]
+
+
+@needs_weights
+def test_a_file_of_unknown_prompts_gets_one_line_of_warning(run, tmp_path):
+    rows = [{"prompt": "Explain physics"}, {"prompt": sample_instructions(1)[0]}]
+    write_rows(tmp_path / "in.jsonl", rows)
+    code, out, err = run("run", "in.jsonl", "-n", 2, "--max-tokens", 9, "--scorer", "likelihood")
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    [warning] = [line for line in err.splitlines() if "embedded" in line]
+    assert "1 of 2 prompts" in warning
+    assert "--policy" in warning
+
+
+@needs_weights
+def test_a_prompt_longer_than_the_context_says_by_how_much(run, tmp_path):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "ferns " * 5000}])
+    for arguments in (["ferns " * 5000], ["in.jsonl"]):
+        code, out, err = run("run", *arguments, "-n", 2)
+        assert (code, out) == (2, "")
+        match = re.search(r"the prompt has (\d+) tokens, (\d+) more than the (\d+) that fit", err)
+        assert int(match[1]) == int(match[2]) + int(match[3])
+    assert "in.jsonl:1: the prompt has" in err
+
+
+@needs_weights
+def test_a_file_of_the_embedded_models_tasks_runs_and_can_be_reranked(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text(run("tasks", "--jsonl", "--count", 12)[1])
+    code, _, err = run("run", "in.jsonl", "-n", 4, "--seed", 0, "-o", "out.jsonl", "--all")
+    assert code == 0, err
+    assert "12 rows done" in err
+    code, out, _ = run("rerank", "out.jsonl", "--scorer", "likelihood")
+    assert code == 0
+    assert all(json.loads(line)["reward"] < 0 for line in out.splitlines())
