@@ -190,6 +190,7 @@ def save(out: Path, model: Any, tokenizer: PreTrainedTokenizerFast, recipe: Reci
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
     tokenizer.save_pretrained(out)
     # transformers 5 writes a class name that only transformers 5 knows; this one loads everywhere.
     config = json.loads((out / "tokenizer_config.json").read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -1,0 +1,1 @@
+"""Evaluations: does the reward pick better answers than chance, length or greedy decoding?"""
