@@ -34,7 +34,7 @@ class FunctionEngine:
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
         self._takes_n = _takes_n(function)
         self._one_at_a_time = threading.Lock()
 

@@ -27,7 +27,7 @@ class RewardFunction:
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
 
     async def score(self, items: Sequence[Item]) -> AsyncIterator[Scored]:
         """Score every item; see ``Scorer.score``.
