@@ -109,7 +109,7 @@ class FakeServer:
                 self.peak = max(self.peak, self.under_way)
                 # Nothing comes while an answer is awaited, except the end of the connection.
                 more = asyncio.create_task(reader.read(1))
-                work = asyncio.create_task(self._answer(seen, writer))
+                work = asyncio.create_task(self.answer(seen, writer))
                 try:
                     await asyncio.wait([more, work], return_when=asyncio.FIRST_COMPLETED)
                     if not work.done():
@@ -131,10 +131,10 @@ class FakeServer:
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await writer.wait_closed()
 
-    async def _answer(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
+    async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
         """Answer one request; False when the connection is to be dropped."""
         if seen.method == "GET":
-            return await _send(writer, Reply(200, {"object": "list", "data": self.models}))
+            return await send(writer, Reply(200, {"object": "list", "data": self.models}))
         if self.hold:
             assert self._waiting is not None
             async with self._waiting:
@@ -153,10 +153,10 @@ class FakeServer:
             await writer.drain()
             return False
         if fault is not None:
-            return await _send(writer, fault if isinstance(fault, Reply) else Reply(200, fault))
+            return await send(writer, fault if isinstance(fault, Reply) else Reply(200, fault))
         if seen.body.get("stream"):
             return await self._stream(seen, writer)
-        return await _send(writer, Reply(200, self.completion(seen)))
+        return await send(writer, Reply(200, self.completion(seen)))
 
     def _draw(self, seen: Seen) -> str:
         self.draws += 1
@@ -191,21 +191,22 @@ class FakeServer:
         }
 
     async def _stream(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
+        start_stream(writer)
         words = self._draw(seen).split(" ")
         for i, word in enumerate(words):
             if word == "<cut>":
                 return False
             delta = {"content": word if i == 0 else " " + word}
             logprobs = {"content": [{"token": word, "logprob": -0.5}]} if seen.body.get("logprobs") else None
-            await _event(writer, choices=[{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}])
+            await send_event(
+                writer, choices=[{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}]
+            )
             await asyncio.sleep(self.pace)
-        await _event(writer, choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
+        await send_event(writer, choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
         if "stream_options" in seen.body:
-            await _event(writer, choices=[], usage={"prompt_tokens": 7, "completion_tokens": len(words) + 1})
+            await send_event(writer, choices=[], usage={"prompt_tokens": 7, "completion_tokens": len(words) + 1})
         writer.write(b"data: [DONE]\n\n")
         await writer.drain()
-        writer.write_eof()
         return False
 
 
@@ -223,7 +224,12 @@ async def _read(reader: asyncio.StreamReader, early: bytes) -> Seen | None:
     return Seen(method, path, headers, body)
 
 
-async def _send(writer: asyncio.StreamWriter, reply: Reply) -> bool:
+def start_stream(writer: asyncio.StreamWriter) -> None:
+    """Send the head of a stream, which ends with the connection."""
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
+
+
+async def send(writer: asyncio.StreamWriter, reply: Reply) -> bool:
     body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **reply.headers}
     lines = [f"HTTP/1.1 {reply.status} Whatever", *(f"{k}: {v}" for k, v in headers.items())]
@@ -232,6 +238,6 @@ async def _send(writer: asyncio.StreamWriter, reply: Reply) -> bool:
     return True
 
 
-async def _event(writer: asyncio.StreamWriter, **fields: Any) -> None:
+async def send_event(writer: asyncio.StreamWriter, **fields: Any) -> None:
     writer.write(b"data: " + json.dumps({"object": "chat.completion.chunk", **fields}).encode() + b"\n\n")
     await writer.drain()

@@ -361,7 +361,7 @@ class _Call:
         try:
             answer = await self.engine.endpoints.call(_Request(self, samples), self.until)
         except PromptTooLongError as error:
-            where = f"prompt {self.job.index}"
+            where = f"prompt {self.job.index}, as far as the server counted,"
             self._fail(samples, PromptTooLongError(error.tokens, error.limit, where, [self.job.index]))
             return
         except BonError as error:
