@@ -72,7 +72,7 @@ def bench(
 
 def _sharing(report: Report, model: Any, n: int, seed: int, quick: bool) -> None:
     """Bare forward passes of the policy with n rows."""
-    from bon.engines.shared_prefix import NAME
+    from bon.engines.prefix_attention import NAME
 
     report.conditions["policy_shape"] = shape_of(model.config)
     if model.config._attn_implementation != NAME:  # what the engine chose when it ran a moment ago

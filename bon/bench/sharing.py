@@ -20,8 +20,8 @@ from bon import background
 from bon.bench.harness import Pairs, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
 from bon.engines.paths import SharedPath
+from bon.engines.prefix_attention import NAME
 from bon.engines.rows import Rows, Stats
-from bon.engines.shared_prefix import NAME
 from bon.errors import BonError
 from bon.scorers.base import Scorer
 from bon.types import Task
@@ -117,7 +117,7 @@ def measure_forward(
     *,
     prefix: int,
     rows: int,
-    own: int = 1,
+    own: int = 2,
     steps: int = 16,
     rounds: int = 3,
     seed: int = 0,
@@ -129,7 +129,7 @@ def measure_forward(
         model: a transformers model; its attention implementation is what it was when this returns.
         prefix: tokens that all rows have in common.
         rows: how many rows.
-        own: tokens of each row after the prefix.
+        own: tokens of each row after the prefix; bon computes two for each row in any case.
         steps: decode steps that are timed.
         rounds: pairs.
         seed: of the token ids; every round has its own.
