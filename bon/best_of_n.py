@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 from bon import background
 from bon.engines.base import Engine, Partial
 from bon.errors import BonError, InputError, PromptTooLongError
-from bon.resolve import as_policy, as_scorer
+from bon.resolve import as_policy, as_scorer, load_both
 from bon.run import Run, Watch, one_error
 from bon.sampler import Sampled, Schedule, given, in_batches, sample
 from bon.scorers.base import Board, Scorer
@@ -71,6 +71,7 @@ class BestOfN:
         self.sampling = Sampling.of(sampling)
         self.selector = as_selector(selector, min_reward)
         self.prune, self.stop_at = prune and only_the_best_counts(self.selector), stop_at
+        policy, flip = load_both(policy, flip, engine)
         self.policy = as_policy(policy, engine)
         self.scorer = as_scorer(flip, policy, self.policy, engine)
 

@@ -9,13 +9,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bon.engines.base import Engine, load_engine
+from bon.engines.base import Engine, choose_engine, load_engine
 from bon.engines.function import FunctionEngine
+from bon.engines.placement import load_together
 from bon.errors import InputError
+from bon.mini import WEIGHTS
 from bon.scorers import BackwardLikelihood, Flip
 from bon.scorers.base import Scorer
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def load_both(policy: Any, flip: Any, engine: str | None = None) -> tuple[Any, Any]:
+    """Load two models that are both given by name at the same time, where vLLM runs them; else hand back what came.
+
+    They share the GPU by the rule of ``bon.engines.placement``.
+    """
+    models = [WEIGHTS if policy is None and engine == "vllm" else policy, flip]
+    named = all(isinstance(model, (str, Path)) and not _FUNCTION.fullmatch(str(model)) for model in models)
+    if not named or policy == flip or {engine or choose_engine(model) for model in models} != {"vllm"}:
+        return policy, flip
+    loaded = load_together([(model, {}) for model in models])
+    return loaded[0], loaded[1]
 
 
 def as_policy(policy: Any, engine: str | None = None) -> Engine:

@@ -7,13 +7,19 @@ use: nothing here imports torch, vllm or an HTTP client.
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bon.errors import BonError, MissingExtraError, UnknownNameError
 from bon.types import FinishReason, Message, Sampling, Tokens
+
+log = logging.getLogger("bon")
 
 Piece = str | Tokens
 
@@ -228,8 +234,45 @@ def load_engine(model: str | Path | None = None, *, engine: str | None = None, *
 
 
 def choose_engine(model: str | Path | None) -> str:
-    """The back end for a model when the user names none: HTTP for URLs, torch for the rest."""
-    return "openai" if isinstance(model, str) and model.startswith(("http://", "https://")) else "torch"
+    """The back end for a model when the user names none; said once in the log.
+
+    HTTP for URLs. vLLM where it is installed and there is a CUDA GPU. Torch for the rest, and always for the embedded
+    mini model, which is done before vLLM has started.
+    """
+    if isinstance(model, str) and model.startswith(("http://", "https://")):
+        return "openai"
+    if model is None:
+        return "torch"
+    return _local_engine()
+
+
+@cache
+def _local_engine() -> str:
+    """What runs models on this machine."""
+    if find_spec("vllm") is None:
+        name, reason = "torch", "vLLM is not installed"
+    elif not _has_cuda():
+        name, reason = "torch", "vLLM is installed, and there is no CUDA GPU; engine='vllm' runs it on the CPU"
+    else:
+        name, reason = "vllm", "vLLM is installed and there is a CUDA GPU; engine='torch' avoids it"
+    log.info("models run on %s: %s", name, reason)
+    return name
+
+
+def _has_cuda() -> bool:
+    """Ask the driver: initialising CUDA here would keep vLLM from forking its processes."""
+    import torch
+
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        return torch.cuda.is_available()
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def engine_class(name: str) -> Callable[..., Engine]:

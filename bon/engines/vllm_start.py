@@ -36,7 +36,7 @@ try:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.exceptions import VLLMClientError as VLLMClientError
         from vllm.lora.request import LoRARequest as LoRARequest
-        from vllm.platforms import current_platform
+        from vllm.platforms import current_platform as current_platform
         from vllm.sampling_params import RequestOutputKind as RequestOutputKind
         from vllm.sampling_params import StructuredOutputsParams as StructuredOutputsParams
         from vllm.v1.engine.async_llm import AsyncLLM

@@ -1,0 +1,160 @@
+"""Two models on one machine: which GPU each gets and how much of it; on vLLM both start at the same time.
+
+The rule: as many GPUs as models, one each. On one GPU, of the ``SHARE`` of its memory that is used at all, each model
+takes its weights and ``WORKSPACE`` bytes for activations and CUDA graphs; what is left becomes keys and values, divided
+so that both hold the same number of tokens (a policy and its scorer run about as many sequences of about the same
+length). On CPUs the cores are halved. A model whose options name its memory or its devices keeps them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bon.engines.base import Engine, load_engine
+from bon.errors import InputError
+
+SHARE = 0.9
+"""Of a GPU's memory that is used; vLLM's own default."""
+WORKSPACE = 3 << 30
+"""Bytes of a GPU for activations and CUDA graphs of one model."""
+LEAST_TOKENS = 8192
+"""Tokens of keys and values below which a model is not worth starting."""
+
+PLACED_BY = frozenset(
+    {"gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "device_ids"}
+    | {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"}
+)
+"""Options with which a user places a model himself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a model takes.
+
+    Args:
+        name: for messages.
+        weights: bytes.
+        per_token: bytes of keys and values of one token.
+    """
+
+    name: str
+    weights: int
+    per_token: int
+
+
+def place(needs: Sequence[Need], gpus: Sequence[int]) -> list[dict[str, Any]]:
+    """Options that place each model, by the rule above.
+
+    Args:
+        needs: one for each model.
+        gpus: memory of each GPU, in bytes.
+
+    Raises:
+        InputError: they do not fit one GPU together; the message has the numbers.
+    """
+    if len(gpus) >= len(needs):
+        return [{"device_ids": [gpu]} for gpu in range(len(needs))]
+    [memory] = gpus[:1]
+    usable = int(SHARE * memory)
+    left = usable - sum(need.weights + WORKSPACE for need in needs)
+    tokens = left // sum(need.per_token for need in needs)
+    if tokens < LEAST_TOKENS:
+        parts = ", ".join(f"{need.name} {_gib(need.weights)}" for need in needs)
+        raise InputError(
+            f"the models do not fit one GPU together: {_gib(usable)} of its {_gib(memory)} can be used, the weights "
+            f"take {parts}, activations {_gib(WORKSPACE)} each, and {LEAST_TOKENS} tokens of each need another "
+            f"{_gib(LEAST_TOKENS * sum(need.per_token for need in needs))}. Take a smaller or a quantised model, the "
+            "same model for both, or give each engine its own gpu_memory_utilization."
+        )
+    placed = []
+    for need in needs:
+        cache = int(tokens * need.per_token)
+        share = (need.weights + WORKSPACE + cache) / memory
+        # With the bytes given, vLLM does not measure them, which would go wrong while another engine starts.
+        placed.append({"gpu_memory_utilization": int(share * 1000) / 1000, "kv_cache_memory_bytes": cache})
+    return placed
+
+
+def load_together(models: Sequence[tuple[str | Path, Mapping[str, Any]]], engine: str = "vllm") -> list[Engine]:
+    """Load models, on vLLM at the same time and placed by the rule; their own options come first.
+
+    Args:
+        models: a name or a folder and options, for each.
+        engine: the back end of all of them.
+
+    Raises:
+        BonError: of the first that cannot be loaded; the others are freed.
+    """
+    options = [dict(given) for _, given in models]
+    if engine == "vllm" and not any(PLACED_BY & given.keys() for given in options):
+        placed = _placed([str(model) for model, _ in models])
+        options = [{**place, **given} for place, given in zip(placed, options, strict=True)]
+
+    def loader(model: str | Path, given: dict[str, Any]) -> Callable[[], Engine]:
+        return lambda: load_engine(model, engine=engine, **given)
+
+    threads = len(models) if engine == "vllm" else 1  # transformers loads one model at a time
+    with ThreadPoolExecutor(threads, thread_name_prefix="bon-load") as pool:
+        loading = [pool.submit(loader(model, given)) for (model, _), given in zip(models, options, strict=True)]
+    errors = [load.exception() for load in loading]
+    if any(errors):
+        from bon import background
+
+        for load, error in zip(loading, errors, strict=True):
+            if error is None:
+                background.run(load.result().aclose())
+        raise next(error for error in errors if error is not None)
+    return [load.result() for load in loading]
+
+
+def _placed(models: Sequence[str]) -> list[dict[str, Any]]:
+    gpus = _gpus()
+    if not gpus:
+        cores = len(os.sched_getaffinity(0))
+        return [{"threads": max(1, cores // len(models))} for _ in models]
+    if len(gpus) >= len(models):
+        return place([Need(model, 0, 1) for model in models], gpus)
+    return place([_need(model) for model in models], gpus)
+
+
+def _gpus() -> list[int]:
+    """Memory of each GPU that vLLM sees; asks the driver, and starts no CUDA in this process."""
+    from bon.engines.vllm_start import current_platform
+
+    if current_platform.is_cpu():
+        return []
+    return [int(current_platform.get_device_total_memory(i)) for i in range(current_platform.device_count())]
+
+
+def _need(model: str) -> Need:
+    """Look up a model's size without loading it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Need(model, weight_bytes(model), 2 * config.num_hidden_layers * heads * width * 2)
+
+
+def weight_bytes(model: str) -> int:
+    """Size of a model's weight files: in its folder, in the local cache, or as the hub lists them."""
+    import huggingface_hub
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(huggingface_hub.snapshot_download(model, local_files_only=True))
+        except Exception:  # not in the cache, or only a part of it
+            listed = huggingface_hub.model_info(model, files_metadata=True).siblings or []
+            return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors"))
+    sizes = {suffix: sum(f.stat().st_size for f in folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin")}
+    return sizes[".safetensors"] or sizes[".bin"]
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
