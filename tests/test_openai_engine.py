@@ -313,6 +313,19 @@ def test_a_stream_that_breaks_off_is_made_again_as_a_plain_request(server):
     assert "stream" not in server.posts[1].body
 
 
+def test_a_stream_that_was_never_shown_is_tried_again_as_a_stream(server):
+    server.faults += [error(429, "slow down", {"Retry-After": "0"})]
+    generate(OpenAIEngine(server.url), keep=lambda p: True)
+    assert [p.body.get("stream") for p in server.posts] == [True, True]
+
+
+def test_a_server_that_cannot_stream_is_asked_plainly(server):
+    server.refuse = lambda seen: server.completion(seen) if "stream" in seen.body else None
+    [done] = generate(OpenAIEngine(server.url), keep=lambda p: True)
+    assert done.finish_reason == "stop"
+    assert [p.body.get("stream") for p in server.posts] == [True, None]
+
+
 # --- misbehaviour ---
 
 

@@ -19,7 +19,6 @@ import asyncio
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,9 +27,10 @@ from urllib.parse import urlsplit
 import openai
 
 from bon.engines import wire
-from bon.engines.base import Completion, Keep, Loglikelihood, Partial, Prompt
+from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
 from bon.engines.endpoints import Endpoints, Link
-from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, PromptTooLongError
+from bon.engines.samples import Job, Samples, cancel
+from bon.errors import InputError, ModelNotFoundError, PromptTooLongError
 from bon.types import Sampling
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CHAT, PLAIN = "/chat/completions", "/completions"
 # How to ask for the log-probabilities of a prompt: OpenAI's old way, the same where an answer must have a token, and
 # vLLM's own way.
 RATINGS: Sequence[Mapping[str, Any]] = (
@@ -46,15 +45,6 @@ RATINGS: Sequence[Mapping[str, Any]] = (
     {"echo": True, "max_tokens": 1, "logprobs": 0},
     {"prompt_logprobs": 0, "max_tokens": 1},
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One prompt of a call: ``content`` is its field of the request body, ``ids`` its tokens where they are known."""
-
-    index: int
-    content: Mapping[str, Any]
-    ids: tuple[int, ...] | None = None
 
 
 class OpenAIEngine:
@@ -110,11 +100,11 @@ class OpenAIEngine:
         for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s), ("cooldown_s", cooldown_s)):
             if seconds is not None and not seconds > 0:
                 raise InputError(f"{name} must be above 0 seconds, got {seconds!r}.")
-        self._extra = dict(extra_body or {})
-        wire.check_extra(self._extra, self._extra)
-        self._optional = wire.OPTIONAL - self._extra.keys()
+        self.extra_body = dict(extra_body or {})
+        wire.check_extra(self.extra_body, self.extra_body)
+        self._optional = wire.OPTIONAL - self.extra_body.keys()
         self._model = model or next((name for url in urls if (name := urlsplit(str(url)).fragment)), None)
-        self._logprobs, self._n_per_request, self._deadline_s = logprobs, n_per_request, deadline_s
+        self.logprobs, self._n_per_request, self._deadline_s = logprobs, n_per_request, deadline_s
         self._tokenizer = tokenizer
         self.endpoints = Endpoints(
             urls,
@@ -154,7 +144,7 @@ class OpenAIEngine:
         """
         if n < 1:
             raise InputError(f"n must be at least 1, got {n}.")
-        wire.check_extra(sampling.extra, self._extra)
+        wire.check_extra(sampling.extra, self.extra_body)
         return self._generate(prompts, sampling, n, keep)
 
     async def _generate(
@@ -166,7 +156,7 @@ class OpenAIEngine:
         at_once = 1 if keep else self._n_per_request
         groups = [range(first, min(first + at_once, n)) for first in range(0, n, at_once)]
         making = [
-            asyncio.create_task(_Call(self, job, sampling, keep, until, done).make(group))
+            asyncio.create_task(Samples(self, job, sampling, keep, until, done).make(group))
             for job in jobs
             for group in groups
         ]
@@ -179,7 +169,7 @@ class OpenAIEngine:
                     raise completion.error
                 yield completion
         finally:
-            await _cancel(making)
+            await cancel(making)
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
@@ -205,7 +195,7 @@ class OpenAIEngine:
         try:
             rated = await asyncio.gather(*rating)
         finally:
-            await _cancel(rating)
+            await cancel(rating)
         return [
             Loglikelihood(math.fsum(values[len(start) :]), len(values) - len(start), len(start), cached)
             for start, (values, cached) in zip(starts, rated, strict=True)
@@ -260,12 +250,12 @@ class OpenAIEngine:
             raise
         return [card for card in data if isinstance(card, Mapping)] if isinstance(data, list) else []
 
-    async def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling, until: float | None) -> list[_Job]:
-        if self._tokenizer is None or wire.TOOLS & (sampling.extra.keys() | self._extra.keys()):
-            return [_Job(i, _chat(prompt)) for i, prompt in enumerate(prompts)]
+    async def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling, until: float | None) -> list[Job]:
+        if self._tokenizer is None or wire.TOOLS & (sampling.extra.keys() | self.extra_body.keys()):
+            return [Job(i, _chat(prompt)) for i, prompt in enumerate(prompts)]
         rows = [self.renderer.render(prompt) for prompt in prompts]
         await self._check_lengths(rows, until)
-        return [_Job(i, _chat(prompt), ids) for i, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))]
+        return [Job(i, _chat(prompt), ids) for i, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))]
 
     async def _check_lengths(self, rows: Sequence[Sequence[int]], until: float | None) -> None:
         """Refuse rows of tokens that leave no room in the context."""
@@ -330,9 +320,9 @@ class OpenAIEngine:
         for attempt, way in enumerate(RATINGS):
             if f"rating {attempt}" in link.endpoint.refused:
                 continue
-            body = {**self._extra, "prompt": list(row), "temperature": 0.0, **way}
+            body = {**self.extra_body, "prompt": list(row), "temperature": 0.0, **way}
             try:
-                data = await self.ask(link, PLAIN, body, link.post, optional=())
+                data = await self.ask(link, wire.PLAIN, body, link.post, optional=())
             except (openai.BadRequestError, openai.UnprocessableEntityError, openai.NotFoundError):
                 data = {}
             values = wire.prompt_logprobs(data, len(row))
@@ -343,136 +333,6 @@ class OpenAIEngine:
             f"{link.endpoint.url} gives no log-probabilities of a prompt (neither echo nor prompt_logprobs). "
             "Load the model itself (engine='torch' or 'vllm'), or score with Flip, which only samples."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """The samples of one prompt in one call of ``generate``."""
-
-    engine: OpenAIEngine
-    job: _Job
-    sampling: Sampling
-    keep: Keep | None
-    until: float | None
-    done: asyncio.Queue[Completion | Exception]
-
-    async def make(self, samples: Sequence[int]) -> None:
-        """Make some samples with one request, and with single ones those that the server left out."""
-        try:
-            answer = await self.engine.endpoints.call(_Request(self, samples), self.until)
-        except PromptTooLongError as error:
-            where = f"prompt {self.job.index}, as far as the server counted,"
-            self._fail(samples, PromptTooLongError(error.tokens, error.limit, where, [self.job.index]))
-            return
-        except BonError as error:
-            if error.retryable:
-                self._fail(samples, error)
-            else:
-                self.done.put_nowait(error)
-            return
-        except Exception as error:
-            self.done.put_nowait(error)
-            return
-        for sample, choice in zip(samples, answer.choices, strict=False):
-            self.done.put_nowait(self._completion(sample, choice, answer))
-        if left_out := samples[len(answer.choices) :]:
-            await asyncio.gather(*(self.make([sample]) for sample in left_out))
-
-    def _fail(self, samples: Sequence[int], error: BonError) -> None:
-        for sample in samples:
-            self.done.put_nowait(Completion(self.job.index, sample, "", "error", error=error))
-
-    def _completion(self, sample: int, choice: wire.Choice, answer: wire.Answer) -> Completion:
-        ids = choice.token_ids
-        renderer = self.engine.renderer if self.job.ids is not None else None
-        error = EngineError("the server's content filter withheld this completion.") if choice.filtered else None
-        return Completion(
-            self.job.index,
-            sample,
-            "" if error else choice.text,
-            "error" if error else choice.finish_reason,
-            tokens=renderer.as_tokens(ids, choice.text) if renderer and ids is not None and not error else None,
-            cumulative_logprob=None if choice.logprobs is None else math.fsum(choice.logprobs),
-            logprobs=choice.logprobs,
-            prompt_tokens=answer.prompt_tokens,
-            completion_tokens=choice.completion_tokens,
-            cached_tokens=answer.cached_tokens,
-            error=error,
-            tool_calls=choice.tool_calls,
-        )
-
-    async def request(self, samples: Sequence[int], link: Link, *, streamed: bool) -> wire.Answer:
-        """Ask one server for some samples; it may give fewer."""
-        refused = link.endpoint.refused
-        if self.job.ids is not None and "token ids" not in refused:
-            try:
-                return await self._send(PLAIN, samples, link, streamed=streamed)
-            except (openai.BadRequestError, openai.UnprocessableEntityError, openai.NotFoundError):
-                answer = await self._send(CHAT, samples, link, streamed=streamed)
-                refused.add("token ids")
-                return answer
-        return await self._send(CHAT, samples, link, streamed=streamed)
-
-    async def _send(self, path: str, samples: Sequence[int], link: Link, *, streamed: bool) -> wire.Answer:
-        await self.engine.model_of(link)  # so that the length of its context is known, where it says
-        body = self._body(path, samples, link.endpoint.max_model_len)
-        if streamed:
-            return await self._stream(path, body, samples[0], link)
-        answer = wire.read_answer(await self.engine.ask(link, path, body, link.post))
-        if len(answer.choices) < len(samples):
-            link.endpoint.refused.add("n")
-        return answer
-
-    async def _stream(self, path: str, body: Mapping[str, Any], sample: int, link: Link) -> wire.Answer:
-        assert self.keep is not None
-        options = {"include_usage": True, "continuous_usage_stats": True}
-        body = {**body, "stream": True, "stream_options": options}
-        growing = wire.Growing()
-        async with await self.engine.ask(link, path, body, link.stream) as events:
-            async for event in events:
-                if growing.add(event) and not self.keep(Partial(self.job.index, sample, growing.text, growing.tokens)):
-                    return growing.answer(pruned=True)
-        return growing.answer()
-
-    def _body(self, path: str, samples: Sequence[int], max_model_len: int | None) -> dict[str, Any]:
-        engine = self.engine
-        body = {
-            **engine._extra,
-            **wire.sampling_fields(self.sampling, samples[0], max_model_len),
-            **self.sampling.extra,
-        }
-        if len(samples) > 1:
-            body["n"] = len(samples)
-        if path == CHAT:
-            template = {**body.get("chat_template_kwargs", {}), **self.job.content.get("chat_template_kwargs", {})}
-            body |= self.job.content
-            if template:
-                body["chat_template_kwargs"] = template
-            if engine._logprobs:
-                body["logprobs"] = True
-        else:
-            ids = self.job.ids or ()
-            body |= {"prompt": list(ids), "return_token_ids": True}
-            if max_model_len is not None:
-                body["max_tokens"] = min(self.sampling.max_tokens, max_model_len - len(ids))
-            if engine._logprobs:
-                body["logprobs"] = 0
-        return body
-
-
-class _Request:
-    """One request, streamed at its first try only.
-
-    ``keep`` may hold on to what it saw of a text (a bound that only tightens), so a text that starts anew is not shown.
-    """
-
-    def __init__(self, call: _Call, samples: Sequence[int]) -> None:
-        self._call, self._samples = call, samples
-        self._streamed = call.keep is not None and not wire.TOOLS & call.sampling.extra.keys()
-
-    async def __call__(self, link: Link) -> wire.Answer:
-        streamed, self._streamed = self._streamed, False
-        return await self._call.request(self._samples, link, streamed=streamed)
 
 
 def _chat(prompt: Prompt) -> Mapping[str, Any]:
@@ -487,9 +347,3 @@ def _key_from_environment(urls: Sequence[object]) -> str | None:
     parts = [urlsplit(str(url)) for url in urls]
     safe = all(p.scheme == "https" or p.hostname in ("127.0.0.1", "localhost", "::1") for p in parts)
     return os.environ.get("OPENAI_API_KEY") if safe else None
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

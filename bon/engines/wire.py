@@ -19,6 +19,8 @@ import orjson
 from bon.errors import InputError, UnavailableError, UnknownNameError
 from bon.types import FinishReason, Sampling
 
+CHAT, PLAIN = "/chat/completions", "/completions"
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
