@@ -10,6 +10,8 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # for models this small a second thread only waits
+
 CHATML = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -152,7 +154,7 @@ def model(family: str, tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
         "tie_word_embeddings": True,
-        "initializer_range": 0.4,
+        "initializer_range": 0.15 if family.startswith("Gemma") else 0.4,  # Gemma scales its embeddings up
     }
     prefix = "Gemma3Text" if family == "Gemma3" else family
     config = getattr(transformers, f"{prefix}Config")(**{**sizes, **changes})

@@ -1,13 +1,12 @@
 """Keys and values of a shared prefix, computed once, stored once, read once per step.
 
 The rows of a batch form a tree: all share a preamble, some share a context, the samples of one prompt share that
-prompt, and each row has a tail of its own. Every node's keys and values exist once. The attention function below
-lets each row attend to the chain of nodes above it and to its own tail, and merges the parts exactly: a part is its
-softmax-weighted mean of values together with the logarithm of its softmax denominator, and the denominators weigh
-the means. Prompts of different lengths run through the model one behind the other, without padding.
+prompt, and each row has a tail of its own. Every node's keys and values exist once. Each row attends to the chain of
+nodes above it and to its own tail, see ``bon.engines.prefix_attention``. Prompts of different lengths run through the
+model one behind the other, without padding. Rows that leave make room for the last ones; nothing is padded on.
 
-It plugs into transformers' attention interface and copies no model code. It serves decoders whose layers all attend
-to the whole context; ``fits`` says which, and everything else takes ``bon.engines.rows.PlainRows``.
+It serves decoders whose layers all attend to the whole context; ``bon.engines.paths`` finds out which do, and
+everything else takes ``bon.engines.rows.PlainRows``.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class SharedRows:
     """Rows whose common prefixes exist once; see ``bon.engines.rows.Rows``.
 
     Args:
-        model: a model that ``fits`` accepted, its attention implementation set to ``NAME``.
+        model: a model that ``bon.engines.paths.check`` accepted, its attention implementation set to ``NAME``.
         root: the preamble of all prompts of the call; shared by the call's batches.
         stats: counts what is computed and stored.
     """

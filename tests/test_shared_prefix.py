@@ -1,0 +1,371 @@
+"""Shared prefixes: what is computed once is exactly what transformers computes for every row."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import model, save, tokenizer
+
+from bon.engines import prefix_attention
+from bon.engines.base import Completion, Prompt, Turn
+from bon.engines.paths import check
+from bon.engines.prefix_attention import NAME, merge, part
+from bon.engines.prefix_tree import MIN_SHARED, arrange, common, preamble, tree
+from bon.engines.rows import PlainRows, Rows, Stats
+from bon.engines.shared_prefix import Preamble, SharedRows
+from bon.engines.torch import TorchEngine
+from bon.types import Sampling
+
+FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX", "Phi3")
+VOCABULARY = 98
+
+# --- the tree ------------------------------------------------------------------------------------------------------
+
+ids = st.lists(st.integers(0, 3), min_size=0, max_size=40).map(tuple)
+
+
+@st.composite
+def families(draw: st.DrawFn) -> list[tuple[int, ...]]:
+    """Prompts that share a preamble, some of them a context, with tails of their own."""
+    root, contexts = draw(ids), draw(st.lists(ids, min_size=1, max_size=3))
+    tails = draw(st.lists(st.tuples(st.integers(0, len(contexts) - 1), ids), min_size=1, max_size=8))
+    return [(*root, *contexts[at], *tail, 1, 2) for at, tail in tails]
+
+
+@given(first=ids, second=ids)
+def test_common_counts_the_equal_start(first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    count = common(first, second)
+    assert first[:count] == second[:count]
+    assert count in (len(first), len(second)) or first[count] != second[count]
+
+
+@given(prompts=families(), data=st.data())
+def test_a_tree_holds_every_prompt_and_shares_none_of_the_wanted_tokens(
+    prompts: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    prompts = [prompts[i] for i in arrange(prompts)]
+    root = preamble(prompts)
+    wanted = [data.draw(st.integers(1, len(p) - len(root) - 1)) for p in prompts]
+    levels, saved = tree(prompts, len(root), wanted)
+    assert len(levels[-1]) == len(prompts)
+    for prompt, leaf, count in zip(prompts, levels[-1], wanted, strict=True):
+        above = levels[0][leaf.parent].ids if len(levels) == 2 else ()
+        assert (*root, *above, *leaf.ids) == prompt
+        assert leaf.start == len(root) + len(above)
+        assert len(leaf.ids) >= count
+        assert len(levels) == 1 or above
+    total = sum(len(p) - len(root) for p in prompts)
+    assert total - sum(saved) == sum(len(node.ids) for level in levels for node in level)
+    if len(levels) == 2:
+        assert [node.parent for node in levels[1]] == sorted(node.parent for node in levels[1])
+
+
+def test_prompts_with_a_context_in_common_stand_side_by_side_and_short_ones_first() -> None:
+    root, one, other = ((n,) * (MIN_SHARED + 4) for n in (1, 2, 3))
+    prompts = [(*root, *one, 5, 6, 7), (*root, *other, 5), (*root, *one, 5), (*root, *other, 6, 6), (*root, 9, 9)]
+    assert arrange(prompts) == [4, 1, 3, 2, 0]
+    assert preamble(prompts) == root
+
+
+def test_a_short_common_start_is_not_worth_a_level() -> None:
+    assert preamble([(1, 2, 3, 4), (1, 2, 3, 5, 6)]) == ()
+    assert preamble([tuple(range(50))]) == ()
+
+
+# --- parts of a softmax --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("sizes", [(3, 5), (700, 40, 3), (1,)])
+def test_merged_parts_are_the_softmax_over_all_keys(sizes: tuple[int, ...], softcap: float) -> None:
+    make = torch.Generator().manual_seed(0)
+    query, *rest = (torch.randn(2, 3, n, 16, generator=make) for n in (7, *sizes, *sizes))
+    keys, values = rest[: len(sizes)], rest[len(sizes) :]
+    scores = query @ torch.cat(keys, 2).transpose(2, 3)
+    scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+    expected = scores.softmax(-1) @ torch.cat(values, 2)
+    merged = merge([part(query, k, v, softcap=softcap) for k, v in zip(keys, values, strict=True)])
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_causal_and_padded_parts_hide_what_they_must() -> None:
+    make = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 90, 16, generator=make) for _ in range(3))
+    fused, _ = part(query, key, value, causal=True)
+    explicit, _ = part(query, key, value, causal=True, softcap=1e6)  # a cap takes the path without the fused kernel
+    torch.testing.assert_close(fused, explicit, atol=1e-4, rtol=1e-4)
+    bias = torch.zeros(2, 1, 1, 90)
+    bias[1, ..., 50:] = -torch.inf
+    padded, _ = part(query, key, value, bias=bias)
+    torch.testing.assert_close(padded[1:], part(query[1:], key[1:, :, :50], value[1:, :, :50])[0], atol=1e-5, rtol=1e-5)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def small(family: str) -> Any:
+    return model(family, tokenizer("ascii"))
+
+
+def made_up(seed: int) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Prompts with a common preamble, with and without contexts in common, and copies of each."""
+    random = np.random.default_rng(seed)
+    root, *contexts = (random.integers(0, VOCABULARY, n).tolist() for n in (20, 18, 30))
+    prompts = [
+        (*root, *(contexts[i % 3] if i % 3 < 2 else []), *random.integers(0, VOCABULARY, 3 + 5 * (i % 4)).tolist())
+        for i in range(7)
+    ]
+    prompts = [prompts[i] for i in arrange(prompts)]
+    return prompts, [1] * 7 if seed % 2 else random.integers(1, 4, 7).tolist()
+
+
+def run(rows: Rows, prompts: list[tuple[int, ...]], copies: list[int], seed: int) -> list[torch.Tensor]:
+    """Logits of a few steps in which rows leave; in the rows' first order, whatever order they are kept in."""
+    random = np.random.default_rng(seed)
+    who = np.arange(sum(copies))
+    outputs = [rows.prefill(prompts, copies)]
+    for step in range(40):  # longer than one chunk of a row's own storage
+        outputs.append(rows.step(torch.tensor([(7 * int(i) + step) % VOCABULARY for i in who])))
+        outputs[-1] = outputs[-1][torch.from_numpy(np.argsort(who))]
+        leaving = set(random.choice(sorted(who.tolist()), 2).tolist()) if step % 5 == 1 and len(who) > 4 else set()
+        if leaving:
+            who = who[rows.select(np.array([int(i) not in leaving for i in who]))]
+    return outputs
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_plain_rows_while_rows_leave(family: str, seed: int) -> None:
+    made = small(family)
+    prompts, copies = made_up(seed)
+    plain = made.config._attn_implementation
+    with torch.inference_mode():
+        expected = run(PlainRows(made, Stats()), prompts, copies, seed)
+        made.set_attn_implementation(NAME)
+        found = run(SharedRows(made, Preamble(preamble(prompts)), Stats()), prompts, copies, seed)
+        made.set_attn_implementation(plain)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.log_softmax(-1), a.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ratings_are_those_of_plain_rows(family: str) -> None:
+    made = small(family)
+    contexts, _ = made_up(0)
+    contexts = [*contexts, contexts[-1], contexts[-1]]  # one context three times, with continuations that begin alike
+    random = np.random.default_rng(1)
+    long = tuple(random.integers(0, VOCABULARY, 30).tolist())
+    continuations = [*(tuple(random.integers(0, VOCABULARY, n).tolist()) for n in range(1, 7)), long, long, long[:29]]
+    plain = made.config._attn_implementation
+    with torch.inference_mode():
+        expected = PlainRows(made, Stats()).rate(contexts, continuations)
+        made.set_attn_implementation(NAME)
+        found = SharedRows(made, Preamble(preamble(contexts)), Stats()).rate(contexts, continuations)
+        made.set_attn_implementation(plain)
+    assert found == pytest.approx(expected, abs=1e-4 * 30)
+
+
+@settings(max_examples=25, deadline=None)
+@given(prompts=families())
+def test_any_family_of_prompts_gets_the_logits_of_plain_rows(prompts: list[tuple[int, ...]]) -> None:
+    made = small("Qwen3")
+    prompts = [prompts[i] for i in arrange(prompts)]
+    plain = made.config._attn_implementation
+    with torch.inference_mode():
+        expected = PlainRows(made, Stats()).prefill(prompts, [1] * len(prompts))
+        made.set_attn_implementation(NAME)
+        found = SharedRows(made, Preamble(preamble(prompts)), Stats()).prefill(prompts, [1] * len(prompts))
+        made.set_attn_implementation(plain)
+    torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_preamble_is_computed_once_for_all_batches_of_a_call() -> None:
+    made, stats = small("Llama"), Stats()
+    prompts, _ = made_up(1)
+    root = Preamble(preamble(prompts))
+    plain = made.config._attn_implementation
+    made.set_attn_implementation(NAME)
+    with torch.inference_mode():
+        first, second = SharedRows(made, root, stats), SharedRows(made, root, stats)
+        first.prefill(prompts[:3], [1] * 3)
+        second.prefill(prompts[3:], [1] * 4)
+    made.set_attn_implementation(plain)
+    assert stats.computed + stats.cached == sum(map(len, prompts))
+    assert first.cached[0] == 0
+    assert min(second.cached) >= len(root.ids)
+
+
+def test_keys_and_values_of_a_prefix_exist_once() -> None:
+    made, shared, plain = small("Llama"), Stats(), Stats()
+    prompt = tuple(range(64))
+    before = made.config._attn_implementation
+    with torch.inference_mode():
+        PlainRows(made, plain).prefill([prompt], [32])
+        made.set_attn_implementation(NAME)
+        SharedRows(made, Preamble(()), shared).prefill([prompt], [32])
+        made.set_attn_implementation(before)
+    per_token = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
+    assert shared.prefix_bytes == 64 * per_token
+    assert plain.prefix_bytes == 32 * shared.prefix_bytes
+    assert shared.computed == 64
+
+
+# --- the engine ----------------------------------------------------------------------------------------------------
+
+PREAMBLE = "A language model was given an instruction. Guess the instruction from what it wrote.\n\n"
+CONTEXTS = ("It was said before that the weather is fine.\n", "Somebody asked for a list of colours.\n", "")
+CANDIDATES = ("red, green, blue", "Dear Anna,\nit rains. Yours, Tom " * 3, "no", "no idea", "It rains again " * 6)
+
+
+def prompts(*candidates: str) -> list[Prompt]:
+    """Inversion prompts: every candidate after each context, all after one preamble."""
+    return [
+        Prompt((Turn("user", (PREAMBLE, context, f"Response: {candidate}\n", "The instruction was:")),))
+        for candidate in candidates
+        for context in CONTEXTS
+    ]
+
+
+def generate(engine: TorchEngine, asked: list[Prompt], n: int = 1, **sampling: Any) -> list[Completion]:
+    async def collect() -> list[Completion]:
+        return [c async for c in engine.generate(asked, Sampling(**{"max_tokens": 16, **sampling}), n)]
+
+    return sorted(asyncio.run(collect()), key=lambda c: (c.prompt_index, c.sample_index))
+
+
+@pytest.fixture(scope="module", params=["Llama", "Qwen3", "Gemma3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = save(tmp_path_factory.mktemp("model"), request.param, "ascii")
+    return made
+
+
+def test_sharing_changes_no_completion_and_no_rating(folder: Path) -> None:
+    shared, plain = TorchEngine(folder), TorchEngine(folder, share_prefix=False)
+    asked = prompts(*CANDIDATES)
+    for sampling in ({"temperature": 0.0}, {"seed": 5}):
+        for a, b in zip(generate(shared, asked, 3, **sampling), generate(plain, asked, 3, **sampling), strict=True):
+            assert a.text == b.text
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    texts = ["Write about the rain", "x"] * 7 + ["Name colours"]
+    both = [asyncio.run(engine.loglikelihood(asked, texts)) for engine in (shared, plain)]
+    for a, b in zip(*both, strict=True):
+        assert a.total == pytest.approx(b.total, abs=1e-4 * a.tokens)
+    assert shared.stats.computed < 0.5 * plain.stats.computed
+    assert shared.stats.padding == 0
+    assert shared.stats.cached > 0
+
+
+def test_every_candidate_but_one_has_cached_tokens(folder: Path) -> None:
+    engine = TorchEngine(folder)
+    done = generate(engine, prompts(*CANDIDATES))
+    assert sorted(c.cached_tokens for c in done)[:2] == [0, min(c.cached_tokens for c in done if c.cached_tokens)]
+    assert sum(c.prompt_tokens - c.cached_tokens for c in done) == engine.stats.computed
+    rated = asyncio.run(engine.loglikelihood(prompts(*CANDIDATES), ["x"] * 15))
+    assert sum(r.cached_tokens > 0 for r in rated) == 14
+
+
+def test_one_changed_candidate_changes_no_other(folder: Path) -> None:
+    engine = TorchEngine(folder)
+    before = generate(engine, prompts(*CANDIDATES), 2, seed=1)
+    after = generate(engine, prompts(*CANDIDATES[:2], "something else altogether", *CANDIDATES[3:]), 2, seed=1)
+    for a, b in zip(before, after, strict=True):
+        if a.prompt_index // 3 == 2:
+            assert a.logprobs != b.logprobs
+        else:
+            assert (a.text, b.logprobs) == (b.text, pytest.approx(a.logprobs, abs=1e-4))
+
+
+def test_permuted_candidates_give_permuted_completions(folder: Path) -> None:
+    engine = TorchEngine(folder)
+    asked = prompts(*CANDIDATES)
+    straight = generate(engine, asked, 2, seed=1)
+    turned = generate(engine, asked[::-1], 2, seed=1)
+    last = len(asked) - 1
+    assert {(last - c.prompt_index, c.sample_index, c.text) for c in turned} == {
+        (c.prompt_index, c.sample_index, c.text) for c in straight
+    }
+
+
+def test_small_batches_change_nothing(folder: Path) -> None:
+    whole = generate(TorchEngine(folder), prompts(*CANDIDATES), 3, seed=2)
+    split = generate(TorchEngine(folder, max_batch_tokens=300), prompts(*CANDIDATES), 3, seed=2)
+    assert [c.text for c in whole] == [c.text for c in split]
+
+
+def test_ratings_on_the_plain_path_waste_less_than_a_tenth_on_padding(folder: Path) -> None:
+    engine = TorchEngine(folder, share_prefix=False)
+    asyncio.run(engine.loglikelihood(prompts(*CANDIDATES), ["Write about the rain " * (i % 4) for i in range(15)]))
+    assert engine.stats.padding < 0.1 * (engine.stats.padding + engine.stats.computed)
+
+
+# --- models that cannot be served ----------------------------------------------------------------------------------
+
+
+def fallback_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "not shared" in r.getMessage()]
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma3"])
+def test_a_sliding_window_that_binds_takes_the_plain_path_and_says_so_once(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = save(tmp_path, family, "ascii", sliding_window=64)
+    engine = TorchEngine(folder)
+    plain = TorchEngine(folder, share_prefix=False)
+    for _ in range(2):
+        asked = prompts(*CANDIDATES)
+        assert [c.text for c in generate(engine, asked, 2, seed=0)] == [
+            c.text for c in generate(plain, asked, 2, seed=0)
+        ]
+    assert engine.stats.cached == 0
+    (line,) = fallback_lines(caplog)
+    assert "some layers attend to 64 tokens" in line
+    short = [Prompt((Turn("user", ("Hi",)),))]
+    assert generate(engine, short, 4)
+    assert engine.stats.computed == plain.stats.computed + generate(plain, short, 1)[0].prompt_tokens
+
+
+def test_an_attention_that_is_not_known_takes_the_plain_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-OSS adds a learned sink to the softmax, which the shared path does not know."""
+    caplog.set_level(logging.INFO)
+    engine = TorchEngine(save(tmp_path, "GptOss", "ascii", sliding_window=600))
+    assert len(generate(engine, prompts(*CANDIDATES), 2)) == 30
+    (line,) = fallback_lines(caplog)
+    assert "s_aux" in line
+
+
+def test_a_model_whose_logits_come_out_different_takes_the_plain_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = save(tmp_path, "Llama", "ascii")
+    right = [c.text for c in generate(TorchEngine(folder), prompts(*CANDIDATES), seed=0)]
+
+    def forgetful(parts: Any) -> torch.Tensor:
+        only: torch.Tensor = parts[0][0]
+        return only
+
+    monkeypatch.setattr(prefix_attention, "merge", forgetful)
+    engine = TorchEngine(folder)
+    assert [c.text for c in generate(engine, prompts(*CANDIDATES), seed=0)] == right
+    (line,) = fallback_lines(caplog)
+    assert "standard deviations" in line
+
+
+def test_the_trial_run_leaves_the_model_as_it_was() -> None:
+    made = small("Llama")
+    before = made.config._attn_implementation
+    with torch.inference_mode():
+        check(made)
+    assert made.config._attn_implementation == before
