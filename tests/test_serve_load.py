@@ -244,9 +244,9 @@ print("RUNNING AT THE END", policy.running, file=sys.stderr)
 class Process:
     """A server in a process of its own."""
 
-    def __init__(self, drain_s):
+    def __init__(self, *command, **environment):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(drain_s)], stderr=subprocess.PIPE, text=True, env={**os.environ}
+            [sys.executable, *command], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
         )
         self.lines = []
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
@@ -285,7 +285,7 @@ class Process:
 
 
 def test_sigterm_under_load_finishes_what_runs_and_refuses_what_is_new():
-    with Process(drain_s=20) as server, ThreadPoolExecutor(40) as pool:
+    with Process("-c", SERVER, "20") as server, ThreadPoolExecutor(40) as pool:
         asked = [pool.submit(server.ask, [f"token{i}"] * 100, stream=i % 2 == 1) for i in range(40)]
         until(lambda: server.running == 40, 10)
         server.process.send_signal(signal.SIGTERM)
@@ -303,7 +303,7 @@ def test_sigterm_under_load_finishes_what_runs_and_refuses_what_is_new():
 
 
 def test_a_drain_that_takes_too_long_is_cut_off():
-    with Process(drain_s=0.3) as server, ThreadPoolExecutor(2) as pool:
+    with Process("-c", SERVER, "0.3") as server, ThreadPoolExecutor(2) as pool:
         asked = pool.submit(server.ask, ["word"] * 5000)
         until(lambda: server.running == 1, 10)
         started = time.monotonic()
@@ -313,6 +313,20 @@ def test_a_drain_that_takes_too_long_is_cut_off():
         told = asked.result(5)
         assert (told.status_code, told.json()["error"]["code"]) == (503, "draining")
         assert "RUNNING AT THE END 0" in server.ended()
+
+
+def test_the_command_serves_with_keys_from_the_environment_and_never_logs_them():
+    command = ("-m", "bon", "serve", "--engine", "scripted", "--port", "0", "-n", "2", "--api-key", "sk-2")
+    with Process(*command, BON_API_KEY="sk-0,sk-1") as server:
+        assert server.ask(["hello"]).status_code == 401
+        for key in ("sk-0", "sk-1", "sk-2"):
+            server.http.headers["authorization"] = f"Bearer {key}"
+            answer = server.ask(["hello"])
+            assert answer.status_code == 200
+            assert answer.json()["best_of_n"]["n"] == 2
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+        assert "sk-" not in server.ended()
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from bon import __version__
-from bon.cli import bench, doctor, evaluate, run, tasks
+from bon.cli import bench, doctor, evaluate, run, serve, tasks
 from bon.cli.interrupt import INTERRUPTED, StoppedError
 from bon.errors import BonError, InputError
 
@@ -48,6 +48,7 @@ app.command("rerank")(run.rerank)
 app.add_typer(evaluate.app, name="eval")
 app.command("tasks")(tasks.tasks)
 app.command("bench")(bench.bench)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from bon.engines.wire import canonical_calls
 from bon.serve.failures import ApiError
 from bon.serve.plan import Plan
 from bon.similarity import matched_words
@@ -71,8 +72,11 @@ class Answer:
         for place, pick in enumerate(picks):
             if place and self._plan.chat:
                 yield self._chunk({"role": "assistant", "content": ""}, place)
-            for piece in _PIECE.findall(pick.text) if pick else ():
+            for piece in _PIECE.findall(_content(pick) or "") if pick else ():
                 yield self._chunk({"content": piece} if self._plan.chat else piece, place)
+            if pick and pick.tool_calls and self._plan.chat:
+                calls = [{"index": i, **call} for i, call in enumerate(pick.tool_calls)]
+                yield self._chunk({"tool_calls": calls}, place)
             if pick is None and self._plan.chat:
                 yield self._chunk({"refusal": result.selection.reason}, place)
             evidence = {"best_of_n": self._evidence(result, queue_s)} if place == len(picks) - 1 else {}
@@ -92,7 +96,10 @@ class Answer:
         """
         if result.best is None and (self._plan.min_reward or any(s.reward is not None for s in result.scores)):
             return [None] * self._plan.k
-        unfinished = {s.candidate for s in result.scores if s.status == "late" and not _text(result, s.candidate)}
+        unfinished = {
+            c.index for c in result.candidates if c.error is not None or result.scores[c.index].status == "late"
+        }
+        unfinished = {index for index in unfinished if not _text(result, index)}
         if len(unfinished) == len(result.candidates):
             raise ApiError(408, str(result.scores[0].reason), "deadline_exceeded", "best_of_n.deadline_s")
         order = [i for i in result.selection.ranking if i != result.best and i not in unfinished]
@@ -105,11 +112,14 @@ class Answer:
         ended: dict[str, Any] = {"index": place, "logprobs": None, "finish_reason": _ended(pick)}
         if not self._plan.chat:
             return {**ended, "text": pick.text if pick else ""}
-        refusal = None if pick else result.selection.reason
-        return {
-            **ended,
-            "message": {"role": "assistant", "content": pick.text if pick else None, "refusal": refusal},
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": _content(pick) if pick else None,
+            "refusal": None if pick else result.selection.reason,
         }
+        if pick and pick.tool_calls:
+            message["tool_calls"] = list(pick.tool_calls)
+        return {**ended, "message": message}
 
     def _evidence(self, result: Result, queue_s: float) -> dict[str, Any]:
         rewards = [s.reward for s in result.scores if s.reward is not None]
@@ -201,5 +211,14 @@ def _reason(candidate: Candidate) -> str | None:
     return None if candidate.finish_reason == "pruned" else candidate.finish_reason
 
 
+def _content(pick: Candidate) -> str | None:
+    """The text without the canonical form of its tool calls, which is there to be scored."""
+    if not pick.tool_calls:
+        return pick.text
+    return pick.text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
+
+
 def _ended(pick: Candidate | None) -> str:
+    if pick and pick.tool_calls:
+        return "tool_calls"
     return "length" if pick and pick.finish_reason == "length" else "stop"

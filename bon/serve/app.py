@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -20,6 +21,7 @@ from starlette.responses import Response
 
 from bon import __version__
 from bon.best_of_n import BestOfN
+from bon.mini import WEIGHTS
 from bon.scorers.base import Scorer
 from bon.serve.admission import Admission
 from bon.serve.answers import Answer
@@ -69,7 +71,7 @@ class Server:
         self.admission = Admission(settings.max_running or (64 if overlaps else 1), settings.max_waiting)
         self.metrics = Metrics(self.admission)
         self.health = Health(bon, self.admission)
-        self.planner = Planner(bon, scorers, settings.model_names or (bon.policy.name,), settings)
+        self.planner = Planner(bon, scorers, settings.model_names or (public_name(bon.policy.name),), settings)
         self.started = int(time.time())
         self._jobs: set[Job] = set()
 
@@ -225,6 +227,14 @@ def create_app(bon: BestOfN, settings: Settings | None = None, scorers: Mapping[
     return app
 
 
+def public_name(name: str) -> str:
+    """What clients call a model: a folder's own name without its path, "bon-mini" for the embedded model."""
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    return "bon-mini" if path == Path(WEIGHTS) else path.name
+
+
 async def read_body(request: Request, settings: Settings) -> bytes:
     """Read a JSON body of bounded size in bounded time.
 
@@ -261,6 +271,7 @@ _ERRORS = {
     415: "Not JSON",
     429: "The queue is full",
     500: "A fault of the server",
+    502: "The server behind this one refuses the request",
     503: "A model does not answer, or the server shuts down",
 }
 

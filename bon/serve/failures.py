@@ -15,6 +15,7 @@ from bon.errors import (
     MissingExtraError,
     ModelNotFoundError,
     PromptTooLongError,
+    RefusedError,
     UnknownNameError,
     UserCodeError,
 )
@@ -78,6 +79,8 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
         return error
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
+    if isinstance(error, RefusedError):  # official clients do not repeat what carries this header
+        return ApiError(502, str(error), "refused_upstream", headers={"x-should-retry": "false"})
     if isinstance(error, BROKEN):
         said = (
             str(error) if isinstance(error, EngineError) else "a model of this server failed; its log has the details."

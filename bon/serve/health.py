@@ -13,6 +13,7 @@ import logging
 from time import monotonic
 
 from bon.best_of_n import BestOfN
+from bon.errors import RefusedError
 from bon.serve.admission import Admission
 from bon.serve.failures import BROKEN, ApiError
 from bon.types import Result
@@ -38,22 +39,34 @@ class Health:
         self.reason: str | None = None
 
     def saw(self, outcome: Result | BaseException) -> None:
-        """Take note of how a run ended."""
-        if isinstance(outcome, BROKEN):
-            if self.reason is None:
-                log.error("engine failed", extra={"fields": {"event": "unready", "reason": str(outcome)}})
-            self.reason = str(outcome)
+        """Take note of how a run ended.
+
+        What a server behind this one refuses may be the request's own fault; a probe finds out.
+        """
+        if isinstance(outcome, RefusedError):
+            self._start_probe()
+        elif isinstance(outcome, BROKEN):
+            self._failed(outcome)
         elif isinstance(outcome, Result) and set(outcome.counts) != {"late"}:
             if self.reason is not None:
                 log.info("engine works again", extra={"fields": {"event": "ready"}})
             self.reason = None
 
+    def _failed(self, error: Exception) -> None:
+        if self.reason is None:
+            log.error("engine failed", extra={"fields": {"event": "unready", "reason": str(error)}})
+        self.reason = str(error)
+
     def probe(self) -> None:
         """Try the models in the background if they are red and were not tried just now."""
         if self.reason is None or self._running is not None or monotonic() - self._probed < PROBE_EVERY_S:
             return
-        self._probed = monotonic()
-        self._running = asyncio.create_task(self._try())
+        self._start_probe()
+
+    def _start_probe(self) -> None:
+        if self._running is None:
+            self._probed = monotonic()
+            self._running = asyncio.create_task(self._try())
 
     async def _try(self) -> None:
         try:
@@ -67,8 +80,10 @@ class Health:
                 self.saw(await self._probe.run("Say yes."))
         except TimeoutError:
             pass
+        except BROKEN as error:
+            self._failed(error)
         except Exception as error:
-            self.saw(error)
+            log.warning("probe failed", exc_info=error, extra={"fields": {"event": "probe_failed"}})
         finally:
             ticket.leave()
             self._running = None

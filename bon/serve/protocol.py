@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from bon.serve.failures import ApiError, bad
@@ -51,6 +51,13 @@ class TextPart(_Body):
     text: str
 
 
+def _refuse_true(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("unsupported", "cannot be honoured")
+    return value
+
+
+No = Annotated[bool, AfterValidator(_refuse_true), WithJsonSchema({"const": False})]
 Nothing = Annotated[None, Field(description="Taken when null, as other servers send it back.")]
 
 
@@ -76,7 +83,7 @@ class StreamOptions(_Body):
     """What a stream holds besides the text."""
 
     include_usage: bool | None = Field(default=None, description="Send a last chunk with the usage.")
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = Field(default=None, description="Taken and not done.")
 
 
 class BestOfNOptions(_Body):
@@ -146,7 +153,7 @@ class ChatRequest(_Common):
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     safety_identifier: str | None = None
@@ -165,7 +172,7 @@ class CompletionRequest(_Common):
 
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
     best_of: int | None = Field(default=None, ge=1, le=128, description="Candidates to sample, as best_of_n.n.")
-    echo: Literal[False] | None = None
+    echo: No | None = None
     logprobs: int | None = Field(default=None, ge=0, le=5)
     suffix: Literal[""] | None = None
 
@@ -345,6 +352,7 @@ class MessageBody(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -353,7 +361,7 @@ class ChatChoice(BaseModel):
     index: int
     message: MessageBody
     logprobs: None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatResponse(BaseModel):

@@ -1,0 +1,134 @@
+"""bon serve in front of an OpenAI-compatible server: what is passed on, and what a client sees of its faults."""
+
+import json
+
+import pytest
+from fake_openai import FakeServer, error
+from serving import openai, served, until
+
+from bon import BestOfN
+from bon.engines.openai import OpenAIEngine
+from bon.engines.scripted import ScriptedEngine
+
+MESSAGES = [{"role": "user", "content": "What is the weather in Rome?"}]
+
+
+@pytest.fixture
+def upstream():
+    with FakeServer() as it:
+        yield it
+
+
+@pytest.fixture
+def site(upstream):
+    engine = OpenAIEngine(upstream.url, retries=1, timeout_s=2.0, cooldown_s=0.05)
+    with served(BestOfN(engine, ScriptedEngine(), n=2), model_names=("m",)) as it:
+        yield it
+
+
+def test_fields_that_only_the_policy_needs_are_passed_on(site, upstream):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    answer = site.chat(
+        tools=tools, tool_choice="auto", response_format={"type": "json_object"}, frequency_penalty=0.5, logit_bias={}
+    )
+    assert answer.status_code == 200, answer.text
+    body = upstream.posts[-1].body
+    assert body["tools"] == tools
+    assert (body["tool_choice"], body["response_format"]) == ("auto", {"type": "json_object"})
+    assert body["frequency_penalty"] == 0.5
+    assert "logit_bias" not in body, "what changes nothing is left out"
+
+
+def test_tool_calls_are_scored_as_text_and_returned_as_tool_calls(site, upstream):
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    reply = {"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]}
+    upstream.refuse = lambda seen: {"id": "x", "object": "chat.completion", "model": "m", **reply}
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    create = site.openai().chat.completions.create
+    choice = create(model="m", messages=MESSAGES, tools=tools).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert choice.message.tool_calls[0].function.name == "weather"
+    assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Rome"}
+    chunks = list(create(model="m", messages=MESSAGES, tools=tools, stream=True))
+    calls = [c.choices[0].delta.tool_calls for c in chunks if c.choices and c.choices[0].delta.tool_calls]
+    assert calls[0][0].function.name == "weather"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "tool_calls"
+
+
+def test_one_request_that_upstream_refuses_does_not_take_the_server_out_of_service(site, upstream):
+    upstream.refuse = lambda seen: error(400, "not to our liking") if "bad" in str(seen.body) else None
+    with pytest.raises(openai.APIStatusError, match="not to our liking") as refused:
+        site.openai().with_options(max_retries=3).chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "bad words"}]
+        )
+    assert (refused.value.status_code, refused.value.code) == (502, "refused_upstream")
+    asked = len([seen for seen in upstream.posts if "bad" in str(seen.body)])
+    assert asked <= 4, "the official client does not repeat it"
+    until(lambda: any("Say yes" in str(seen.body) for seen in upstream.posts))
+    assert site.http.get("/ready").status_code == 200
+
+
+def test_a_key_that_upstream_no_longer_takes_turns_ready_red(site, upstream):
+    upstream.refuse = lambda seen: error(401, "no such key")
+    assert site.chat().status_code == 502
+    until(lambda: site.http.get("/ready").status_code == 503)
+
+
+FAULTS = {
+    "an error of its own": error(500, "boom"),
+    "too busy": error(429, "slow down", {"retry-after": "0"}),
+    "garbage": b"<html>hello</html>",
+    "JSON of another kind": {"hello": "world"},
+    "no choices": {"id": "x", "object": "chat.completion", "model": "m", "choices": []},
+    "reset": "reset",
+    "reset mid-body": "reset mid-body",
+    "hang": "hang",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_fault_upstream_is_a_503_that_says_so_and_heals_by_itself(site, upstream, fault, monkeypatch):
+    monkeypatch.setattr("bon.serve.health.PROBE_EVERY_S", 0.05)
+    upstream.refuse = lambda seen: fault if "completions" in seen.path else None
+    with pytest.raises(openai.InternalServerError) as failed:
+        site.openai().chat.completions.create(model="m", messages=MESSAGES)
+    assert (failed.value.status_code, failed.value.code) == (503, "engine_error")
+    assert site.http.get("/ready").status_code == 503
+    upstream.refuse = lambda seen: None
+    until(lambda: site.http.get("/ready").status_code == 200, 15)
+    assert site.chat().status_code == 200
+
+
+def test_one_failed_sample_costs_one_candidate_and_not_the_answer(site, upstream):
+    draws = []
+
+    def refuse(seen):
+        if "completions" not in seen.path:
+            return None
+        draws.append(seen)
+        return error(500, "boom") if len(draws) in (1, 3) else None  # the first sample, and its retry
+
+    upstream.refuse = refuse
+    answer = site.chat(best_of_n={"n": 3})
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["message"]["content"].startswith("answer")
+
+
+def test_upstream_dies_and_comes_back(site, upstream, monkeypatch):
+    monkeypatch.setattr("bon.serve.health.PROBE_EVERY_S", 0.05)
+    assert site.chat().status_code == 200
+    upstream.die()
+    assert site.chat().status_code == 503
+    assert site.http.get("/ready").status_code == 503
+    upstream.listen()
+    until(lambda: site.http.get("/ready").status_code == 200, 15)
+
+
+def test_a_client_that_leaves_is_gone_upstream_as_well(upstream):
+    engine = OpenAIEngine(upstream.url, retries=0)
+    upstream.refuse = lambda seen: "hang" if "completions" in seen.path else None
+    with served(BestOfN(engine, ScriptedEngine(), n=3)) as site:
+        with pytest.raises(openai.APITimeoutError):
+            site.openai().with_options(timeout=0.5).chat.completions.create(model=engine.name, messages=MESSAGES)
+        until(lambda: len(upstream.posts) == 3 and all(seen.aborted.is_set() for seen in upstream.posts))
