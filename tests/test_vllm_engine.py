@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import save
 from transformers import AutoModelForCausalLM
 
+from bon import BestOfN
 from bon.engines.base import Completion, Prompt
 from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
 from bon.mini import WEIGHTS
@@ -184,19 +187,38 @@ def test_what_cannot_start_says_why(model: Any, options: dict[str, Any], error: 
         load(model, **options)
 
 
-def test_two_engines_start_at_the_same_time(engine: Any) -> None:
-    engines: dict[int, Any] = {}
-    threads = [threading.Thread(target=lambda i=i: engines.update({i: load(WEIGHTS, threads=1)})) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    texts = [c.text for c in generate(engine, PROMPTS, temperature=0.0)]
-    for made in engines.values():
-        assert [c.text for c in generate(made, PROMPTS, temperature=0.0)] == texts
-        asyncio.run(made.aclose())
-    assert len(engines) == 2
+def test_two_models_by_name_start_at_the_same_time_and_work_together(engine: Any, tmp_path: Path) -> None:
+    copy = shutil.copytree(WEIGHTS, tmp_path / "copy")
+    started = time.perf_counter()
+    asyncio.run(load(WEIGHTS).aclose())
+    one = time.perf_counter() - started
+    started = time.perf_counter()
+    with BestOfN(str(WEIGHTS), str(copy), n=4, sampling={"seed": 1}, engine="vllm") as bon:
+        assert time.perf_counter() - started < 1.9 * one
+        result = bon(TEXTS[0])
+        assert bon.policy is not bon.scorer.engine  # type: ignore[attr-defined]
     assert "TORCHDYNAMO_DISABLE" not in os.environ
+    assert BestOfN(engine, n=4, sampling={"seed": 1})(TEXTS[0]).text == result.text
+
+
+def test_a_lora_adapter_changes_what_the_model_says(engine: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 64, "target_modules": ["o_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    layers = [f"base_model.model.model.layers.{i}.self_attn.o_proj" for i in range(4)]
+    weights = {f"{name}.lora_{side}.weight": torch.randn(*size) for name in layers for side, size in _SIDES.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    adapted = load(WEIGHTS, lora=folder)
+    texts = [c.text for c in generate(engine, PROMPTS, temperature=0.0)]
+    assert [c.text for c in generate(adapted, PROMPTS, temperature=0.0)] != texts
+    asyncio.run(adapted.aclose())
+    with pytest.raises(ModelNotFoundError, match="no LoRA adapter"):
+        load(WEIGHTS, lora=tmp_path)
+
+
+_SIDES = {"A": (4, 128), "B": (128, 4)}
 
 
 def test_an_engine_that_dies_says_why_once_and_another_can_be_loaded(tmp_path: Path) -> None:
