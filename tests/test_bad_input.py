@@ -195,6 +195,8 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--resume", *SCRIPTED], "--resume is for files of prompts"),
         (["run", "hi", "--all", *SCRIPTED], "--all is for files of prompts"),
         (["run", "hi", "--device", "cpu", *SCRIPTED], "the scripted engine takes no --device"),
+        (["run", "hi", "--device", "cpu", "--engine", "vllm"], "--device is for the engine 'torch'"),
+        (["run", "hi", "--dtype", "float32", "--policy", "http://127.0.0.1:9/v1"], "127.0.0.1:9/v1 is a URL"),
         (["run", "hi", "--policy", "x", *SCRIPTED], "the scripted engine runs no model, so it cannot be 'x'"),
         (["run", "hi", "--policy", "./no/such/model"], "no/such/model"),
         (["run", "hi", "--policy", ""], "a model's name is empty"),

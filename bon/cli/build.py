@@ -17,7 +17,9 @@ from bon.best_of_n import BestOfN
 from bon.cli.console import quiet_libraries
 from bon.engines.base import ENGINES, Engine, choose_engine, engine_class, load_engine
 from bon.engines.function import FunctionEngine
+from bon.engines.placement import load_together
 from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
+from bon.mini import WEIGHTS
 from bon.resolve import as_policy
 from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip
@@ -96,6 +98,8 @@ def build(options: Options, *, sampled: bool = True) -> Built:
         policy = load(options.flip) if scorer is None else _no_policy()
         flip_engine = policy
     else:
+        if scorer is None:
+            load.together(options.policy, options.flip)
         policy = load(options.policy)
         flip_engine = policy if scorer or options.flip in (None, options.policy) else load(options.flip)
     if scorer is None:
@@ -192,7 +196,16 @@ class _Loader:
             raise UnknownNameError("engine", self.engine, ENGINES)
         if self.engine == "scripted" and self.options:
             raise InputError(f"the scripted engine takes no --{next(iter(self.options))}: it runs no model.")
+        if self.engine not in (None, "torch", "scripted") and "device" in self.options:
+            raise InputError(f"--device is for the engine 'torch'; {self.engine!r} finds its devices by itself.")
         quiet_libraries(any(spec and not _OBJECT.fullmatch(spec) and not os.path.exists(spec) for spec in specs))
+
+    def together(self, policy: str | None, flip: str | None) -> None:
+        """Start two vLLM models at the same time, each with its part of the GPU."""
+        if self.engine != "vllm" or flip in (None, policy) or any(_OBJECT.fullmatch(s) for s in (policy, flip) if s):
+            return
+        named = [(WEIGHTS if policy is None else policy, self.options), (flip, self.options)]
+        self.loaded.update(zip((policy, flip), load_together(named), strict=True))
 
     def __call__(self, spec: str | None) -> Engine:
         if spec not in self.loaded:
@@ -215,9 +228,8 @@ class _Loader:
             raise InputError(
                 f"the scripted engine runs no model, so it cannot be {spec!r}. Leave out --engine scripted."
             )
-        name = self.engine or choose_engine(spec)
-        if name != "torch" and "device" in self.options:
-            raise InputError(f"--device is for the engine 'torch'; {name!r} finds its devices by itself.")
+        if choose_engine(spec) == "openai" and self.options:
+            raise InputError(f"--{next(iter(self.options))} is for models on this machine, and {spec} is a URL.")
         return load_engine(spec, engine=self.engine, **self.options)
 
 
