@@ -320,7 +320,13 @@ class Usage:
         )
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Usage(
+            self.policy_prompt_tokens + other.policy_prompt_tokens,
+            self.policy_completion_tokens + other.policy_completion_tokens,
+            self.scorer_prompt_tokens + other.scorer_prompt_tokens,
+            self.scorer_completion_tokens + other.scorer_completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

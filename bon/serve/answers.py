@@ -124,7 +124,12 @@ class Answer:
     def _evidence(self, result: Result, queue_s: float) -> dict[str, Any]:
         rewards = [s.reward for s in result.scores if s.reward is not None]
         timing, late = result.timing, [s for s in result.scores if s.status == "late"]
-        everything = [self._score(s, result.candidates[s.candidate]) for s in result.scores]
+        picks = [self._about(pick, result, text=False) for pick in self._picks(result) if pick]
+        everything = (
+            [self._about(candidate, result) for candidate in result.candidates]
+            if self._plan.return_candidates
+            else None
+        )
         return {
             "n": len(result.candidates),
             "scorer": self._plan.scorer,
@@ -135,10 +140,8 @@ class Answer:
             "reason": result.selection.reason or (late[0].reason if late else None),
             "deadline_passed": bool(late),
             "statuses": result.counts,
-            "choices": [
-                {k: v for k, v in everything[pick.index].items() if k != "text"} for pick in self._picks(result) if pick
-            ],
-            **({"candidates": everything} if self._plan.return_candidates else {}),
+            "choices": picks,
+            **({} if everything is None else {"candidates": everything}),
             "timing": {
                 "queue_s": queue_s,
                 "sample_s": timing.sample,
@@ -148,9 +151,14 @@ class Answer:
             },
         }
 
-    def _score(self, score: Score, candidate: Candidate | None = None) -> dict[str, Any]:
+    def _about(self, candidate: Candidate, result: Result, text: bool = True) -> dict[str, Any]:
+        left_out = ("event",) if text else ("event", "text")
+        sampled = {name: value for name, value in self.news(candidate).items() if name not in left_out}
+        return self._score(result.scores[candidate.index]) | sampled
+
+    def _score(self, score: Score) -> dict[str, Any]:
         matched = matched_words(score.inferred, self._plan.task.instruction) if score.inferred else []
-        body: dict[str, Any] = {
+        return {
             "index": score.candidate,
             "reward": score.reward,
             "status": score.status,
@@ -163,9 +171,6 @@ class Answer:
             "same_as": score.same_as,
             "scored_s": (score.started, score.finished) if score.finished else None,
         }
-        if candidate is not None:
-            body |= {k: v for k, v in self.news(candidate).items() if k != "event"}
-        return body
 
     @property
     def _kind(self) -> str:
