@@ -7,6 +7,7 @@ neither vLLM nor torch.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -72,8 +73,10 @@ class Diary(logging.FileHandler):
         orphan = parent == 1 != owner  # the parent was gone before this began
         threading.Thread(target=_end_with, args=(0 if orphan else parent,), name="bon-watch", daemon=True).start()
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say nothing: the file goes with its engine, while vLLM's logger in bon's own process stays."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record if that is still possible: the file goes with its engine, while vLLM's logger stays."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
 
 
 def _end_with(parent: int) -> None:
