@@ -132,7 +132,7 @@ class Batch:
         self._ids[:, self._length] = tokens
         self._logprobs[:, self._length] = logprobs
         self._length += 1
-        ended = np.isin(tokens, self._ends)
+        ended: Array = (tokens[:, None] == self._ends).any(1)
         full = self._length >= self._limit
         done = ended | full
         watch = self._watch_every and self._length % self._watch_every == 0
