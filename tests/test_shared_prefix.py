@@ -97,6 +97,17 @@ def test_merged_parts_are_the_softmax_over_all_keys(sizes: tuple[int, ...], soft
     torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_scores_are_made_a_block_of_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 30, 16, generator=make) for _ in range(3))
+    for causal in (False, True):
+        monkeypatch.setattr(prefix_attention, "_SCORES", 1 << 26)
+        whole = part(query, key, value, causal=causal, softcap=9.0)
+        monkeypatch.setattr(prefix_attention, "_SCORES", 2 * 3 * 30 * 7)
+        for a, b in zip(part(query, key, value, causal=causal, softcap=9.0), whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_causal_and_padded_parts_hide_what_they_must() -> None:
     make = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, 90, 16, generator=make) for _ in range(3))

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "bon_shared_prefix"
+_SCORES = 1 << 26  # attention scores held at a time where no fused kernel takes them away
 _CHUNK = 32  # columns by which a row's own storage grows at least
 _HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "sliding_window"}
 
@@ -48,11 +49,26 @@ def part(
             query, key, value, 0.0, causal, attn_mask=bias, scale=1.0
         )
         return mean, log_sum
+    # A block of queries at a time, so that the scores stay small; they are materialised here.
+    rows = max(1, _SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    blocks = [
+        _explicit(query[:, :, at : at + rows], key, value, bias, at if causal else None, softcap)
+        for at in range(0, query.shape[2], rows)
+    ]
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat([mean for mean, _ in blocks], 2), torch.cat([log_sum for _, log_sum in blocks], 2)
+
+
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, first: int | None, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """See ``part``; ``first`` is the position of the first query where attention is causal."""
     scores = _capped(query @ key.transpose(2, 3), softcap).float()
     if bias is not None:
         scores += bias
-    if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    if first is not None:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(first + 1)
         scores = scores.masked_fill(later, -torch.inf)
     log_sum = scores.logsumexp(-1)
     weights = (scores - log_sum.unsqueeze(-1)).exp_()
@@ -189,7 +205,7 @@ def shared_attention(
     return output.reshape(1, tokens, heads, width).to(query.dtype), None
 
 
-AttentionInterface.register(NAME, shared_attention)
+AttentionInterface.register(NAME, shared_attention)  # without a mask function of that name no mask is ever built
 
 
 @dataclass
