@@ -1,12 +1,15 @@
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 import time
 from importlib.resources import files
 
 import pytest
 from serving import openai, served
 
+import bon.serve
 from bon import BestOfN, RewardFunction, Sampling
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
@@ -385,3 +388,46 @@ def test_the_dashboard_asks_only_for_metrics_that_exist(site):
     exposed |= set(re.findall(r"# TYPE (bon_\w+)", site.http.get("/metrics").text))
     assert len(wanted) > 10
     assert wanted <= exposed
+
+
+# The examples of bon.serve's docstring, executed.
+
+
+def examples():
+    """The docstring's Python blocks and its curl command."""
+    lines = [line[4:] for line in bon.serve.__doc__.splitlines() if line.startswith("    ") or not line]
+    text = "\n".join(lines)
+    client, langchain, curl = (text.index(start) for start in ("from openai", "from langchain_openai", "curl "))
+    return text[client:langchain], text[langchain:curl], text[curl : text.index("app.py")].strip()
+
+
+def at(site, example):
+    assert "http://127.0.0.1:8000" in example
+    return example.replace("http://127.0.0.1:8000", site.url)
+
+
+def test_the_docstrings_openai_example_runs(site, capsys):
+    exec(at(site, examples()[0]) + "\nclient.close()", {})
+    assert "Monday." in capsys.readouterr().out
+
+
+def test_the_docstrings_langchain_example_runs(site, capsys):
+    pytest.importorskip("langchain_openai")
+    exec(at(site, examples()[1]), {})
+    assert "bakery." in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_docstrings_curl_example_runs(site):
+    done = subprocess.run(["sh", "-c", at(site, examples()[2]) + " -s"], capture_output=True, timeout=30, check=True)
+    assert len(json.loads(done.stdout)["choices"]) == 3
+
+
+def test_langchain_streams_and_batches(site):
+    langchain = pytest.importorskip("langchain_openai")
+    model = langchain.ChatOpenAI(model="bon-mini", base_url=f"{site.url}/v1", api_key="none", stream_usage=True)
+    chunks = list(model.stream("Write about a quick red fox"))
+    assert "".join(c.content for c in chunks) == "a quick red fox"
+    assert sum((c.usage_metadata or {}).get("total_tokens", 0) for c in chunks) > 0
+    answers = model.batch([f"Write about token{i}" for i in range(5)])
+    assert [a.content.split()[-1] for a in answers] == [f"token{i}" for i in range(5)]

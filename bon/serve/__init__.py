@@ -1,17 +1,43 @@
 """An OpenAI-compatible server whose completions are the best of N.
 
-app.py         the FastAPI application: routes and what they share
-settings.py    what can be set
-protocol.py    OpenAI's request and response schema, plus the ``best_of_n`` extension
-plan.py        a checked request -> what to run
-answers.py     a result -> OpenAI's response, whole or as a stream of chunks
-failures.py    every error in OpenAI's shape
-admission.py   how many run, how many wait, and draining
-health.py      whether the engines are alive
-edge.py        the outermost layer: keys, hosts, security headers, one log line per request
-metrics.py     Prometheus metrics
-process.py     uvicorn, signals, drain
-playground/    one page that shows why a candidate won
+Clients of OpenAI's API change their base URL and nothing else. With ``bon serve`` running:
+
+    from openai import OpenAI
+
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    answer = client.chat.completions.create(
+        model="bon-mini",
+        messages=[{"role": "user", "content": "Write a reminder for Anna to water the plants on Monday."}],
+        extra_body={"best_of_n": {"n": 16, "stop_at": 1.0}},
+    )
+    print(answer.choices[0].message.content, answer.best_of_n["reward"])
+
+    from langchain_openai import ChatOpenAI
+
+    model = ChatOpenAI(model="bon-mini", base_url="http://127.0.0.1:8000/v1", api_key="none")
+    print(model.invoke("Write a slogan for a bakery.").content)
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
+        -d '{"messages": [{"role": "user", "content": "Write a slogan for a bakery."}], "n": 3}'
+
+Send traffic by ``/ready``. Restart by ``/ready`` as well where the model is inside this process (Kubernetes: a liveness
+probe that fails for a minute), and by ``/health`` where it is behind HTTP, which a restart does not heal; see
+``health.py``.
+
+    app.py         the FastAPI application: routes and what they share
+    settings.py    what can be set
+    protocol.py    OpenAI's request and response schema, plus the ``best_of_n`` extension
+    plan.py        a checked request -> what to run
+    job.py         its work, from the queue to the result
+    answers.py     a result -> OpenAI's response, whole or as chunks
+    stream.py      server-sent events
+    failures.py    every error in OpenAI's shape
+    admission.py   how many run and how many wait
+    health.py      whether the models answer
+    edge.py        the outermost layer: keys, hosts, security headers, one log line per request
+    metrics.py     Prometheus metrics; dashboard.json shows them in Grafana
+    process.py     uvicorn, signals, drain
+    playground/    one page that shows why a candidate won
 """
 
 from bon.serve.app import create_app
