@@ -229,6 +229,13 @@ starts = st.sampled_from(
 )
 
 
+def test_a_thinking_tag_under_way_settles_nothing_that_it_would_take_back():
+    # '"' then '<' reads as a quotation mark inside the string; once '<' has become a block, the string may end there.
+    parser, answer = Parser("robust", "json", False), '{"reasoning": "r", "instruction": "{"\n<think>'
+    settled = [parser.settled(answer[:end]) for end in range(answer.index("<"), len(answer) + 1)]
+    assert set(settled) == {"{"}
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("output", ["text", "json"])
 @given(start=starts, rest=raws, finish=st.sampled_from(["stop", "length"]))

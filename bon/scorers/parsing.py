@@ -83,7 +83,7 @@ class Parser:
         """
         if self.name == "reference":
             return None
-        text, problem = self._answer(raw)
+        text, problem = self._answer(_without_partial_tag(raw))
         if problem:
             return None
         return _settled_json(text) if self.output == "json" else _settled_text(text)
@@ -99,6 +99,12 @@ class Parser:
             # Not taken for the end of a block: text that has been counted would be taken back.
             return "", "a </think> without <think>: the model thinks; pass thinking=True"
         return text, None
+
+
+def _without_partial_tag(raw: str) -> str:
+    """Hold back an end that may become ``<think>``: what it seems to be part of would be taken back with it."""
+    tag = "<think>"
+    return next((raw[:-length] for length in range(len(tag) - 1, 0, -1) if raw.endswith(tag[:length])), raw)
 
 
 def strip_think(text: str) -> str:
