@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from bon.best_of_n import BestOfN
-from bon.cli.console import quiet_libraries
+from bon.cli.console import one_thread, quiet_libraries
 from bon.engines.base import ENGINES, Engine, choose_engine, engine_class, load_engine
 from bon.engines.function import FunctionEngine
 from bon.engines.placement import load_together
@@ -228,6 +228,8 @@ class _Loader:
             raise InputError(
                 f"the scripted engine runs no model, so it cannot be {spec!r}. Leave out --engine scripted."
             )
+        if spec is None:
+            one_thread()
         if choose_engine(spec) == "openai" and self.options:
             raise InputError(f"--{next(iter(self.options))} is for models on this machine, and {spec} is a URL.")
         return load_engine(spec, engine=self.engine, **self.options)

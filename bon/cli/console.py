@@ -59,3 +59,12 @@ def quiet_libraries(keep_downloads: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not (keep_downloads and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def one_thread() -> None:
+    """Run the embedded model on one thread unless the user says otherwise; call it before torch is imported.
+
+    Its matrices are too small to share out: with two threads the same run took twice as long on a busy two-core
+    machine (``OMP_NUM_THREADS=2 bon run FILE`` against ``OMP_NUM_THREADS=1 bon run FILE``).
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -22,11 +22,12 @@ def mini(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
     """Pass rates of the embedded model on held-out instructions, for N = 1, 2, 4, 8, 16, against its baselines."""
-    from bon.cli.console import print_bytes, quiet_libraries
+    from bon.cli.console import one_thread, print_bytes, quiet_libraries
     from bon.evals.mini import evaluate_mini, format_table
     from bon.output import to_json
 
     quiet_libraries(False)
+    one_thread()
     report = evaluate_mini(n_instructions=n_instructions, max_n=max_n, seed=seed, progress=sys.stderr.isatty())
     if as_json:
         print_bytes(to_json(report))
