@@ -20,8 +20,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
+from typing import TextIO
 
 import httpx
 
@@ -68,10 +70,15 @@ def start(step: float, running: int, waiting: int) -> tuple[subprocess.Popen, st
         if "running on" in line:
             url = "http://127.0.0.1:" + json.loads(line)["message"].split("127.0.0.1:")[1].split()[0]
             break
-    import threading
-
-    threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()  # or the pipe fills up
+    threading.Thread(target=show_problems, args=(lines,), daemon=True).start()
     return process, url
+
+
+def show_problems(lines: TextIO) -> None:
+    """Read the server's log, or its pipe would fill up; what is not of level info is shown."""
+    for line in lines:
+        if '"level":"info"' not in line:
+            print("server:", line.rstrip()[:2000], file=sys.stderr)
 
 
 def resident_mib(pid: int) -> float:
@@ -79,7 +86,7 @@ def resident_mib(pid: int) -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def client(number: int, http: httpx.AsyncClient, tally: Tally, until: float) -> None:
+async def client(number: int, http: httpx.AsyncClient, leaving: httpx.AsyncClient, tally: Tally, until: float) -> None:
     draw = random.Random(number)
     serial = 0
     while time.perf_counter() < until:
@@ -89,7 +96,9 @@ async def client(number: int, http: httpx.AsyncClient, tally: Tally, until: floa
         try:
             if draw.random() < 0.02:
                 try:
-                    await http.post("/v1/chat/completions", json=body(token, False), timeout=draw.uniform(0.005, 0.1))
+                    await leaving.post(
+                        "/v1/chat/completions", json=body(token, False), timeout=draw.uniform(0.005, 0.1)
+                    )
                 except httpx.TimeoutException:
                     tally.left += 1
                 continue
@@ -108,7 +117,10 @@ async def client(number: int, http: httpx.AsyncClient, tally: Tally, until: floa
             tally.seconds.append(time.perf_counter() - began)
             tally.first_byte.append(first or 0.0)
         except httpx.HTTPError as error:
-            tally.lost.append(f"{token}: {type(error).__name__} {error}")
+            took = time.perf_counter() - began
+            problem = f"{token}: {error!r} from {error.__cause__!r} after {took:.2f} s"
+            print(problem, file=sys.stderr)
+            tally.lost.append(problem)
 
 
 def check(tally: Tally, token: str, status: int, text: str, stream: bool) -> None:
@@ -132,9 +144,10 @@ def check(tally: Tally, token: str, status: int, text: str, stream: bool) -> Non
 async def soak(url: str, pid: int, seconds: float, connections: int) -> tuple[Tally, list[float]]:
     tally, memory = Tally(), []
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, trust_env=False) as http:
+    common = {"base_url": url, "limits": limits, "trust_env": False}
+    async with httpx.AsyncClient(timeout=120, **common) as http, httpx.AsyncClient(**common) as leaving:
         until = time.perf_counter() + seconds
-        clients = [asyncio.create_task(client(i, http, tally, until)) for i in range(connections)]
+        clients = [asyncio.create_task(client(i, http, leaving, tally, until)) for i in range(connections)]
         while not all(task.done() for task in clients):
             await asyncio.wait(clients, timeout=max(1.0, seconds / 20))
             memory.append(resident_mib(pid))

@@ -132,8 +132,9 @@ def abandon(site, body, after):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_takes_all_its_work_with_it(stream):
+def test_a_client_that_leaves_takes_all_its_work_with_it(stream, caplog):
     """Seen in the engine's own counters: what vLLM users ask for in vllm issue 6975."""
+    caplog.set_level("INFO", "bon.serve")
     policy = slow(10_000)
     with served(BestOfN(policy, ScriptedEngine(), n=8), max_running=1) as site:
         abandon(site, {"stream": stream}, lambda: policy.running == 8)
@@ -143,6 +144,8 @@ def test_a_client_that_leaves_takes_all_its_work_with_it(stream):
         time.sleep(0.1)
         assert policy.decoded == decoded, "nothing is decoded for nobody"
         until(lambda: site.metric("bon_runs_total", outcome="client_gone") == 1)
+        until(lambda: any(getattr(r, "fields", {}).get("client_gone") for r in caplog.records))
+    assert not [r for r in caplog.records if r.levelname == "ERROR"], "a client that leaves is no failure"
 
 
 def test_a_client_that_leaves_the_queue_never_runs():

@@ -26,7 +26,7 @@ from bon.scorers.base import Scorer
 from bon.serve.admission import Admission
 from bon.serve.answers import Answer
 from bon.serve.edge import Edge
-from bon.serve.failures import ApiError, api_error, json_response
+from bon.serve.failures import ApiError, ClientGone, api_error, json_response
 from bon.serve.health import Health
 from bon.serve.job import Job, unless_gone
 from bon.serve.metrics import Metrics
@@ -113,6 +113,8 @@ class Server:
                 "scorer_tokens": usage.scorer_prompt_tokens + usage.scorer_completion_tokens,
                 "cached_tokens": usage.cached_tokens,
             }
+        elif isinstance(outcome, ClientGone):
+            fields["client_gone"] = True
         elif isinstance(outcome, Exception):
             fields["error"] = type(outcome).__name__
             failure = api_error(outcome, plan.passed)
