@@ -189,17 +189,24 @@ def test_it_works_from_the_keyboard_alone(site, open_page):
     assert reached[:3] == ["n", "scorer", "run"]
     page.focus("#prompt")
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector("#list article")
-    page.keyboard.press("Escape")
-    page.wait_for_selector("body[data-state=idle]")
-    assert page.locator("#status").inner_text() == "Stopped."
-    until(lambda: site.server.admission.running == 0)
-    page.keyboard.press("Control+Enter")
     page.wait_for_selector("body[data-state=done]", timeout=20_000)
     page.focus("#winner button")
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('#winner button').textContent === 'Copied'")
     assert page.evaluate("navigator.clipboard.readText()") == PROMPT
+
+
+def test_escape_stops_the_run_on_the_page_and_on_the_server(open_page):
+    policy = ScriptedEngine(lambda text, draw: "word " * (1 + 10_000 * draw), step_seconds=0.02)
+    with served(BestOfN(policy, ScriptedEngine(), n=2)) as site:
+        page = open_page(site)
+        page.fill("#prompt", PROMPT)
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector("#list article")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("body[data-state=idle]")
+        assert page.locator("#status").inner_text() == "Stopped."
+        until(lambda: site.server.admission.running == policy.running == 0)
 
 
 def test_every_control_has_a_name_and_the_progress_is_announced(site, open_page):
