@@ -511,10 +511,10 @@ def test_no_more_requests_are_under_way_than_allowed(server):
 
 def test_replicas_share_the_work(server):
     with FakeServer() as other:
-        server.hold = other.hold = 4
+        server.hold = other.hold = 2
         done = generate(OpenAIEngine([server.url, other.url]), n=8)
         assert len(done) == 8
-        assert (len(server.posts), len(other.posts)) == (4, 4)
+        assert min(len(server.posts), len(other.posts)) >= 2
 
 
 def test_a_replica_that_dies_is_set_aside_and_used_again_when_it_is_back(server):
