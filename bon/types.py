@@ -300,6 +300,7 @@ class Usage:
         policy_prompt_tokens, policy_completion_tokens: the policy's; a prompt sampled n times counts once.
         scorer_prompt_tokens, scorer_completion_tokens: the scorer's.
         cached_tokens: prompt tokens of both that a shared prefix saved from being computed.
+        drafted_tokens: of the scorer's completion tokens, those that were read as a draft in one pass, not decoded.
     """
 
     policy_prompt_tokens: int = 0
@@ -307,6 +308,7 @@ class Usage:
     scorer_prompt_tokens: int = 0
     scorer_completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -326,6 +328,7 @@ class Usage:
             self.scorer_prompt_tokens + other.scorer_prompt_tokens,
             self.scorer_completion_tokens + other.scorer_completion_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.drafted_tokens + other.drafted_tokens,
         )
 
 

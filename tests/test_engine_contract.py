@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -141,6 +142,26 @@ def test_a_seeded_completion_does_not_depend_on_the_rest_of_the_call(engine: Eng
 
 def test_temperature_zero_gives_equal_samples(engine: Engine) -> None:
     assert len({c.text for c in generate(engine, PROMPTS[:1], n=3, temperature=0.0)}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 3}, {"stop": ("e",)}, {"temperature": 1.0, "seed": 5}])
+def test_a_draft_changes_no_completion(engine: Engine, options: dict[str, Any]) -> None:
+    options = {"temperature": 0.0, **options}
+    plain = generate(engine, PROMPTS * 2, **options)
+    texts = [c.text for c in plain]
+    for drafts in (
+        [*texts[:3], "", texts[4][:5], texts[5] + " and so on"],
+        [texts[1], texts[0], *(text[:4] + "#" + text[5:] for text in texts[2:])],
+        ["Something else altogether"] * 6,
+    ):
+        drafted = generate(engine, [replace(p, draft=d) for p, d in zip(PROMPTS * 2, drafts, strict=True)], **options)
+        for got, expected in zip(drafted, plain, strict=True):
+            assert (got.text, got.finish_reason, got.tokens) == (expected.text, expected.finish_reason, expected.tokens)
+            assert got.completion_tokens == expected.completion_tokens
+            assert got.prompt_tokens == expected.prompt_tokens
+            assert 0 <= got.drafted_tokens <= got.completion_tokens
+            if expected.logprobs is not None:
+                assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
 def test_max_tokens_cuts_with_reason_length(engine: Engine) -> None:

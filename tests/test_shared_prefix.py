@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,22 @@ def test_one_changed_candidate_changes_no_other(folder: Path) -> None:
             assert a.logprobs != b.logprobs
         else:
             assert (a.text, b.logprobs) == (b.text, pytest.approx(a.logprobs, abs=1e-4))
+
+
+def test_a_draft_is_taken_up_to_where_the_models_own_choice_departs(folder: Path) -> None:
+    engine, asked = TorchEngine(folder), prompts(*CANDIDATES)
+    plain = generate(engine, asked, temperature=0.0)
+    decoded = engine.stats.decoded
+    texts = [c.text for c in plain]
+    own = generate(engine, [replace(p, draft=t) for p, t in zip(asked, texts, strict=True)], temperature=0.0)
+    assert [c.text for c in own] == texts
+    # The last token comes from the logits behind the draft, and every token before it from the draft.
+    assert [c.drafted_tokens for c in own] == [c.completion_tokens - 1 for c in plain]
+    assert engine.stats.decoded == decoded
+    half = [replace(p, draft=t[: len(t) // 2] + "#") for p, t in zip(asked, texts, strict=True)]
+    for got, text in zip(generate(engine, half, temperature=0.0), texts, strict=True):
+        assert got.text == text
+        assert got.drafted_tokens == len(engine.renderer.encode(text[: len(text) // 2]))
 
 
 def test_permuted_candidates_give_permuted_completions(folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Job:
         samples: sample indices.
         limit: tokens that a completion may have.
         salt: told apart from equal prompts by this; 0 where equal prompts shall get equal samples.
+        draft: a guess at the completion, shorter than ``limit``; for a single greedy sample only.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Job:
     samples: range
     limit: int
     salt: int = 0
+    draft: tuple[int, ...] = ()
 
 
 def batches(jobs: Sequence[Job], budget: int, cost: Callable[[int, int, int], int]) -> Iterator[list[Job]]:
@@ -64,7 +66,7 @@ def batches(jobs: Sequence[Job], budget: int, cost: Callable[[int, int, int], in
                 room -= 1
             fits = room > 0 and (not batch or spent + cost(len(job.ids), room, job.limit) <= budget)
             if fits and (room == len(waiting) or not batch):
-                batch.append(Job(job.index, job.ids, waiting[:room], job.limit, job.salt))
+                batch.append(replace(job, samples=waiting[:room]))
                 rows, spent = rows + room, spent + cost(len(job.ids), room, job.limit)
                 waiting = waiting[room:]
             if waiting:  # rather a new batch than a prompt that is read twice
@@ -97,7 +99,9 @@ class Batch:
         self._ends = np.array(sorted(renderer.end_ids), dtype=np.int64)
         self._ids = np.empty((len(self._job), 32), dtype=np.int64)
         self._logprobs = np.empty((len(self._job), 32), dtype=np.float32)
-        self._length = 0
+        self._lengths = np.zeros(len(self._job), dtype=np.int64)
+        self._drafted = np.zeros(len(self._job), dtype=np.int64)
+        self._steps = 0
         self._uniforms: Uniforms | None = None
         if sampling.temperature > 0:
             pairs = zip(self._job, self._sample, strict=True)
@@ -109,7 +113,7 @@ class Batch:
 
     def run(self, emit: Emit, stopped: threading.Event) -> None:
         """Sample until every row has been handed to ``emit``, or until ``stopped`` is set."""
-        logits = self._rows.prefill([j.ids for j in self._jobs], [len(j.samples) for j in self._jobs])
+        logits = self._read()
         while not stopped.is_set():
             uniforms = None
             if self._uniforms is not None:
@@ -124,18 +128,37 @@ class Batch:
                 tokens = tokens[torch.from_numpy(order).to(tokens.device)]
             logits = self._rows.step(tokens)
 
-    def _append(self, tokens: Array, logprobs: Array, emit: Emit) -> Array:
-        """Add one token to every row; emit the rows that end with it and say which."""
-        if self._length == self._ids.shape[1]:
+    def _read(self) -> torch.Tensor:
+        """Prefill; tokens of a draft that are the model's own choice are there at once."""
+        prompts = [j.ids for j in self._jobs]
+        if not any(j.draft for j in self._jobs):
+            return self._rows.prefill(prompts, [len(j.samples) for j in self._jobs])
+        logits, logprobs = self._rows.prefill_drafts(prompts, [j.draft for j in self._jobs])
+        self._lengths = self._drafted = np.array([len(row) for row in logprobs])
+        self._reserve(int(self._lengths.max()))
+        for row, (job, values) in enumerate(zip(self._jobs, logprobs, strict=True)):
+            self._ids[row, : len(values)] = job.draft[: len(values)]
+            self._logprobs[row, : len(values)] = values
+        return logits
+
+    def _reserve(self, columns: int) -> None:
+        """Make room for more than ``columns`` tokens in each row."""
+        while self._ids.shape[1] <= columns:
             self._ids = np.concatenate([self._ids, np.empty_like(self._ids)], 1)
             self._logprobs = np.concatenate([self._logprobs, np.empty_like(self._logprobs)], 1)
-        self._ids[:, self._length] = tokens
-        self._logprobs[:, self._length] = logprobs
-        self._length += 1
+
+    def _append(self, tokens: Array, logprobs: Array, emit: Emit) -> Array:
+        """Add one token to every row; emit the rows that end with it and say which."""
+        self._reserve(int(self._lengths.max()))
+        rows = np.arange(len(tokens))
+        self._ids[rows, self._lengths] = tokens
+        self._logprobs[rows, self._lengths] = logprobs
+        self._lengths = self._lengths + 1
+        self._steps += 1
         ended: Array = (tokens[:, None] == self._ends).any(1)
-        full = self._length >= self._limit
+        full = self._lengths >= self._limit
         done = ended | full
-        watch = self._watch_every and self._length % self._watch_every == 0
+        watch = self._watch_every and self._steps % self._watch_every == 0
         if self._watch_every and (watch or done.any()):
             for row in range(len(tokens)) if watch else done.nonzero()[0]:
                 done[row] |= self._watch(int(row), bool(ended[row]), bool(full[row]), emit)
@@ -148,13 +171,13 @@ class Batch:
         """Look at a row's text for stop strings and ask ``keep``; emit the row and return True where it is over."""
         stream: TextStream = self._streams[row]
         before = len(stream.text)
-        text = stream.push(self._ids[row, stream.count : self._length - ended].tolist())
+        text = stream.push(self._ids[row, stream.count : self._lengths[row] - ended].tolist())
         hits = [at for stop in self._sampling.stop if (at := text.find(stop, max(0, before - len(stop) + 1))) >= 0]
         if hits:
             self._finish(row, "stop", emit, text[: min(hits)])
         elif ended or full:
             self._finish(row, "stop" if ended else "length", emit)
-        elif self._keep and self._length % KEEP_EVERY == 0 and not self._ask(row, text):
+        elif self._keep and self._steps % KEEP_EVERY == 0 and not self._ask(row, text):
             self._finish(row, "pruned", emit, text)
         else:
             return False
@@ -163,11 +186,11 @@ class Batch:
     def _ask(self, row: int, text: str) -> bool:
         job = self._jobs[self._job[row]]
         assert self._keep is not None
-        return self._keep(Partial(job.index, int(self._sample[row]), text, self._length))
+        return self._keep(Partial(job.index, int(self._sample[row]), text, int(self._lengths[row])))
 
     def _finish(self, row: int, reason: FinishReason, emit: Emit, text: str | None = None) -> None:
-        ids: list[int] = self._ids[row, : self._length].tolist()
-        logprobs: list[float] = self._logprobs[row, : self._length].tolist()
+        ids: list[int] = self._ids[row, : self._lengths[row]].tolist()
+        logprobs: list[float] = self._logprobs[row, : self._lengths[row]].tolist()
         if text is None:
             if ids[-1] in self._renderer.end_ids:
                 ids = ids[:-1]
@@ -186,11 +209,12 @@ class Batch:
                 prompt_tokens=len(job.ids),
                 completion_tokens=len(logprobs),
                 cached_tokens=self._rows.cached[at],
+                drafted_tokens=int(self._drafted[row]),
             )
         )
 
     def _select(self, order: Array) -> None:
-        for name in ("_job", "_sample", "_limit", "_ids", "_logprobs", "_streams"):
+        for name in ("_job", "_sample", "_limit", "_ids", "_logprobs", "_lengths", "_drafted", "_streams"):
             setattr(self, name, getattr(self, name)[order])
         if self._uniforms is not None:
             self._uniforms.select(order)

@@ -115,6 +115,11 @@ class Segments:
         tensors = (*self.keys.values(), *self.values.values())
         return sum(t[0, :, 0].numel() * t.element_size() * int(self.lengths.sum()) for t in tensors)
 
+    def crop(self, lengths: Index, device: torch.device) -> None:
+        """Forget what lies behind ``lengths`` columns of each segment."""
+        self.lengths, self.columns = lengths, int(lengths.max())
+        self.bias = self.padding_bias(device)
+
     def padding_bias(self, device: torch.device) -> Tensor | None:
         """The bias that hides padding behind the segments' ends."""
         if (self.lengths == self.columns).all():

@@ -49,6 +49,13 @@ class Rows(Protocol):
     def prefill(self, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
         """Read the prompts; prompt i becomes copies[i] rows. Returns the next logits, shape (rows, vocabulary)."""
 
+    def prefill_drafts(self, prompts: Sequence[Ids], drafts: Sequence[Ids]) -> tuple[Tensor, list[list[float]]]:
+        """Read each prompt, one row each, with a guess at how it goes on.
+
+        Returns the next logits behind the draft's tokens that were the model's own first choice, up to the first that
+        was not, shape (rows, vocabulary); and the log-probabilities of those tokens, per row.
+        """
+
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each row, shape (rows,); returns the next logits, shape (rows, vocabulary)."""
 
@@ -86,6 +93,10 @@ class PlainRows:
         tensors = [t for layer in self._cache.layers for t in (layer.keys, layer.values) if t is not None]
         self._stats.prefix_bytes = max(self._stats.prefix_bytes, sum(t.numel() * t.element_size() for t in tensors))
         return logits
+
+    def prefill_drafts(self, prompts: Sequence[Ids], drafts: Sequence[Ids]) -> tuple[Tensor, list[list[float]]]:
+        """Decode instead: this cache cannot take tokens back from some of its rows."""
+        return self.prefill(prompts, [1] * len(prompts)), [[] for _ in prompts]
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Rows.step``."""

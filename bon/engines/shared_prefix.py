@@ -67,6 +67,24 @@ class SharedRows:
         self._note_prefix()
         return logits
 
+    def prefill_drafts(self, prompts: Sequence[Ids], drafts: Sequence[Ids]) -> tuple[Tensor, list[list[float]]]:
+        """See ``Rows.prefill_drafts``: the drafts are read behind the prompts, and what departs is forgotten."""
+        counts = np.array([len(draft) for draft in drafts])
+        logits = self._read([(*a, *b) for a, b in zip(prompts, drafts, strict=True)], (counts + 1).tolist(), store=True)
+        first = np.cumsum(counts + 1) - counts - 1  # of each row's logits
+        pieces = torch.split(logits, max(1, _LOGIT_BYTES // (4 * logits.shape[-1])))
+        choices = torch.cat([piece.argmax(-1) for piece in pieces]).cpu().numpy()
+        agreed = np.array([agreement(choices[at:], draft) for at, draft in zip(first, drafts, strict=True)])
+        read = [int(at) + i for at, count in zip(first, agreed, strict=True) for i in range(count)]
+        taken = torch.tensor([t for draft, count in zip(drafts, agreed, strict=True) for t in draft[:count]])
+        logprobs = token_logprobs(logits[read], taken.to(self._device, torch.long)).cpu()
+        left = counts - agreed
+        self._own.crop(self._own.lengths - left, self._device)
+        self._position = self._position - torch.from_numpy(left).to(self._device)
+        self._note_prefix()
+        behind = torch.from_numpy(first + agreed).to(self._device)
+        return logits[behind], [piece.tolist() for piece in torch.split(logprobs, agreed.tolist())]
+
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Rows.step``."""
         own = self._own
@@ -167,6 +185,12 @@ class SharedRows:
 
     def _note_prefix(self) -> None:
         self._stats.prefix_bytes = max(self._stats.prefix_bytes, sum(level.segments.bytes for level in self._levels))
+
+
+def agreement(choices: Index, draft: Ids) -> int:
+    """How many tokens of a draft are the choices, from the first on."""
+    departs = np.flatnonzero(choices[: len(draft)] != np.array(draft, dtype=np.int64))
+    return int(departs[0]) if len(departs) else len(draft)
 
 
 def _fill(alive: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[Index, Index, Index]:

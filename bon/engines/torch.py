@@ -16,13 +16,14 @@ import secrets
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
-from bon.engines.decode import Batch, Job, batches
+from bon.engines.decode import MAX_ROWS, Batch, Job, batches
 from bon.engines.loading import load
 from bon.engines.paths import Paths
 from bon.engines.render import Renderer
@@ -33,7 +34,8 @@ from bon.types import Sampling
 _MEMORY_SHARE = 0.25  # of main memory, or of what is free on the GPU, for keys and values
 _MOST_BATCH_TOKENS = 1 << 19
 _PADDING = 0.1  # share of the tokens of a rating batch that may be padding
-_LOGIT_BYTES = 1 << 28  # logits of one rating batch
+_LOGIT_BYTES = 1 << 28  # logits of one rating batch, and of the drafts of one decoding batch
+_MOST_DRAFT = 64  # tokens of a draft: what departs later than that is rare and reading is not free
 
 
 class TorchEngine:
@@ -200,6 +202,8 @@ class TorchEngine:
             Job(i, ids, range(n), self._room(len(ids), sampling.max_tokens), 0 if sampling.seed is not None else i)
             for i, ids in enumerate(rendered)
         ]
+        if n == 1 and sampling.temperature == 0:
+            jobs = [replace(job, draft=self._draft(prompts[job.index], job.limit, len(jobs))) for job in jobs]
         path = self._paths.choose(rendered, max((len(j.ids) + j.limit for j in jobs), default=0))
         for batch in batches([jobs[i] for i in path.order], self.max_batch_tokens, path.cost):
             if stop.is_set():
@@ -257,6 +261,13 @@ class TorchEngine:
         if limit is not None and (too_long := [i for i, length in enumerate(lengths) if length > limit]):
             where = f"{what} {too_long[0]}" if len(lengths) > 1 else f"the {what}"
             raise PromptTooLongError(lengths[too_long[0]], limit, where, too_long)
+
+    def _draft(self, prompt: Prompt, limit: int, rows: int) -> tuple[int, ...]:
+        """As much of a prompt's draft as leaves room for a token and keeps the logits of all rows small."""
+        if not prompt.draft:
+            return ()
+        affordable = _LOGIT_BYTES // (4 * self._vocabulary * min(rows, MAX_ROWS))
+        return self.renderer.encode(prompt.draft)[: min(_MOST_DRAFT, limit - 1, affordable)]
 
     def _room(self, prompt: int, wanted: int) -> int:
         return wanted if self.max_model_len is None else min(wanted, self.max_model_len - prompt)

@@ -16,13 +16,13 @@ import math
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bon import background
-from bon.engines.base import Completion, Keep, Loglikelihood, Partial, Prompt
-from bon.engines.render import Renderer, TextStream
+from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
+from bon.engines.render import Renderer
+from bon.engines.vllm_request import KEEP_EVERY, Request, chosen
 from bon.engines.vllm_start import (
     EngineDeadError,
     LoRARequest,
@@ -34,10 +34,10 @@ from bon.engines.vllm_start import (
     start,
 )
 from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
-from bon.types import FinishReason, Sampling
+from bon.types import Sampling
 
-KEEP_EVERY = 4
-"""Tokens between two calls of ``keep`` for one completion."""
+_MOST_DRAFT = 64  # tokens of a draft: what departs later than that is rare and reading is not free
+_LOGIT_BYTES = 1 << 28  # logits of one prompt that is read with a draft
 
 # What Sampling has itself, what the engine decides, and what would change the meaning of a completion.
 _NOT_EXTRA = {
@@ -117,10 +117,13 @@ class VLLMEngine:
         self._check_lengths([len(ids) for ids in contexts], "prompt")
         make = self._params(sampling, keep)
         requests = [
-            _Request(self, p, s, ids, make(ids, s), sampling.stop, keep)
+            Request(self, p, s, ids, make(ids, s), sampling.stop, keep)
             for p, ids in enumerate(contexts)
             for s in range(n)
         ]
+        if n == 1 and sampling.temperature == 0 and not sampling.stop and not sampling.extra:
+            for request in requests:
+                request.draft = self._draft(prompts[request.prompt_index], request)
         return background.across(self._together(requests))
 
     async def loglikelihood(
@@ -147,7 +150,7 @@ class VLLMEngine:
             self._engine = None
             await asyncio.to_thread(self._finalizer)
 
-    async def _together(self, requests: Sequence[_Request]) -> AsyncIterator[Completion]:
+    async def _together(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
         """Run requests at the same time and yield each completion as it comes; leaving aborts the rest."""
         running = [asyncio.create_task(request.run()) for request in requests]
         try:
@@ -161,25 +164,43 @@ class VLLMEngine:
     async def _rate(self, context: Sequence[int], target: Sequence[int]) -> Loglikelihood:
         if not target:
             return Loglikelihood(0.0, 0, len(context))
-        output = await self._prefill(context, target, cached=True)
-        if output.num_cached_tokens >= len(context):
-            # vLLM gives no numbers, or meaningless ones, for what it took from the cache: position i needs token i - 1.
-            output = await self._prefill(context, target, cached=False)
-        logprobs = _chosen(output.prompt_logprobs)[len(context) :]
+        output = await self.prefill(context, target)
+        logprobs = chosen(output.prompt_logprobs)[len(context) :]
         return Loglikelihood(math.fsum(logprobs), len(logprobs), len(context), output.num_cached_tokens)
 
-    async def _prefill(self, context: Sequence[int], target: Sequence[int], *, cached: bool) -> Any:
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_reading_prefix_cache=not cached,
+    async def prefill(self, context: Sequence[int], target: Sequence[int]) -> Any:
+        """vLLM's output for context and target, with log-probabilities of the target's tokens, and one more token."""
+        for cached in (True, False):
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=1,
+                logprobs=0,
+                prompt_logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_reading_prefix_cache=not cached,
+            )
+            async with aclosing(self.stream((*context, *target), params)) as outputs:  # type: ignore[type-var]
+                output = [output async for output in outputs][-1]
+            # vLLM gives no numbers, or meaningless ones, for what it took from the cache: position i needs token i - 1.
+            if output.num_cached_tokens < len(context):
+                break
+        return output
+
+    def _draft(self, prompt: Prompt, request: Request) -> tuple[int, ...]:
+        """As much of a prompt's draft as leaves room for a token; none where the logits of the reading would be large.
+
+        vLLM makes logits of the whole prompt to rate its end.
+        """
+        ids = (
+            self.renderer.encode(prompt.draft)[: min(_MOST_DRAFT, request.params.max_tokens - 1)]
+            if prompt.draft
+            else ()
         )
-        async with aclosing(self.stream((*context, *target), params)) as outputs:  # type: ignore[type-var]
-            return [output async for output in outputs][-1]
+        assert self._engine is not None
+        vocabulary = self._engine.llm.model_config.get_vocab_size()
+        return ids if 4 * vocabulary * (len(request.prompt) + len(ids)) <= _LOGIT_BYTES else ()
 
     async def stream(self, ids: Sequence[int], params: Any) -> AsyncIterator[Any]:
         """Outputs of one request to vLLM, as vLLM gives them; on the background loop only. Closing it aborts."""
@@ -251,95 +272,6 @@ class VLLMEngine:
         if too_long := [i for i, length in enumerate(lengths) if length > limit]:
             where = f"{what} {too_long[0]}" if len(lengths) > 1 else f"the {what}"
             raise PromptTooLongError(lengths[too_long[0]], limit, where, too_long)
-
-
-@dataclass
-class _Request:
-    """One sample on its way."""
-
-    engine: VLLMEngine
-    prompt_index: int
-    sample_index: int
-    prompt: tuple[int, ...]
-    params: Any
-    stop: tuple[str, ...]
-    keep: Keep | None
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    cached: int = 0
-
-    def __post_init__(self) -> None:
-        self._text = TextStream(self.engine.renderer)
-        self._ends = {*self.engine.renderer.end_ids, *self.params.stop_token_ids}
-
-    async def run(self) -> Completion:
-        """Sample to the end, or to where a stop string or ``keep`` ends it."""
-        async with aclosing(self.engine.stream(self.prompt, self.params)) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                if completion := self._take(output):
-                    return completion
-        raise EngineError(f"{self.engine.name!r} ended a request without a result.")
-
-    def _take(self, output: Any) -> Completion | None:
-        """Read what vLLM has sampled since the last time, token by token; however it comes, the outcome is the same."""
-        [sample] = output.outputs
-        self.cached = output.num_cached_tokens or self.cached
-        reason: str | None = sample.finish_reason
-        fresh = list(zip(sample.token_ids, _chosen(sample.logprobs), strict=True))
-        for position, (token, logprob) in enumerate(fresh, 1):
-            self.ids.append(token)
-            self.logprobs.append(logprob)
-            if self.stop or self.keep:
-                last = reason is not None and position == len(fresh)
-                if completion := self._watch(last, ended=last and reason == "stop"):
-                    return completion
-        if reason is None:
-            return None
-        if reason in ("abort", "error"):
-            raise EngineError(f"vLLM gave up a request of {self.engine.name!r} ({reason}).")
-        return self._finish("length" if reason == "length" else "stop")
-
-    def _watch(self, last: bool, ended: bool) -> Completion | None:
-        """Look at the text after a token for stop strings, and ask ``keep`` now and then."""
-        ask = self.keep is not None and not last and len(self.ids) % KEEP_EVERY == 0
-        if not self.stop and not ask:
-            return None
-        before = len(self._text.text)
-        until = len(self.ids) - (ended and self.ids[-1] in self._ends)
-        text = self._text.push(self.ids[self._text.count : until])
-        hits = [at for stop in self.stop if (at := text.find(stop, max(0, before - len(stop) + 1))) >= 0]
-        if hits:
-            return self._finish("stop", text[: min(hits)])
-        partial = Partial(self.prompt_index, self.sample_index, text, len(self.ids))
-        if ask and self.keep is not None and not self.keep(partial):
-            return self._finish("pruned", text)
-        return None
-
-    def _finish(self, reason: FinishReason, text: str | None = None) -> Completion:
-        renderer = self.engine.renderer
-        ids = self.ids[:-1] if text is None and self.ids and self.ids[-1] in self._ends else self.ids
-        text = renderer.decode(ids) if text is None else text
-        return Completion(
-            self.prompt_index,
-            self.sample_index,
-            text,
-            reason,
-            tokens=renderer.as_tokens(ids, text),
-            cumulative_logprob=math.fsum(self.logprobs),
-            logprobs=tuple(self.logprobs),
-            prompt_tokens=len(self.prompt),
-            completion_tokens=len(self.ids),
-            cached_tokens=self.cached,
-        )
-
-
-def _chosen(logprobs: Any) -> list[float]:
-    """Log-probabilities of the actual tokens: the first entry of each position; 0 where there is none."""
-    if logprobs is None:
-        return []
-    values = logprobs.logprobs
-    spans = zip(logprobs.start_indices, logprobs.end_indices, strict=True)
-    return [float(values[begin]) if begin < end else 0.0 for begin, end in spans]
 
 
 def _structure(wanted: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from bon.engines.base import Completion, Engine, Keep, Loglikelihood, Partial, P
 from bon.errors import InputError, PromptTooLongError, UnknownNameError
 from bon.prompts import Style, load_style
 from bon.scorers.base import Item, Scored
+from bon.scorers.drafting import Drafting
 from bon.scorers.parsing import Parsed, Parser, response_piece
 from bon.similarity import Bound, Match, Similarity, as_similarity, mean_bound
 from bon.types import Sampling, Score, ScoreStatus, Usage
@@ -49,6 +50,8 @@ class Flip:
             at least.
         thinking: whether the model may think before it answers. Off, templates that know ``enable_thinking`` are told
             so, and an answer that closes a thinking block it did not open has failed.
+        draft: whether the instruction is handed to the engine as a guess at a greedy "direct" reconstruction, for as
+            long as that pays (``bon.scorers.drafting``); it changes the cost and no reward.
         options: passed on when a model is loaded by name, ``engine="torch"`` among them.
 
     Raises:
@@ -68,6 +71,7 @@ class Flip:
         tie_break: TieBreak = "logprob",
         retries: int = 0,
         thinking: bool = False,
+        draft: bool = True,
         **options: Any,
     ) -> None:
         if tie_break not in ("logprob", "likelihood"):
@@ -79,6 +83,8 @@ class Flip:
         self.sampling = sampling or Sampling(temperature=0.0 if samples == 1 else 1.0, max_tokens=MAX_TOKENS)
         self.tie_break: TieBreak = tie_break
         self.template = {"enable_thinking": thinking}
+        greedy = self.samples == 1 and self.sampling.temperature == 0
+        self._drafting = Drafting(draft and greedy and self.style.output == "text")
         self._model = LazyEngine(model, options)
 
     @property
@@ -93,7 +99,9 @@ class Flip:
 
     def on(self, engine: Engine) -> Flip:
         """Return the same scorer on another engine, which stays its owner's."""
-        return self._model.moved(self, engine)
+        other = self._model.moved(self, engine)
+        other._drafting = self._drafting.anew()
+        return other
 
     @property
     def overlaps(self) -> bool:
@@ -109,6 +117,8 @@ class Flip:
                 yield no_response(index, item)
             else:
                 prompt = self.style.prompt(item.task, response, self.template)
+                if self._drafting.pays():
+                    prompt = replace(prompt, draft=item.task.instruction.strip())
                 runs.append(_Run(index, item, prompt, self.parser, self.similarity, self.samples))
         finished: list[_Run] = []
         for attempt in range(self.retries + 1):
@@ -137,6 +147,8 @@ class Flip:
                 async with aclosing(stream) as completions:  # type: ignore[type-var]
                     async for completion in completions:
                         run = fitting[completion.prompt_index]
+                        if run.prompt.draft:
+                            self._drafting.learn(completion)
                         if run.finish(completion):
                             run.item.board.post(run.reward)
                             yield run
@@ -279,6 +291,7 @@ class _Run:
             scorer_prompt_tokens=max((c.prompt_tokens for c in done), default=0),
             scorer_completion_tokens=sum(c.completion_tokens for c in done),
             cached_tokens=min((c.cached_tokens for c in done), default=0),
+            drafted_tokens=sum(c.drafted_tokens for c in done),
         )
 
     def scored(self, tie_break: float | None, likelihood: Loglikelihood | None = None) -> Scored:

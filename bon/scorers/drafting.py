@@ -1,0 +1,44 @@
+"""Whether it pays to hand the original instruction to the engine as a draft of its own reconstruction.
+
+A good candidate's reconstruction begins with the very words of the instruction, and often is the instruction. An engine
+that reads those words along with the response (``Prompt.draft``) has them in one pass instead of one for each token,
+and knows at once which candidates are perfect; the outcome is the same. Where a scorer rarely finds the words, reading
+them costs more than it saves: whether they are found is learnt from the reconstructions as they come.
+"""
+
+from __future__ import annotations
+
+from bon.engines.base import Completion
+
+_WORTH_IT = 0.2  # share of a reconstruction's tokens that must come from drafts
+_MEMORY = 32  # reconstructions over which that share is averaged, and between two tries once it is too low
+
+
+class Drafting:
+    """Decides for each reconstruction, and learns from each.
+
+    Args:
+        wanted: False never drafts.
+    """
+
+    def __init__(self, wanted: bool = True) -> None:
+        self._wanted = wanted
+        self._share = 1.0
+        self._asked = 0
+
+    def pays(self) -> bool:
+        """Whether the next reconstruction gets a draft: as long as drafts are taken, and now and then after that."""
+        if self._share >= _WORTH_IT:
+            return self._wanted
+        self._asked += 1
+        return self._wanted and self._asked % _MEMORY == 0
+
+    def learn(self, completion: Completion) -> None:
+        """Note how much of a reconstruction that had a draft came from it."""
+        if completion.completion_tokens:
+            share = completion.drafted_tokens / completion.completion_tokens
+            self._share += (share - self._share) / _MEMORY
+
+    def anew(self) -> Drafting:
+        """The same for another model, of which nothing is known yet."""
+        return Drafting(self._wanted)
