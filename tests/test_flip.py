@@ -111,6 +111,24 @@ def test_context_is_shown_and_the_instruction_is_not():
     assert seen == ["Conversation before the response:\nUser: Hi\nAssistant: Hello\n\nResponse:\nRain."]
 
 
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [({"prompt": "json"}, True), ({"prompt": "json", "thinking": True}, False), ({"prompt": "direct"}, False)],
+)
+def test_an_engine_that_can_be_held_to_a_schema_is_where_the_style_has_one(options, held):
+    class Engine(ScriptedEngine):
+        def json_options(self, schema):
+            return {"grammar": sorted(schema["properties"])}
+
+        def generate(self, prompts, sampling, n=1, *, keep=None):
+            extras.append(dict(sampling.extra))
+            return super().generate(prompts, sampling.replace(extra={}), n, keep=keep)
+
+    extras = []
+    score(Flip(Engine(["x"]), **options), items("0"))
+    assert extras == [{"grammar": ["instruction", "reasoning"]} if held else {}]
+
+
 def test_models_are_told_not_to_think_unless_they_may():
     class Engine(ScriptedEngine):
         def generate(self, prompts, sampling, n=1, *, keep=None):

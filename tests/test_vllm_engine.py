@@ -27,6 +27,7 @@ from bon import BestOfN
 from bon.engines.base import Completion, Prompt
 from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
 from bon.mini import WEIGHTS
+from bon.scorers import Flip
 from bon.types import Message, Sampling
 
 pytestmark = pytest.mark.vllm
@@ -151,6 +152,25 @@ def test_structured_output_follows_its_schema(engine: Any) -> None:
         generate(engine, PROMPTS, extra={"structured_outputs": {"jsonn": schema}})
     [yes] = generate(engine, PROMPTS[:1], extra={"structured_outputs": {"choice": ["yes", "no"]}})
     assert yes.text in ("yes", "no")
+
+
+def test_the_json_style_is_held_to_its_schema(engine: Any) -> None:
+    seen = []
+
+    class Watched(type(engine)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.__dict__.update(engine.__dict__)
+
+        async def generate(self, *args: Any, **options: Any) -> Any:
+            async for completion in engine.generate(*args, **options):
+                seen.append(completion.text)
+                yield completion
+
+    # The mini model never saw JSON and does not end it by itself: what it begins with is the grammar's.
+    flip = Flip(Watched(), prompt="json", sampling=Sampling(temperature=0.0, max_tokens=48))
+    BestOfN(engine, flip, n=4, sampling=Sampling(seed=1, max_tokens=64))(TEXTS[0])
+    assert seen
+    assert all(text.startswith('{"reasoning":"') for text in seen)
 
 
 def test_options_under_vllms_own_names_reach_it_and_others_are_refused(engine: Any) -> None:

@@ -197,6 +197,14 @@ class Engine(Protocol):
         """Stop what is running and free the model."""
 
 
+@runtime_checkable
+class WritesJSON(Protocol):
+    """An engine that can be held to a JSON schema."""
+
+    def json_options(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What to put into ``Sampling.extra`` for completions that are JSON of this schema and nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """Where an engine lives, and what to type when it cannot be imported."""

@@ -143,6 +143,10 @@ class VLLMEngine:
 
         return await background.there(rate_all())
 
+    def json_options(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See ``bon.engines.base.WritesJSON``."""
+        return {"structured_outputs": {"json": dict(schema)}}
+
     async def aclose(self) -> None:
         """Abort what is running, end vLLM's processes and free their memory."""
         if self._engine is not None:

@@ -156,8 +156,8 @@ def _arguments(source: str, options: Mapping[str, Any], logging_config: Path) ->
         "disable_log_stats": True,
         "enable_log_requests": False,
         "use_tqdm_on_load": False,
-        # xgrammar's JSON may hold raw control characters inside strings.
-        "structured_outputs_config": {"backend": "guidance"},
+        # xgrammar's JSON may hold raw control characters inside strings; white space between tokens may go on for ever.
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
     }
     if not {"logging_config", "log_level", "log_config_file"} & options.keys():
         defaults["log_config_file"] = str(logging_config)

@@ -8,7 +8,7 @@ required in the user file, ``{context}`` is optional, literal braces are doubled
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -20,6 +20,14 @@ from bon.types import Task
 Output = Literal["text", "json"]
 
 STYLES: dict[str, Output] = {"direct": "text", "json": "json"}
+
+JSON_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {"reasoning": {"type": "string"}, "instruction": {"type": "string"}},
+    "required": ["reasoning", "instruction"],
+    "additionalProperties": False,
+}
+"""What the style "json" asks for; engines that can be held to it are."""
 
 CONTEXT_HEADING = "Conversation before the response:\n"
 
@@ -34,13 +42,15 @@ class Style:
         user: the user message as (literal text, field) pairs in order; the field is "response", "context" or None.
         output: "text" when the answer is the bare instruction, "json" when it is an object with a field for it.
         context_heading: put before a context, together with a blank line after it; None inserts the bare context.
+        schema: JSON schema of the answer, where it is known.
     """
 
     name: str
     system: str
     user: tuple[tuple[str, str | None], ...]
     output: Output
-    context_heading: str | None = field(default=None)
+    context_heading: str | None = None
+    schema: Mapping[str, Any] | None = None
 
     @property
     def shows_context(self) -> bool:
@@ -79,7 +89,8 @@ def load_style(style: str | Style) -> Style:
     if style not in STYLES:
         raise UnknownNameError("prompt style", style, STYLES)
     folder = Path(__file__).parent / style
-    return _read(style, folder / "system.txt", folder / "user.txt", STYLES[style], CONTEXT_HEADING)
+    read = _read(style, folder / "system.txt", folder / "user.txt", STYLES[style], CONTEXT_HEADING)
+    return replace(read, schema=JSON_SCHEMA) if read.output == "json" else read
 
 
 def from_files(system: str | Path | None, user: str | Path, *, output: Output | None = None) -> Style:

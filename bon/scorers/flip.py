@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from bon.engines.base import Completion, Engine, Keep, Loglikelihood, Partial, Prompt, load_engine
+from bon.engines.base import Completion, Engine, Keep, Loglikelihood, Partial, Prompt, WritesJSON, load_engine
 from bon.errors import InputError, PromptTooLongError, UnknownNameError
 from bon.prompts import Style, load_style
 from bon.scorers.base import Item, Scored
@@ -143,7 +143,7 @@ class Flip:
         while fitting:
             try:
                 prompts, keep = [run.prompt for run in fitting], _keep(fitting, sampling.stop)
-                stream = self._model.engine.generate(prompts, sampling, self.samples, keep=keep)
+                stream = self._model.engine.generate(prompts, self._held(sampling), self.samples, keep=keep)
                 async with aclosing(stream) as completions:  # type: ignore[type-var]
                     async for completion in completions:
                         run = fitting[completion.prompt_index]
@@ -160,6 +160,13 @@ class Flip:
                     fitting[index].too_long = str(error)
                     yield fitting[index]
                 fitting = [run for run in fitting if not run.too_long]
+
+    def _held(self, sampling: Sampling) -> Sampling:
+        """Hold the engine to the style's JSON schema where it can be held, and need not think first."""
+        engine, schema = self._model.engine, self.style.schema
+        if schema is None or self.template["enable_thinking"] or not isinstance(engine, WritesJSON):
+            return sampling
+        return sampling.replace(extra={**engine.json_options(schema), **sampling.extra})
 
     async def _likelihoods(self, runs: list[_Run]) -> list[tuple[_Run, Loglikelihood | None]]:
         """Rate the original instruction after each response; None where it does not fit the context."""
