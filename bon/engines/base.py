@@ -51,7 +51,8 @@ class Prompt:
             those that the engine was built with, so that one engine can think as a policy and not as a scorer.
         draft: a guess at the completion. At temperature 0 an engine may read it along with the prompt, keep the tokens
             that it would have chosen itself and decode from where its own choice departs, which is one pass instead of
-            one for each token. It changes what a completion costs, never what it is, and an engine may ignore it.
+            one for each token. It changes what a completion costs, never what it is (up to rounding of the model's
+            arithmetic), and an engine may ignore it.
     """
 
     turns: tuple[Turn, ...]

@@ -51,7 +51,8 @@ class Flip:
         thinking: whether the model may think before it answers. Off, templates that know ``enable_thinking`` are told
             so, and an answer that closes a thinking block it did not open has failed.
         draft: whether the instruction is handed to the engine as a guess at a greedy "direct" reconstruction, for as
-            long as that pays (``bon.scorers.drafting``); it changes the cost and no reward.
+            long as that pays (``bon.scorers.drafting``); it changes the cost and no reward, up to rounding of the
+            model's arithmetic.
         options: passed on when a model is loaded by name, ``engine="torch"`` among them.
 
     Raises:
