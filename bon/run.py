@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from time import perf_counter
+from time import perf_counter, time
 
 from bon.errors import EngineError
 from bon.sampler import Sampled
@@ -43,7 +43,7 @@ class Run:
         self._first: list[dict[str, int]] = [{} for _ in tasks]  # text -> the candidate that is scored for it
         self._usage = [Usage() for _ in tasks]
         self._error: EngineError | None = None
-        self._start = perf_counter()
+        self._start, self._started = perf_counter(), time()
 
     async def admit(self, source: AsyncIterator[Sampled]) -> AsyncIterator[tuple[int, Item]]:
         """Record candidates as they come; yield those that need a score of their own, with the index of their task."""
@@ -124,7 +124,10 @@ class Run:
         sample = max((c.finished for of_task in self._candidates for c in of_task.values()), default=0.0)
         timed = [s for of_task in self._scores for s in of_task.values() if s.finished]
         score = max(s.finished for s in timed) - min(s.started for s in timed) if timed else 0.0
-        return [self._result(task, selector, Timing(sample, score, total)) for task in range(len(self._tasks))]
+        return [
+            self._result(task, selector, Timing(sample, score, total, started=self._started))
+            for task in range(len(self._tasks))
+        ]
 
     def _result(self, task: int, selector: Selector, timing: Timing) -> Result:
         candidates = tuple(self._candidates[task][i] for i in sorted(self._candidates[task]))

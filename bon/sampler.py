@@ -68,7 +68,7 @@ async def given(candidates: Sequence[Sequence[str | Candidate]]) -> AsyncIterato
     for task, answers in enumerate(candidates):
         for index, answer in enumerate(answers):
             if isinstance(answer, Candidate):
-                answer = replace(answer, index=index)
+                answer = replace(answer, index=index, started=0.0, finished=0.0)
             elif isinstance(answer, str):
                 answer = Candidate(index, answer)
             else:

@@ -1,67 +1,117 @@
 """Results as a trace: when each candidate was sampled and scored, side by side.
 
-The format is Chrome's trace event format (JSON), which chrome://tracing and https://ui.perfetto.dev open. Every prompt
-is a process, every candidate a thread with two spans. Times are those of one prompt's run: prompts start at 0.
+The format is the list form of Chrome's trace event format, which https://ui.perfetto.dev and chrome://tracing open,
+even where the end of the file is missing. Every prompt is a process; its first thread is the whole run, and every
+candidate has a thread with two spans. A sampling span begins when the sample was asked for: waiting is part of it.
+All prompts are on one clock, which starts when the file is opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import orjson
+from time import time
+from typing import Any, BinaryIO
 
 from bon.errors import InputError
+from bon.output import to_json
 from bon.types import Candidate, Result, Score
 
 _SHORT = 200  # characters of a text that a trace shows
 
 
-def trace(results: Iterable[Result]) -> dict[str, Any]:
-    """Results as one trace, ready to be written as JSON.
+class Trace:
+    """A trace file that grows with every result. A file that is there is overwritten.
 
-    A candidate that was not sampled here has no sampling span; one whose score was not computed has no scoring span.
-    """
-    events = [event for position, result in enumerate(results) for event in _events(position, result)]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def write_trace(path: str | Path, results: Iterable[Result]) -> None:
-    """Write results as a trace file.
+    Args:
+        path: where to write.
 
     Raises:
         InputError: the file cannot be written.
     """
-    content = orjson.dumps(trace(results))
-    try:
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise InputError(f"cannot write the trace to {str(path)!r}: {error.strerror}.") from error
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise InputError(f"cannot write the trace to {str(path)!r}: {error.strerror}.") from error
+        self._opened = time()
+        self._results = 0
+
+    def add(self, result: Result, number: int | None = None) -> None:
+        """Write the spans of a result that was made after the file was opened.
+
+        A candidate that was not sampled here has no sampling span; one whose score was not computed no scoring span.
+
+        Args:
+            result: what to show.
+            number: what to call its prompt, by default its place among the results; no two may be the same.
+        """
+        events = _events(self._results if number is None else number, result, result.timing.started - self._opened)
+        for position, event in enumerate(events):
+            self._file.write((b",\n" if self._results or position else b"[\n") + to_json(event))
+        self._file.flush()
+        self._results += 1
+
+    def close(self) -> None:
+        """End the file."""
+        if not self._file.closed:
+            self._file.write(b"\n]\n" if self._results else b"[]\n")
+            self._file.close()
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
-def _events(position: int, result: Result) -> Iterator[dict[str, Any]]:
-    yield _name("process_name", position, 0, f"prompt {position}: {result.task.instruction[:60]}")
+def _events(number: int, result: Result, started: float) -> Iterator[dict[str, Any]]:
+    yield _name("process_name", number, 0, f"prompt {number}: {result.task.instruction[:60]}")
+    yield _name("thread_name", number, 0, f"best of {len(result.candidates)}")
+    yield _span("run", number, 0, started, (0.0, result.timing.total), _summary(result))
     for candidate, score in zip(result.candidates, result.scores, strict=True):
         thread = candidate.index + 1
         winner = " (best)" if candidate.index == result.best else ""
-        yield _name("thread_name", position, thread, f"candidate {candidate.index}{winner}")
-        yield {"ph": "M", "name": "thread_sort_index", "pid": position, "tid": thread, "args": {"sort_index": thread}}
+        yield _name("thread_name", number, thread, f"candidate {candidate.index}{winner}")
+        yield {"ph": "M", "name": "thread_sort_index", "pid": number, "tid": thread, "args": {"sort_index": thread}}
         if candidate.finished > candidate.started:
-            yield _span("sample", position, thread, candidate.started, candidate.finished, _about(candidate))
+            name, times = f"sample: {candidate.finish_reason}", (candidate.started, candidate.finished)
+            yield _span(name, number, thread, started, times, _about(candidate))
         if score.finished > score.started and score.same_as is None:
-            yield _span(f"score: {score.status}", position, thread, score.started, score.finished, _found(score))
+            name, times = f"score: {score.status}", (score.started, score.finished)
+            yield _span(name, number, thread, started, times, _found(score))
 
 
 def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
 
 
-def _span(name: str, process: int, thread: int, start: float, end: float, about: dict[str, Any]) -> dict[str, Any]:
+def _span(
+    name: str, process: int, thread: int, offset: float, times: tuple[float, float], about: dict[str, Any]
+) -> dict[str, Any]:
     """A complete event; times in microseconds."""
-    category = name.partition(":")[0]
-    times = {"ts": round(start * 1e6), "dur": max(1, round((end - start) * 1e6))}
-    return {"ph": "X", "name": name, "cat": category, "pid": process, "tid": thread, **times, "args": about}
+    start, end = times
+    where = {"cat": name.partition(":")[0], "pid": process, "tid": thread}
+    return {
+        "ph": "X",
+        "name": name,
+        **where,
+        "ts": round((offset + start) * 1e6),
+        "dur": max(1, round((end - start) * 1e6)),
+        "args": about,
+    }
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    return _known(
+        best=result.best,
+        reward=result.reward,
+        overlap_seconds=result.timing.overlap,
+        usage=asdict(result.usage),
+        saved=asdict(result.saved),
+    )
 
 
 def _about(candidate: Candidate) -> dict[str, Any]:

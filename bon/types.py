@@ -279,12 +279,14 @@ class Timing:
         score: from the first score's start to the last score's end.
         total: from the call to the selection.
         select: the selection.
+        started: when the run began, in seconds since 1970; what is timed in a candidate or a score counts from here.
     """
 
     sample: float
     score: float
     total: float
     select: float = 0.0
+    started: float = 0.0
 
     @property
     def overlap(self) -> float:
@@ -333,6 +335,60 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Saved:
+    """Work that was left undone, and an estimate of what it would have cost the scorer.
+
+    What is counted is known. How many more tokens a reconstruction would have had is not: ``estimate`` takes one that
+    was stopped to be as long as those of its task that ended were on average, if it was not longer already.
+
+    Args:
+        unsampled: candidates whose sampling was stopped, because one that is good enough was there.
+        pruned: scores given up before their end, because the candidate could not win or another was good enough.
+        copies: candidates that were not scored, because an identical one was.
+        decoded: tokens that the scorer did decode.
+        decoded_pruned: those among them that went into scores that were given up.
+        estimate: tokens that the scorer would have decoded besides, had it scored each candidate, and to the end.
+    """
+
+    unsampled: int = 0
+    pruned: int = 0
+    copies: int = 0
+    decoded: int = 0
+    decoded_pruned: int = 0
+    estimate: int = 0
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate], scores: Sequence[Score]) -> Saved:
+        """Count what is missing from the candidates and scores of one task."""
+        scored = [score for score in scores if score.same_as is None]
+        ended = [score.tokens for score in scored if score.tokens and score.status not in ("pruned", "late")]
+        usual = sum(ended) / len(ended) if ended else 0.0
+        unsampled = {
+            c.index for c, s in zip(candidates, scores, strict=True) if c.finish_reason == s.status == "pruned"
+        }
+        pruned = [score for score in scored if score.status == "pruned" and score.candidate not in unsampled]
+        copies = [score for score in scores if score.same_as is not None]
+        missing = usual * len(unsampled) + sum(max(0.0, usual - score.tokens) for score in pruned)
+        missing += sum(max(usual, score.tokens) if score.status == "pruned" else score.tokens for score in copies)
+        return cls(
+            unsampled=len(unsampled),
+            pruned=len(pruned),
+            copies=len(copies),
+            decoded=sum(score.tokens for score in scored),
+            decoded_pruned=sum(score.tokens for score in pruned),
+            estimate=round(missing),
+        )
+
+    @property
+    def share(self) -> float:
+        """The estimate as a share of all that the scorer would have decoded."""
+        return self.estimate / max(1, self.estimate + self.decoded)
+
+    def __add__(self, other: Saved) -> Saved:
+        return Saved(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """The best candidate of one task, with all the evidence.
 
@@ -367,13 +423,18 @@ class Result:
         return tuple(candidate.error for candidate in self.candidates if candidate.error is not None)
 
     @property
+    def saved(self) -> Saved:
+        """What was not sampled, not scored or not scored to the end."""
+        return Saved.of(self.candidates, self.scores)
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many scores have each status."""
         statuses = [score.status for score in self.scores]
         return {status: statuses.count(status) for status in sorted(set(statuses))}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything a reader of JSON needs: ``text``, ``reward``, ``best``, candidates, scores, timing, usage."""
+        """Everything a reader of JSON needs: text, reward, best, candidates, scores, timing, usage, saved."""
         return {
             "text": self.text,
             "reward": self.reward,
@@ -386,6 +447,7 @@ class Result:
             "scores": [dataclasses.asdict(s) for s in self.scores],
             "timing": {**dataclasses.asdict(self.timing), "overlap": self.timing.overlap},
             "usage": {**dataclasses.asdict(self.usage), "total_tokens": self.usage.total_tokens},
+            "saved": {**dataclasses.asdict(self.saved), "share": self.saved.share},
         }
 
 

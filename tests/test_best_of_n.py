@@ -101,6 +101,9 @@ def test_pruning_keeps_the_winner_and_saves_words():
     assert pruned.scores[0].upper_bound < 1.0
     assert [s.status for s in full.scores] == ["ok"] * 3
     assert pruned.usage.scorer_completion_tokens < full.usage.scorer_completion_tokens
+    assert pruned.saved.pruned == 2
+    assert pruned.saved.decoded == pruned.usage.scorer_completion_tokens
+    assert full.saved.share == 0 <= pruned.saved.share
 
 
 @pytest.mark.parametrize(("selector", "pruned"), [("best", 2), (TopK(2), 0), (Softmax(0.1, 0), 0)])
@@ -118,6 +121,7 @@ def test_reaching_stop_at_stops_sampling_and_scoring():
     assert policy.decoded < 100
     assert result.candidates[1].finish_reason == "pruned"
     assert result.scores[1].status == "pruned"
+    assert (result.saved.unsampled, result.saved.pruned, result.saved.share) == (1, 0, 0.5)
 
 
 def test_scoring_overlaps_sampling_where_both_engines_allow_it():

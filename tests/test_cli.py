@@ -63,15 +63,15 @@ def test_the_winner_comes_first_and_then_all_candidates_by_reward(run):
     assert len(rewards) == 8
     assert rewards == sorted(rewards, reverse=True)
     assert "-> Write" in out
-    assert "sampling" in lines[-2]
-    assert "tokens: policy 11 in" in lines[-1]
+    assert "sampling" in lines[-3]
+    assert "tokens: policy 11 in" in lines[-2]
 
 
 @pytest.mark.parametrize("columns", ["80", "60", "200"])
 def test_no_line_of_the_table_is_wider_than_the_terminal(run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     _, out, _ = run("run", PROMPT, "-n", 8, *SCRIPTED)
-    assert max(map(len, out.splitlines()[3:-2])) <= int(columns)
+    assert max(map(len, out.splitlines()[3:-3])) <= int(columns)
 
 
 def test_a_pipe_gets_neither_colours_nor_boxes(tmp_path):
@@ -116,6 +116,15 @@ def test_candidates_without_a_reward_say_why(run, tmp_path):
     assert "(no text)" in out
     assert re.search(r"\s0\s+-\s+empty", out)
     assert "the same text as candidate" in out
+
+
+def test_what_was_saved_is_said_for_a_prompt_and_for_a_file(run, tmp_path):
+    said = "1 scored as copies, which saved about 50% of the scorer's tokens (an estimate)"
+    options = answering(tmp_path, "Say it", "Say it")
+    assert f"candidates: {said}" in run("run", "Say it", *options)[1].splitlines()[-1]
+    assert json.loads(run("run", "Say it", *options, "--json")[1])["saved"]["share"] == 0.5
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say it"}])
+    assert said in run("run", "in.jsonl", "-o", "out.jsonl", *options)[2]
 
 
 def test_a_result_below_the_minimum_says_that_there_is_no_winner(run):

@@ -5,7 +5,7 @@ import pytest
 
 import bon
 from bon.errors import InputError, UnknownNameError
-from bon.types import Message, Sampling, Task, Usage, as_messages
+from bon.types import Candidate, Message, Sampling, Saved, Score, Task, Usage, as_messages
 
 
 def test_a_string_prompt_is_one_user_message():
@@ -98,6 +98,26 @@ def test_usage_adds_up_and_leaves_out_what_was_cached():
     usage = Usage(10, 20, 30, 40, 5) + Usage(1, 2, 3, 4, 0)
     assert usage == Usage(11, 22, 33, 44, 5)
     assert usage.total_tokens == 105
+
+
+def test_what_was_saved_is_counted_and_only_the_tokens_that_never_were_are_estimated():
+    candidates = [Candidate(i, "text") for i in range(5)] + [Candidate(5, "te", "pruned")]
+    scores = [
+        Score(0, 1.0, tokens=10),
+        Score(1, 0.5, tokens=20),
+        Score(2, None, "pruned", tokens=6, upper_bound=0.4),
+        Score(3, None, "pruned", tokens=40, upper_bound=0.4),
+        Score(4, 1.0, tokens=10, same_as=0),
+        Score(5, None, "pruned"),
+    ]
+    saved = Saved.of(candidates, scores)
+    assert (saved.unsampled, saved.pruned, saved.copies) == (1, 2, 1)
+    assert (saved.decoded, saved.decoded_pruned) == (76, 46)
+    assert saved.estimate == (15 - 6) + 0 + 10 + 15, "the pruned, the longer pruned, the copy, the unsampled"
+    assert saved.share == 34 / 110
+    assert (saved + saved).share == saved.share
+    assert Saved.of(candidates[:2], scores[:2]) == Saved(decoded=30)
+    assert Saved().share == 0
 
 
 def test_every_public_name_can_be_imported():

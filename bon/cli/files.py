@@ -23,10 +23,11 @@ from bon.batch import BadRow, Key, Row, output_row, rank_rows, read_rows, run_ro
 from bon.cli.build import Built, Options, build
 from bon.cli.console import say, sentence
 from bon.cli.interrupt import StoppedError, run_until_interrupted
-from bon.cli.notice import off_world_summary
+from bon.cli.notice import off_world_summary, said_of
 from bon.errors import BonError, InputError
 from bon.output import Output
-from bon.types import Result, Usage
+from bon.trace import Trace
+from bon.types import Result, Saved, Usage
 
 LISTED = 20
 """Bad rows that are reported one by one; the rest is only counted."""
@@ -43,6 +44,7 @@ class FileOptions:
     resume: bool = False
     overwrite: bool = False
     system: str | None = None
+    trace: Path | None = None
     ranked: bool = False
 
 
@@ -53,6 +55,7 @@ class Job:
     files: FileOptions
     options: Options
     output: Output
+    trace: Trace | None = None
     seen: int = 0
     already: int = 0
     off_world: int = 0
@@ -60,6 +63,7 @@ class Job:
     scored: int = 0
     reward_sum: float = 0.0
     usage: Usage = field(default_factory=Usage)
+    saved: Saved = field(default_factory=Saved)
     failed: int = 0
     engine_failed: bool = False
     ids: dict[Key, int] = field(default_factory=dict)
@@ -114,6 +118,9 @@ class Job:
         self.output.write(output_row(row, result, everything=self.files.everything))
         self.candidates += len(result.candidates)
         self.usage += result.usage
+        self.saved += result.saved
+        if self.trace is not None:
+            self.trace.add(result, row.line)
         if result.reward is not None:
             self.scored += 1
             self.reward_sum += result.reward
@@ -147,6 +154,8 @@ class Job:
         if self.output.written:
             parts.append(f"{seconds:.1f} s, {self.candidates / seconds:.1f} candidates/s")
             parts.append(f"{self.usage.total_tokens} tokens")
+        if saved := said_of(self.saved):
+            parts.append(saved)
         return "; ".join(parts) + "."
 
 
@@ -161,7 +170,8 @@ def run_file(files: FileOptions, options: Options) -> int:
         lines = stack.enter_context(_open_input(files.source, files.output))
         output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite)
         stack.callback(output.close)
-        job = Job(files, options, output)
+        trace = None if files.trace is None else stack.enter_context(_open_trace(files))
+        job = Job(files, options, output, trace)
         if output.repaired:
             say(f"{output.name}: the last line was torn and has been cut off ({output.repaired} bytes).")
         rows = job.rows(lines)
@@ -221,6 +231,14 @@ def _open_input(source: str, output: Path | None) -> BinaryIO:
         return open(source, "rb")
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}.") from error
+
+
+def _open_trace(files: FileOptions) -> Trace:
+    assert files.trace is not None
+    for other in (files.source, files.output):
+        if other is not None and files.trace.exists() and os.path.exists(other) and files.trace.samefile(other):
+            raise InputError(f"{files.trace} would be overwritten by the trace. Choose another --trace.")
+    return Trace(files.trace)
 
 
 def _count(lines: BinaryIO) -> int | None:

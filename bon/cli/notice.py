@@ -1,8 +1,9 @@
-"""What the embedded model says about itself when it is asked for something it does not know."""
+"""Sentences that more than one command says: what the embedded model does not know, and what was saved."""
 
 from __future__ import annotations
 
 from bon.cli.console import say
+from bon.types import Saved
 
 
 def off_world(*, ranked: bool = False) -> None:
@@ -18,6 +19,15 @@ def off_world(*, ranked: bool = False) -> None:
 def off_world_summary(count: int, rows: int, *, ranked: bool = False) -> str:
     """The same for a file, in one line."""
     return f"{count} of {rows} prompts are outside its world: {_plainly(ranked)} {_remedy(ranked)}"
+
+
+def said_of(saved: Saved) -> str:
+    """What was left undone, and what that saved the scorer; "" when nothing was."""
+    counts = {"not sampled": saved.unsampled, "pruned": saved.pruned, "scored as copies": saved.copies}
+    parts = [f"{count} {what}" for what, count in counts.items() if count]
+    if saved.estimate:
+        parts.append(f"which saved about {saved.share:.0%} of the scorer's tokens (an estimate)")
+    return ", ".join(parts)
 
 
 def _plainly(ranked: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +57,12 @@ OutputPath = Annotated[
 SkipBad = Annotated[bool, _option(_FILES, "--skip-bad", help="Report bad rows and go on.")]
 Resume = Annotated[bool, _option(_FILES, "--resume", help="Add the rows that the output does not have yet.")]
 Overwrite = Annotated[bool, _option(_FILES, "--overwrite", help="Begin an output that exists anew.")]
+TracePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace", metavar="FILE", help="Write when each candidate was sampled and scored, for ui.perfetto.dev."
+    ),
+]
 System = Annotated[
     str | None,
     _option(_SAMPLING, "--system", metavar="TEXT", help="System message, for prompts that have none of their own."),
@@ -106,6 +113,7 @@ def run(
     no_prune: NoPrune = False,
     stop_at: StopAt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    trace: TracePath = None,
     output: OutputPath = None,
     everything: Everything = False,
     skip_bad: SkipBad = False,
@@ -148,10 +156,10 @@ def run(
         from bon.cli.files import FileOptions, run_file
 
         _refuse({"--json": as_json, "--instruction": instruction is not None}, _FOR_ONE_PROMPT)
-        return run_file(FileOptions(prompt, output, everything, skip_bad, resume, overwrite, system), options)
+        return run_file(FileOptions(prompt, output, everything, skip_bad, resume, overwrite, system, trace), options)
     only_files = {"--output": output is not None, "--all": everything, "--skip-bad": skip_bad, "--resume": resume}
     _refuse({**only_files, "--overwrite": overwrite}, _FOR_FILES)
-    return _run_prompt(prompt, system, instruction, options, as_json)
+    return _run_prompt(prompt, system, instruction, options, as_json, trace)
 
 
 _FOR_ONE_PROMPT = {
@@ -185,10 +193,13 @@ def is_file(argument: str) -> bool:
     return False
 
 
-def _run_prompt(prompt: str, system: str | None, instruction: str | None, options: Any, as_json: bool) -> int:
+def _run_prompt(
+    prompt: str, system: str | None, instruction: str | None, options: Any, as_json: bool, trace: Path | None
+) -> int:
     from bon.cli import console, notice
     from bon.cli.build import build
     from bon.output import to_json
+    from bon.trace import Trace
     from bon.types import Message, Result, Task
 
     try:
@@ -197,20 +208,23 @@ def _run_prompt(prompt: str, system: str | None, instruction: str | None, option
         raise InputError("the prompt is not UTF-8. Set the terminal to UTF-8, or use a file.") from error
     messages = (*([Message("system", system)] if system is not None else []), Message("user", prompt))
     task = Task.of(messages, instruction)
-    built = build(options)
-    if options.embedded_policy:
-        from bon.mini.tasks import knows
+    with nullcontext() if trace is None else Trace(trace) as traced:
+        built = build(options)
+        if options.embedded_policy:
+            from bon.mini.tasks import knows
 
-        if not knows(prompt):
-            notice.off_world()
+            if not knows(prompt):
+                notice.off_world()
 
-    async def work() -> Result:
-        try:
-            return await built.bon.run(task)
-        finally:
-            await built.aclose()
+        async def work() -> Result:
+            try:
+                return await built.bon.run(task)
+            finally:
+                await built.aclose()
 
-    result = asyncio.run(work())
+        result = asyncio.run(work())
+        if traced is not None:
+            traced.add(result)
     if as_json:
         identity = hashlib.blake2b(repr(task).encode(), digest_size=8).hexdigest()
         console.print_bytes(to_json({"id": identity, **result.to_dict()}))
@@ -247,6 +261,7 @@ def rerank(
     seed: Annotated[int | None, _option(_SCORING, "--seed", metavar="S", help="For the selector softmax.")] = None,
     min_reward: MinReward = None,
     no_prune: NoPrune = False,
+    trace: TracePath = None,
     output: OutputPath = None,
     everything: Everything = False,
     skip_bad: SkipBad = False,
@@ -275,4 +290,5 @@ def rerank(
         device=device,
         dtype=dtype,
     )
-    return run_file(FileOptions(file, output, everything, skip_bad, resume, overwrite, ranked=True), options)
+    files = FileOptions(file, output, everything, skip_bad, resume, overwrite, trace=trace, ranked=True)
+    return run_file(files, options)

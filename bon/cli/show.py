@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bon.cli.console import clean, one_line
+from bon.cli.notice import said_of
 from bon.similarity import matched_words
 from bon.types import Candidate, Result, Score
 
@@ -87,8 +88,10 @@ def _short(text: str, limit: int) -> str:
 
 def _footer(result: Result) -> list[str]:
     timing, usage = result.timing, result.usage
+    saved = said_of(result.saved)
     return [
         f"{timing.total:.2f} s: sampling {timing.sample:.2f}, scoring {timing.score:.2f}, overlap {timing.overlap:.2f}",
         f"tokens: policy {usage.policy_prompt_tokens} in, {usage.policy_completion_tokens} out; "
         f"scorer {usage.scorer_prompt_tokens} in, {usage.scorer_completion_tokens} out; {usage.cached_tokens} cached",
+        *([f"candidates: {saved}"] if saved else []),
     ]
