@@ -5,19 +5,19 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bon.engines.base import Engine, choose_engine, load_engine
 from bon.engines.function import FunctionEngine
 from bon.engines.placement import load_together
-from bon.errors import InputError
+from bon.errors import BonError, InputError, UserCodeError
 from bon.mini import WEIGHTS
 from bon.scorers import BackwardLikelihood, Flip
 from bon.scorers.base import Scorer
 
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""What names something of the user's own: "package.module:name"."""
 
 
 def load_both(policy: Any, flip: Any, engine: str | None = None) -> tuple[Any, Any]:
@@ -26,7 +26,7 @@ def load_both(policy: Any, flip: Any, engine: str | None = None) -> tuple[Any, A
     They share the GPU by the rule of ``bon.engines.placement``.
     """
     models = [WEIGHTS if policy is None and engine == "vllm" else policy, flip]
-    named = all(isinstance(model, (str, Path)) and not _FUNCTION.fullmatch(str(model)) for model in models)
+    named = all(isinstance(model, (str, Path)) and not OBJECT.fullmatch(str(model)) for model in models)
     if not named or policy == flip or {engine or choose_engine(model) for model in models} != {"vllm"}:
         return policy, flip
     loaded = load_together([(model, {}) for model in models])
@@ -42,9 +42,14 @@ def as_policy(policy: Any, engine: str | None = None) -> Engine:
     if isinstance(policy, Engine):
         return policy
     if policy is None or isinstance(policy, (str, Path)):
-        if isinstance(policy, str) and _FUNCTION.fullmatch(policy):
-            return FunctionEngine(import_object(policy), policy)
-        return load_engine(policy, engine=engine)
+        if not (isinstance(policy, str) and OBJECT.fullmatch(policy)):
+            return load_engine(policy, engine=engine)
+        found = import_object(policy)
+        if isinstance(found, Engine) and not isinstance(found, type):
+            return found
+        if callable(found):
+            return FunctionEngine(found, policy)
+        raise UserCodeError(f"{policy!r} is no function and no engine, but {type(found).__name__}.")
     if callable(policy):
         return FunctionEngine(policy)
     raise InputError(f"a policy is a model name, a folder, an engine or a function, not {policy!r:.80}.")
@@ -84,21 +89,23 @@ def _own_engine(policy_engine: Engine) -> Engine:
     return policy_engine
 
 
-def import_object(path: str) -> Callable[..., Any]:
+def import_object(spec: str) -> Any:
     """Import "package.module:name"; modules in the current folder are found too.
 
     Raises:
-        InputError: no such module or name, or it is not callable.
+        UserCodeError: the module cannot be imported, or has no such name.
     """
-    module_name, _, name = path.partition(":")
+    module_name, _, name = spec.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        module = importlib.import_module(module_name)
+    except BonError:
+        raise
     except ModuleNotFoundError as error:
-        raise InputError(f"cannot import {path!r}: there is no module {error.name!r}.") from error
-    except AttributeError as error:
-        raise InputError(f"cannot import {path!r}: the module {module_name!r} has no {name!r}.") from error
-    if not callable(found):
-        raise InputError(f"{path!r} is not a function but {type(found).__name__}.")
-    return found  # type: ignore[no-any-return]
+        raise UserCodeError(f"cannot import {spec!r}: there is no module {error.name!r}.") from error
+    except Exception as error:
+        raise UserCodeError(f"cannot import {spec!r}: {type(error).__name__}: {error}.") from error
+    if not hasattr(module, name):
+        raise UserCodeError(f"cannot import {spec!r}: the module {module_name!r} has no {name!r}.")
+    return getattr(module, name)

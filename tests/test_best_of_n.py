@@ -259,6 +259,16 @@ def test_a_function_policy_needs_a_scorer_and_says_so():
         BestOfN(lambda prompt: "x")
 
 
+def test_an_engine_and_a_function_can_be_named_by_their_module(tmp_path, monkeypatch):
+    (tmp_path / "own_engines.py").write_text(
+        "from bon.engines.scripted import ScriptedEngine\nmodel = ScriptedEngine()\ndef say(prompt): return 'x'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    bon = BestOfN("own_engines:model", "own_engines:say", n=2)
+    assert isinstance(bon.policy, ScriptedEngine)
+    assert bon(PROMPT).scores[0].inferred == "x"
+
+
 def test_functions_serve_as_policy_and_as_flip():
     bon = BestOfN(
         lambda prompt, n: [f"answer {i}" for i in range(n)],
@@ -341,6 +351,7 @@ def test_n_must_be_a_positive_whole_number(n):
         ({"sampling": {"temprature": 1}}, "Did you mean 'temperature'"),
         ({"policy": "no_such_module_here:f"}, "no module 'no_such_module_here'"),
         ({"policy": "json:dumpz"}, "has no 'dumpz'"),
+        ({"policy": "json:__name__"}, "no function and no engine, but str"),
     ],
 )
 def test_bad_arguments_are_refused_with_a_hint(options, complaint):

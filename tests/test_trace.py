@@ -83,8 +83,10 @@ def test_prompts_are_processes_on_one_clock_and_the_winner_is_named(traced: Any)
     best = [e["args"]["name"] for e in names if e["name"] == "thread_name" and "(best)" in e["args"]["name"]]
     assert best == [f"candidate {result.best} (best)" for result in results]
     first, second = (spans(events, "run", process)[0] for process in (0, 1))
-    assert 0 <= first["ts"] <= 50_000
-    assert 50_000 <= second["ts"] - end(first) <= 150_000
+    apart = results[1].timing.started - results[0].timing.started
+    assert first["ts"] >= 0
+    assert second["ts"] - first["ts"] == pytest.approx(apart * 1e6, abs=3)
+    assert second["ts"] - end(first) >= 50_000
 
 
 def test_a_reranked_candidate_has_no_sampling_span(traced: Any) -> None:

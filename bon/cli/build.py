@@ -5,10 +5,7 @@ Whatever can be refused without loading a model is refused first.
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,7 +17,7 @@ from bon.engines.function import FunctionEngine
 from bon.engines.placement import load_together
 from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
 from bon.mini import WEIGHTS
-from bon.resolve import as_policy
+from bon.resolve import OBJECT, as_policy, import_object
 from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip
 from bon.scorers.function import RewardFunction
@@ -30,7 +27,6 @@ from bon.types import Sampling
 
 SCORERS = ("flip", "likelihood")
 SELECTORS = ("best", "top-k", "softmax", "vote")
-_OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,7 @@ def _own_scorer(options: Options) -> Scorer | None:
         raise InputError(f"{name} belongs to the scorer 'flip', not to {options.scorer!r}.")
     if options.scorer in SCORERS:
         return None
-    if not _OBJECT.fullmatch(options.scorer):
+    if not OBJECT.fullmatch(options.scorer):
         raise UnknownNameError("scorer", options.scorer, [*SCORERS, "module:function"])
     if options.flip is not None:
         raise InputError(f"--flip names a model to infer instructions with; the scorer {options.scorer!r} uses none.")
@@ -198,11 +194,11 @@ class _Loader:
             raise InputError(f"the scripted engine takes no --{next(iter(self.options))}: it runs no model.")
         if self.engine not in (None, "torch", "scripted") and "device" in self.options:
             raise InputError(f"--device is for the engine 'torch'; {self.engine!r} finds its devices by itself.")
-        quiet_libraries(any(spec and not _OBJECT.fullmatch(spec) and not os.path.exists(spec) for spec in specs))
+        quiet_libraries(any(spec and not OBJECT.fullmatch(spec) and not os.path.exists(spec) for spec in specs))
 
     def together(self, policy: str | None, flip: str | None) -> None:
         """Start two vLLM models at the same time, each with its part of the GPU."""
-        if self.engine != "vllm" or flip in (None, policy) or any(_OBJECT.fullmatch(s) for s in (policy, flip) if s):
+        if self.engine != "vllm" or flip in (None, policy) or any(OBJECT.fullmatch(s) for s in (policy, flip) if s):
             return
         named = [(WEIGHTS if policy is None else policy, self.options), (flip, self.options)]
         self.loaded.update(zip((policy, flip), load_together(named), strict=True))
@@ -213,13 +209,8 @@ class _Loader:
         return self.loaded[spec]
 
     def _load(self, spec: str | None) -> Engine:
-        if spec is not None and _OBJECT.fullmatch(spec):
-            found = import_object(spec)
-            if isinstance(found, Engine) and not isinstance(found, type):
-                return found
-            if callable(found):
-                return as_policy(spec)
-            raise InputError(f"{spec!r} is no function and no engine, but {type(found).__name__}.")
+        if spec is not None and OBJECT.fullmatch(spec):
+            return as_policy(spec)
         if spec is not None and not spec.strip():
             raise InputError("a model's name is empty.")
         if spec is None and self.engine == "scripted":
@@ -233,28 +224,6 @@ class _Loader:
         if choose_engine(spec) == "openai" and self.options:
             raise InputError(f"--{next(iter(self.options))} is for models on this machine, and {spec} is a URL.")
         return load_engine(spec, engine=self.engine, **self.options)
-
-
-def import_object(spec: str) -> Any:
-    """Import "module:name", from the current folder too.
-
-    Raises:
-        UserCodeError: the module cannot be imported, or has no such name.
-    """
-    module_name, _, name = spec.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except BonError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UserCodeError(f"cannot import {spec!r}: there is no module {error.name!r}.") from error
-    except Exception as error:
-        raise UserCodeError(f"cannot import {spec!r}: {type(error).__name__}: {error}.") from error
-    if not hasattr(module, name):
-        raise UserCodeError(f"cannot import {spec!r}: the module {module_name!r} has no {name!r}.")
-    return getattr(module, name)
 
 
 def _call(factory: Callable[[], Any], spec: str) -> Any:
