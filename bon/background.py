@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import aclosing, suppress
 from functools import cache
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -68,6 +69,40 @@ async def across(items: AsyncIterator[T]) -> AsyncIterator[T]:
         loop.call_soon_threadsafe(lambda: pumps[0].cancel())
         while not ended:
             ended, _ = await arrived.get()
+
+
+async def pull(items: Iterable[T]) -> AsyncIterator[T]:
+    """Iterate over what may block, each item when it is asked for, on a thread of its own.
+
+    Leaving does not wait for an item that is still to come.
+    """
+    loop, iterator, end = asyncio.get_running_loop(), iter(items), object()
+    asked: SimpleQueue[asyncio.Future[Any] | None] = SimpleQueue()
+
+    def settle(future: asyncio.Future[Any], item: Any, error: BaseException | None) -> None:
+        if not future.done():
+            future.set_result(item) if error is None else future.set_exception(error)
+
+    def read() -> None:
+        while (future := asked.get()) is not None:
+            item: Any = end
+            error = None
+            try:
+                item = next(iterator, end)
+            except BaseException as raised:
+                error = raised
+            with suppress(RuntimeError):  # the caller's loop is gone: nobody listens any more
+                loop.call_soon_threadsafe(settle, future, item, error)
+
+    threading.Thread(target=read, name="bon-read", daemon=True).start()
+    try:
+        while True:
+            asked.put(future := loop.create_future())
+            if (item := await future) is end:
+                return
+            yield item
+    finally:
+        asked.put(None)
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -1,7 +1,7 @@
 """JSON Lines in, JSON Lines out: rows stream through best-of-N, and a finished row is a whole line on disk.
 
-Rows are read lazily and written as they finish, which is not the order of the input; ``id`` (or ``line``, where a row
-has no id) says which row it was. Nothing here prints, and nothing decides whether a bad row ends the run.
+Rows are read lazily. Results come as they finish, which need not be the order of the input; ``id`` (or ``line``, where
+a row has no id) says which row it was. Nothing here prints, and nothing decides whether a bad row ends the run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from bon.best_of_n import BestOfN
-from bon.errors import BonError, InputError, PromptTooLongError, UserCodeError
+from bon.best_of_n import BestOfN, in_order
+from bon.errors import BonError, InputError
 from bon.types import Message, Result, Task, as_messages
 
 Key = tuple[str, str | int]
@@ -157,45 +157,30 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else f"{value!r:.60}"
 
 
-async def run_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncIterator[tuple[Row, Result | BonError]]:
+def run_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncIterator[tuple[Row, Result | BonError]]:
     """Sample and score every row; yield (row, result or error) as they finish."""
-    waiting: dict[int, Row] = {}
-
-    def tasks() -> Iterator[Task]:
-        for position, row in enumerate(rows):
-            waiting[position] = row
-            yield row.task
-
-    async with aclosing(bon.stream(tasks())) as outcomes:  # type: ignore[type-var]
-        async for position, outcome in outcomes:
-            row = waiting.pop(position)
-            yield row, await _alone(bon, row) if _is_shared(bon, outcome) else outcome
+    taken: dict[int, Row] = {}
+    return _with_rows(bon.stream(row.task for row in _noted(rows, taken)), taken)
 
 
-def _is_shared(bon: BestOfN, outcome: Result | BonError) -> bool:
-    """Whether an error may be another row's, of those that ran together with this one.
-
-    A function that raises takes all of them down, and one error speaks for all prompts that are too long.
-    """
-    if isinstance(outcome, PromptTooLongError):
-        return len(outcome.indices) > 1
-    return isinstance(outcome, UserCodeError) and not (bon.policy.overlaps and bon.scorer.overlaps)
-
-
-async def _alone(bon: BestOfN, row: Row) -> Result | BonError:
-    try:
-        return await bon.run(row.task)
-    except BonError as error:
-        return error
-
-
-async def rank_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncIterator[tuple[Row, Result | BonError]]:
+def rank_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncIterator[tuple[Row, Result | BonError]]:
     """Score the candidates that every row brings; yield (row, result or error), in order."""
-    for row in rows:
-        try:
-            yield row, await bon.run_rerank(row.task, row.candidates)
-        except BonError as error:
-            yield row, error
+    taken: dict[int, Row] = {}
+    return _with_rows(in_order(bon.stream_ranked((row.task, row.candidates) for row in _noted(rows, taken))), taken)
+
+
+def _noted(rows: Iterable[Row], taken: dict[int, Row]) -> Iterator[Row]:
+    for position, row in enumerate(rows):
+        taken[position] = row
+        yield row
+
+
+async def _with_rows(
+    outcomes: AsyncIterator[tuple[int, Result | BonError]], taken: dict[int, Row]
+) -> AsyncIterator[tuple[Row, Result | BonError]]:
+    async with aclosing(outcomes):  # type: ignore[type-var]
+        async for position, outcome in outcomes:
+            yield taken.pop(position), outcome
 
 
 def output_row(row: Row, result: Result, *, everything: bool = False) -> dict[str, Any]:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from bon import background
 from bon.engines.base import Engine, Partial
-from bon.errors import BonError, InputError, PromptTooLongError
+from bon.errors import BonError, InputError
 from bon.resolve import as_policy, as_scorer, load_both
-from bon.run import Run, Watch, one_error
-from bon.sampler import Sampled, Schedule, given, in_batches, sample
+from bon.run import Run, Watch
+from bon.sampler import Failed, Sampled, Schedule, given, in_batches, sample
 from bon.scorers.base import Board, Scorer
 from bon.selectors import Selector, as_selector, only_the_best_counts
 from bon.types import Candidate, Conversation, Result, Sampling, Score, Task
 
 T = TypeVar("T")
+_Asked = tuple[Conversation | Task, Sequence[str | Candidate] | None]  # a prompt, and its candidates if they are there
 
 # Candidates that go through a one-batch-at-a-time engine together: enough to fill its batches, few enough that results
 # keep coming and memory stays flat over a long file.
@@ -119,16 +119,10 @@ class BestOfN:
         Raises:
             BonError: of the first prompt that fails; results before it have been yielded.
         """
-        waiting: dict[int, Result | BonError] = {}
-        position = 0
-        for index, outcome in background.iterate(self.stream(prompts)):
-            waiting[index] = outcome
-            while position in waiting:
-                ready = waiting.pop(position)
-                if isinstance(ready, BonError):
-                    raise ready
-                yield ready
-                position += 1
+        for _, outcome in background.iterate(in_order(self.stream(prompts))):
+            if isinstance(outcome, BonError):
+                raise outcome
+            yield outcome
 
     def rerank(
         self, prompt: Conversation, candidates: Sequence[str | Candidate], *, instruction: str | None = None
@@ -152,70 +146,89 @@ class BestOfN:
             deadline: seconds after which the best so far is returned; the rest is aborted and has the status "late".
         """
         told = None if watch is None else lambda task, event: watch(event)
-        [result] = await self._sample_and_score([Task.of(prompt, instruction)], told, deadline)
-        return result
+        [outcome] = await self._together([Task.of(prompt, instruction)], None, told, deadline)
+        if isinstance(outcome, BonError):
+            raise outcome
+        return outcome
 
     async def run_rerank(self, task: Task, candidates: Sequence[str | Candidate]) -> Result:
         """Score and rank responses that came from elsewhere."""
-        if not candidates:
-            raise InputError("there are no candidates to rank.")
-        [result] = await self._stages([task], [Board(self.prune, self.stop_at)], given([candidates]))
-        return result
+        [outcome] = await self._together([task], [candidates])
+        if isinstance(outcome, BonError):
+            raise outcome
+        return outcome
 
-    async def stream(self, prompts: Iterable[Conversation | Task]) -> AsyncIterator[tuple[int, Result | BonError]]:
+    def stream(self, prompts: Iterable[Conversation | Task]) -> AsyncIterator[tuple[int, Result | BonError]]:
         """Yield (position, result) for many prompts as they finish.
 
-        A prompt that fails yields its error in place of a result, and the others go on.
+        A prompt that fails yields its error in place of a result, and the others go on. Prompts are read when they are
+        needed, on a thread of their own: they may take their time.
         """
         overlaps = self.policy.overlaps and self.scorer.overlaps
-        wave = max(1, WAVE // self.n)
-        together, at_a_time = (1, wave) if overlaps else (wave, 1)
-        waves = _chunks(enumerate(prompts), together)
-        running: set[asyncio.Task[list[tuple[int, Result | BonError]]]] = set()
-        try:
-            while True:
-                while len(running) < at_a_time and (chunk := next(waves, None)):
-                    running.add(asyncio.create_task(self._outcomes(chunk)))
-                if not running:
-                    return
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for outcome in [outcome for task in done for outcome in task.result()]:
-                    yield outcome
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+        return self._waves(((prompt, None) for prompt in prompts), overlaps)
 
-    async def _outcomes(
-        self, prompts: Sequence[tuple[int, Conversation | Task]]
-    ) -> list[tuple[int, Result | BonError]]:
-        """Results of prompts that run together; one that cannot run is set apart and the rest run without it."""
+    def stream_ranked(
+        self, rows: Iterable[tuple[Conversation | Task, Sequence[str | Candidate]]]
+    ) -> AsyncIterator[tuple[int, Result | BonError]]:
+        """Yield (position, result) for many prompts whose candidates came from elsewhere, otherwise as ``stream``."""
+        return self._waves(rows, self.scorer.overlaps)
+
+    async def _waves(self, asked: Iterable[_Asked], overlaps: bool) -> AsyncIterator[tuple[int, Result | BonError]]:
+        """Run one prompt beside the other where requests join a running batch, else wave after wave."""
+
+        def size(item: tuple[int, _Asked]) -> int:
+            candidates = item[1][1]
+            return self.n if candidates is None else len(candidates)
+
+        running: dict[asyncio.Future[Any], int] = {}  # and how many candidates each has
+        reading: set[asyncio.Future[Any]] = set()
+        more = True
+        waves = _chunks(enumerate(asked), 1 if overlaps else WAVE, size)
+        async with aclosing(background.pull(waves)) as chunks:  # type: ignore[type-var]
+            try:
+                while more or running:
+                    if more and not reading and sum(running.values()) < (WAVE if overlaps else 1):
+                        reading = {asyncio.ensure_future(anext(chunks, []))}
+                    done, _ = await asyncio.wait({*running, *reading}, return_when=asyncio.FIRST_COMPLETED)
+                    for read in done & reading:
+                        reading, chunk = set(), read.result()
+                        more = bool(chunk)
+                        if chunk:
+                            running[asyncio.create_task(self._wave(chunk))] = sum(map(size, chunk)) or 1
+                    for wave in done & running.keys():
+                        del running[wave]
+                        for outcome in wave.result():
+                            yield outcome
+            finally:
+                for task in {*running, *reading}:
+                    task.cancel()
+                await asyncio.gather(*running, *reading, return_exceptions=True)
+
+    async def _wave(self, asked: Sequence[tuple[int, _Asked]]) -> list[tuple[int, Result | BonError]]:
+        """Outcomes of prompts that run together."""
         outcomes: dict[int, Result | BonError] = {}
         tasks: dict[int, Task] = {}
-        for index, prompt in prompts:
+        for position, (prompt, _) in asked:
             try:
-                tasks[index] = Task.of(prompt)
+                tasks[position] = Task.of(prompt)
             except InputError as error:
-                outcomes[index] = error
-        while tasks:
-            try:
-                results = await self._sample_and_score(list(tasks.values()))
-                outcomes.update(zip(tasks, results, strict=True))
-                break
-            except PromptTooLongError as error:
-                positions = list(tasks)
-                for position in error.indices or range(len(positions)):
-                    outcomes[positions[position]] = error
-                    del tasks[positions[position]]
-            except BonError as error:
-                outcomes.update(dict.fromkeys(tasks, error))
-                break
-        return sorted(outcomes.items())
+                outcomes[position] = error
+        if tasks:
+            given = [candidates for position, (_, candidates) in asked if position in tasks and candidates is not None]
+            outcomes.update(zip(tasks, await self._together(list(tasks.values()), given or None), strict=True))
+        return sorted(outcomes.items(), key=lambda item: item[0])
 
-    async def _sample_and_score(
-        self, tasks: Sequence[Task], watch: Watch | None = None, deadline: float | None = None
-    ) -> list[Result]:
+    async def _together(
+        self,
+        tasks: Sequence[Task],
+        candidates: Sequence[Sequence[str | Candidate]] | None,
+        watch: Watch | None = None,
+        deadline: float | None = None,
+    ) -> list[Result | BonError]:
+        """Run tasks at the same time; their candidates are sampled unless they are given."""
         boards = [Board(self.prune, self.stop_at) for _ in tasks]
+        if candidates is not None:
+            return await self._stages(tasks, boards, given(candidates), watch, deadline)
 
         def wanted(partial: Partial) -> bool:
             return not boards[partial.prompt_index].reached
@@ -228,13 +241,13 @@ class BestOfN:
         self,
         tasks: Sequence[Task],
         boards: Sequence[Board],
-        source: AsyncIterator[Sampled],
-        watch: Watch | None = None,
-        deadline: float | None = None,
-    ) -> list[Result]:
+        source: AsyncIterator[Sampled | Failed],
+        watch: Watch | None,
+        deadline: float | None,
+    ) -> list[Result | BonError]:
         """Sample, score, select: the whole of best-of-N."""
         run = Run(tasks, boards, self.scorer, watch)
-        with one_error(), run.best_so_far(self.n, deadline):
+        with run.ended(self.n, deadline):
             async with (
                 asyncio.timeout(deadline),
                 asyncio.TaskGroup() as scoring,
@@ -244,7 +257,7 @@ class BestOfN:
                     score = scoring.create_task(run.score(batch))
                     if self.schedule != "each":
                         await score
-        return run.results(self.selector)
+        return run.outcomes(self.selector)
 
     @property
     def schedule(self) -> Schedule:
@@ -273,7 +286,27 @@ class BestOfN:
         self.close()
 
 
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
+async def in_order(outcomes: AsyncIterator[tuple[int, T]]) -> AsyncIterator[tuple[int, T]]:
+    """The same (position, outcome) by position, each as soon as those before it have been."""
+    waiting: dict[int, T] = {}
+    following = 0
+    async with aclosing(outcomes):  # type: ignore[type-var]
+        async for position, outcome in outcomes:
+            waiting[position] = outcome
+            while following in waiting:
+                yield following, waiting.pop(following)
+                following += 1
+
+
+def _chunks(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items in lists whose sizes add up to ``enough``."""
+    chunk: list[T] = []
+    total = 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if total >= enough:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
         yield chunk

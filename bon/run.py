@@ -4,18 +4,19 @@ Identical candidates of a task are scored once. Candidates without text are not 
 neither are those whose sampling was stopped because a good enough one had been found (status "pruned"). Truncated
 candidates are scored like any other; their finish_reason says what they are. A deadline leaves the rest "late".
 A sample that could not be made and a score that could not be had (an error that a retry may help against) are
-"failed", with the reason, and the others count; only when nothing at all is left is the error raised.
+"failed", with the reason, and the others count; only when a task has no reward at all is the error its outcome.
+Any other error is the outcome of the task that it belongs to, and of all that are unfinished where that is not known.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from time import perf_counter, time
 
-from bon.errors import EngineError
-from bon.sampler import Sampled
+from bon.errors import BonError, EngineError, InputError
+from bon.sampler import Failed, Sampled
 from bon.scorers.base import Board, Item, Scorer
 from bon.selectors import Selector, select
 from bon.types import Candidate, Result, Score, Task, Timing, Usage
@@ -42,13 +43,17 @@ class Run:
         self._scores: list[dict[int, Score]] = [{} for _ in tasks]
         self._first: list[dict[str, int]] = [{} for _ in tasks]  # text -> the candidate that is scored for it
         self._usage = [Usage() for _ in tasks]
-        self._error: EngineError | None = None
+        self._errors: dict[int, BonError] = {}  # task -> why it has no result
+        self._unscored: dict[int, EngineError] = {}  # task -> why some of its scores failed
         self._start, self._started = perf_counter(), time()
 
-    async def admit(self, source: AsyncIterator[Sampled]) -> AsyncIterator[tuple[int, Item]]:
+    async def admit(self, source: AsyncIterator[Sampled | Failed]) -> AsyncIterator[tuple[int, Item]]:
         """Record candidates as they come; yield those that need a score of their own, with the index of their task."""
         async with aclosing(source):  # type: ignore[type-var]
             async for sampled in source:
+                if isinstance(sampled, Failed):
+                    self._fail([sampled.task], sampled.error)
+                    continue
                 task, candidate = sampled.task, sampled.candidate
                 self._candidates[task][candidate.index] = candidate
                 self._usage[task] += sampled.usage
@@ -68,20 +73,27 @@ class Run:
         """Score candidates and record each score as it comes.
 
         Raises:
-            EngineError: the scorer left one out or scored one twice, or failed in a way that a retry does not help.
+            BonError: no task is left that could have a result.
         """
+        items = [(t, i) for t, i in items if t not in self._errors and i.candidate.index not in self._scores[t]]
         if not items:
             return
+        tasks = list(dict.fromkeys(task for task, _ in items))
         try:
             await self._score(items)
+        except InputError as error:
+            if len(tasks) == 1:
+                self._fail(tasks, error)
+            for task in tasks if len(tasks) > 1 else ():  # whose fault it is shows when each is scored by itself
+                await self.score([(t, item) for t, item in items if t == task])
         except EngineError as error:
-            if not error.retryable:
-                raise
-            self._error = error
-            for task, item in items:
+            for task, item in items if error.retryable else ():
+                self._unscored[task] = error
                 failed = Score(item.candidate.index, None, "failed", reason=f"not scored: {error}")
                 if self._scores[task].setdefault(item.candidate.index, failed) is failed:
                     self._watch(task, failed)
+            if not error.retryable:
+                self._fail({t for t, item in items if item.candidate.index not in self._scores[t]} or tasks, error)
 
     async def _score(self, items: Sequence[tuple[int, Item]]) -> None:
         started = self._now()
@@ -98,9 +110,16 @@ class Run:
             if item.candidate.index not in self._scores[task]:
                 raise EngineError(f"{self._scorer.name} did not score candidate {item.candidate.index}.")
 
+    def _fail(self, tasks: Iterable[int], error: BonError) -> None:
+        """Note why tasks have no result; the run ends when there is nothing else to come."""
+        for task in tasks:
+            self._errors.setdefault(task, error)
+        if len(self._errors) == len(self._tasks):
+            raise error
+
     @contextmanager
-    def best_so_far(self, n: int, deadline: float | None) -> Iterator[None]:
-        """At a timeout keep what there is, and mark as late what is missing of the n candidates and their scores."""
+    def ended(self, n: int, deadline: float | None) -> Iterator[None]:
+        """Take in how it ends. At a deadline what is missing of the n candidates and their scores is late."""
         try:
             yield
         except TimeoutError:  # of asyncio.timeout: whatever scorers and engines raise arrives in an exception group
@@ -111,23 +130,26 @@ class Run:
                     scores[index] = Score(index, None, "late", reason=f"{passed} finished")
                 for index in first.values():
                     scores.setdefault(index, Score(index, None, "late", reason=f"{passed} scored"))
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            if not isinstance(error, BonError):
+                raise error from error.__cause__
+            for task in range(len(self._tasks)):
+                self._errors.setdefault(task, error)
 
-    def results(self, selector: Selector) -> list[Result]:
-        """Select a winner for each task and close the books.
-
-        Raises:
-            EngineError: the scorer's, when it left no reward at all.
-        """
-        if self._error and all(s.reward is None for of_task in self._scores for s in of_task.values()):
-            raise self._error
+    def outcomes(self, selector: Selector) -> list[Result | BonError]:
+        """Select a winner for each task and close the books; a task that has none for an error gets that."""
         total = self._now()
         sample = max((c.finished for of_task in self._candidates for c in of_task.values()), default=0.0)
         timed = [s for of_task in self._scores for s in of_task.values() if s.finished]
         score = max(s.finished for s in timed) - min(s.started for s in timed) if timed else 0.0
-        return [
-            self._result(task, selector, Timing(sample, score, total, started=self._started))
-            for task in range(len(self._tasks))
-        ]
+        timing = Timing(sample, score, total, started=self._started)
+        for task, error in self._unscored.items():
+            if all(score.reward is None for score in self._scores[task].values()):
+                self._errors.setdefault(task, error)
+        return [self._errors.get(task) or self._result(task, selector, timing) for task in range(len(self._tasks))]
 
     def _result(self, task: int, selector: Selector, timing: Timing) -> Result:
         candidates = tuple(self._candidates[task][i] for i in sorted(self._candidates[task]))
@@ -145,15 +167,3 @@ class Run:
 
     def _now(self) -> float:
         return perf_counter() - self._start
-
-
-@contextmanager
-def one_error() -> Iterator[None]:
-    """Raise the first error of a task group by itself: callers catch ``BonError``, not exception groups."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from error.__cause__

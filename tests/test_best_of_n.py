@@ -1,10 +1,12 @@
 import asyncio
+import sqlite3
 import threading
 import time
 
 import pytest
 
 from bon import BackwardLikelihood, BestOfN, Candidate, Flip, RewardFunction, Sampling, Softmax, TopK
+from bon.best_of_n import in_order
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, EngineError, InputError, PromptTooLongError, UserCodeError
 from bon.scorers.base import Scored
@@ -190,6 +192,134 @@ def test_one_prompt_that_is_too_long_does_not_take_the_others_with_it():
     assert sorted(outcomes) == [0, 1, 2, 3]
 
 
+def outcomes_of(bon, prompts):
+    async def collect():
+        return [outcome async for outcome in bon.stream(prompts)]
+
+    return [outcome for _, outcome in sorted(asyncio.run(collect()), key=lambda pair: pair[0])]
+
+
+def picky(wave):
+    """A policy and a scorer, both functions, that refuse prompts with "bad" in them; and what they were called with."""
+    called = []
+
+    def check(prompt):
+        called.append(prompt)
+        if "bad" in prompt:
+            raise ValueError(f"not {prompt}")
+
+    def policy(prompt, n):
+        check(prompt)
+        return [f"{prompt} {i}" for i in range(n)]
+
+    def reward(prompt, responses):
+        check(prompt)
+        return [len(r) for r in responses]
+
+    plain = ScriptedEngine(overlaps=not wave)
+    return {"policy": BestOfN(policy, plain, n=2), "scorer": BestOfN(plain, RewardFunction(reward), n=2)}, called
+
+
+@pytest.mark.parametrize("wave", [True, False])
+@pytest.mark.parametrize("role", ["policy", "scorer"])
+def test_a_function_that_raises_costs_the_prompts_that_it_raised_for(role, wave):
+    makers, called = picky(wave)
+    prompts = ["a", "bad b", "c", "bad d", "e"]
+    outcomes = outcomes_of(makers[role], prompts)
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        if "bad" in prompt:
+            assert isinstance(outcome, UserCodeError)
+            assert f"raised ValueError: not {prompt}" in str(outcome)
+        else:
+            assert outcome.reward is not None
+    if role == "policy":
+        assert sorted(called) == sorted(prompts), "nothing is sampled twice"
+    results = makers[role].map(prompts)
+    assert next(results).task.instruction == "a"
+    with pytest.raises(UserCodeError, match="not bad b"):
+        next(results)
+
+
+@pytest.mark.parametrize("wave", [True, False])
+def test_a_prompt_that_is_too_long_for_the_scorer_is_no_fault_of_the_others(wave):
+    """The scorer's positions are those of candidates; they were once taken for positions of prompts."""
+
+    class Narrow:
+        name = "narrow"
+        overlaps = not wave
+
+        async def score(self, items):
+            long = [i for i, item in enumerate(items) if "long" in item.task.instruction]
+            if long:
+                raise PromptTooLongError(9, 8, indices=long)
+            for i, item in enumerate(items):
+                yield Scored(i, Score(item.candidate.index, 0.5))
+
+        async def aclose(self):
+            pass
+
+    bon = BestOfN(ScriptedEngine(overlaps=not wave), Narrow(), n=3)
+    outcomes = outcomes_of(bon, ["a", "b", "a long one", "c", "d"])
+    assert [isinstance(outcome, PromptTooLongError) for outcome in outcomes] == [False, False, True, False, False]
+    assert {outcome.reward for outcome in outcomes if not isinstance(outcome, BonError)} == {0.5}
+
+
+def test_what_was_scored_before_a_scorer_died_is_kept():
+    class Dying:
+        name, overlaps = "dying", False
+
+        async def score(self, items):
+            for i, item in enumerate(items):
+                if i == 5:
+                    raise EngineError("out of memory")
+                yield Scored(i, Score(item.candidate.index, 0.5))
+
+        async def aclose(self):
+            pass
+
+    policy = ScriptedEngine(lambda text, draw: f"{text} {draw}", overlaps=False)
+    outcomes = outcomes_of(BestOfN(policy, Dying(), n=2), ["a", "b", "c", "d"])
+    assert [type(outcome).__name__ for outcome in outcomes] == ["Result", "Result", "EngineError", "EngineError"]
+
+
+def test_prompts_that_take_their_time_do_not_hold_up_what_is_running():
+    def slow():
+        memory = sqlite3.connect(":memory:")  # wants to be used on one thread only
+        for i in range(3):
+            yield memory.execute(f"select 'Say {i}'").fetchone()[0]
+            time.sleep(0.2)
+        memory.close()
+
+    async def collect():
+        begun, seen, ticks = time.perf_counter(), [], 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        async for position, _ in BestOfN(ScriptedEngine(), n=2).stream(slow()):
+            seen.append((position, time.perf_counter() - begun))
+        ticking.cancel()
+        return seen, ticks
+
+    seen, ticks = asyncio.run(collect())
+    assert [position for position, _ in seen] == [0, 1, 2]
+    assert seen[0][1] < 0.2 <= seen[1][1], "the first is done before the second is there"
+    assert ticks > 10
+
+
+def test_prompts_that_cannot_be_read_on_end_the_run_with_their_own_error():
+    def broken():
+        yield "Say one thing"
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(BestOfN(ScriptedEngine(), n=2).map(broken()))
+
+
 def test_results_before_a_failing_prompt_are_not_lost():
     results = BestOfN(ScriptedEngine(), n=2).map(["Say one thing", "", "Say three"])
     assert next(results).task.instruction == "Say one thing"
@@ -203,6 +333,22 @@ def test_rerank_scores_what_came_from_elsewhere():
     assert result.text == "A red fox."
     assert [c.index for c in result.candidates] == [0, 1]
     assert result.usage.policy_completion_tokens == 0
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_many_prompts_are_ranked_together_and_a_bad_one_fails_alone(overlaps):
+    flip = ScriptedEngine(lambda text, draw: text.rpartition("Response:\n")[2], overlaps=overlaps)
+    rows = [(f"Say {i}", [f"Say {i}", "x"]) for i in range(5)]
+    rows[1:1] = [("Say nothing", []), ("Say three", [3]), ("", ["x"])]
+
+    async def collect():
+        ranked = BestOfN(lambda prompt: "", flip).stream_ranked(rows)
+        return [outcome async for _, outcome in in_order(ranked)]
+
+    outcomes = asyncio.run(collect())
+    assert [type(o) for o in outcomes[1:4]] == [InputError] * 3
+    assert [o.text for o in outcomes if not isinstance(o, InputError)] == [f"Say {i}" for i in range(5)]
+    assert flip.calls == (10 if overlaps else 1)
 
 
 @pytest.mark.parametrize("candidates", [[], [3]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -48,6 +49,30 @@ class FileOptions:
     ranked: bool = False
 
 
+class Lines:
+    """The lines of the input."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self._reading = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            self._reading = True
+            try:
+                line = self.file.readline()
+            finally:
+                self._reading = False
+            if not line:
+                return
+            yield line
+
+    def close(self) -> None:
+        """Close the file, unless a thread is waiting for a line of it: closing would wait as well."""
+        if not self._reading:
+            self.file.close()
+
+
 @dataclass
 class Job:
     """The counts of one run over a file."""
@@ -67,7 +92,7 @@ class Job:
     failed: int = 0
     engine_failed: bool = False
     ids: dict[Key, int] = field(default_factory=dict)
-    reading: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
     stopped: bool = False
 
     @property
@@ -77,15 +102,16 @@ class Job:
 
     def fail(self, line: int, error: BonError) -> None:
         """Report a row that cannot be done; without ``skip_bad`` nothing more is read."""
-        self.failed += 1
+        with self.lock:  # rows are read on another thread than they are finished on
+            self.failed += 1
         self.engine_failed |= not isinstance(error, InputError)
         self.stopped = not self.files.skip_bad
         if self.failed <= LISTED:
             say(f"{'skipped' if self.files.skip_bad else 'error:'} {self.name}:{line}: {sentence(error)}")
 
-    def rows(self, lines: BinaryIO) -> Iterator[Row]:
+    def rows(self, lines: Iterable[bytes]) -> Iterator[Row]:
         """The rows that are still to be done."""
-        parsed = read_rows(self._watched(lines), system=self.files.system, ranked=self.files.ranked)
+        parsed = read_rows(lines, system=self.files.system, ranked=self.files.ranked)
         for row in parsed:
             self.seen += 1
             if isinstance(row, BadRow):
@@ -100,18 +126,6 @@ class Job:
                 yield row
             if self.stopped:
                 return
-
-    def _watched(self, lines: BinaryIO) -> Iterator[bytes]:
-        """The lines, and a note of when this process waits for one: Ctrl-C must end that wait."""
-        while True:
-            self.reading = True
-            try:
-                line = lines.readline()
-            finally:
-                self.reading = False
-            if not line:
-                return
-            yield line
 
     def finish(self, row: Row, result: Result) -> None:
         """Write a result and count it."""
@@ -167,7 +181,8 @@ def run_file(files: FileOptions, options: Options) -> int:
         StoppedError: Ctrl-C, after what is finished has been written.
     """
     with ExitStack() as stack:
-        lines = stack.enter_context(_open_input(files.source, files.output))
+        lines = Lines(_open_input(files.source, files.output))
+        stack.callback(lines.close)
         output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite)
         stack.callback(output.close)
         trace = None if files.trace is None else stack.enter_context(_open_trace(files))
@@ -184,7 +199,7 @@ def run_file(files: FileOptions, options: Options) -> int:
         if first is not None:
             built = build(options, sampled=not files.ranked)
             output.start()
-            _run(job, built, chain([first], rows), _count(lines))
+            _run(job, built, chain([first], rows), _count(lines.file))
         if job.off_world:
             say(off_world_summary(job.off_world, job.seen, ranked=files.ranked))
         if job.failed > LISTED:
@@ -217,7 +232,7 @@ def _run(job: Job, built: Built, rows: Iterable[Row], total: int | None) -> None
 
     with tqdm(total=total, unit="row", file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         try:
-            run_until_interrupted(work(bar), lambda: job.reading)
+            run_until_interrupted(work(bar))
         except KeyboardInterrupt:
             raise StoppedError(job.interrupted) from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from types import FrameType
 from typing import Any
 
@@ -16,10 +16,8 @@ class StoppedError(Exception):
     """Ctrl-C was pressed; the message says what is done."""
 
 
-def run_until_interrupted(work: Coroutine[Any, Any, None], waiting: Callable[[], bool]) -> None:
-    """Run a coroutine; Ctrl-C cancels it between two steps, so that no line is torn.
-
-    A second Ctrl-C, or one while ``waiting()`` for input inside a step, does not wait.
+def run_until_interrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine; Ctrl-C cancels it between two steps, so that no line is torn. A second one does not wait.
 
     Raises:
         KeyboardInterrupt: it was cancelled.
@@ -31,7 +29,7 @@ def run_until_interrupted(work: Coroutine[Any, Any, None], waiting: Callable[[],
 
         def interrupt(signum: int, frame: FrameType | None) -> None:
             nonlocal pressed
-            if pressed or waiting():
+            if pressed:
                 raise KeyboardInterrupt
             pressed = True
             loop.call_soon_threadsafe(task.cancel)

@@ -20,7 +20,7 @@ from bon.engines.base import Engine
 from bon.errors import InputError
 from bon.mini.tasks import Split, Task, instruction, sample_tasks, verify
 from bon.resolve import as_policy, as_scorer
-from bon.sampler import sample
+from bon.sampler import Failed, sample
 from bon.scorers import BackwardLikelihood
 from bon.types import Candidate, Sampling
 from bon.types import Task as Request
@@ -148,7 +148,11 @@ def _greedy(engine: Engine, tasks: Sequence[Task]) -> list[str]:
 
     async def decode() -> list[str]:
         sampling = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
-        found = {each.task: each.candidate.text async for each in sample(engine, requests, sampling, 1)}
+        found: dict[int, str] = {}
+        async for each in sample(engine, requests, sampling, 1):
+            if isinstance(each, Failed):
+                raise each.error
+            found[each.task] = each.candidate.text
         return [found[index] for index in range(len(tasks))]
 
     return background.run(decode())
