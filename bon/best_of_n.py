@@ -214,8 +214,8 @@ class BestOfN:
             except InputError as error:
                 outcomes[position] = error
         if tasks:
-            given = [candidates for position, (_, candidates) in asked if position in tasks and candidates is not None]
-            outcomes.update(zip(tasks, await self._together(list(tasks.values()), given or None), strict=True))
+            lists = [candidates for position, (_, candidates) in asked if position in tasks and candidates is not None]
+            outcomes.update(zip(tasks, await self._together(list(tasks.values()), lists or None), strict=True))
         return sorted(outcomes.items(), key=lambda item: item[0])
 
     async def _together(

@@ -15,6 +15,7 @@ from command import ROOT, in_process_of_its_own, write_rows
 
 import bon
 from bon.cli import main
+from bon.cli.doctor import EngineReport, explain
 from bon.mini import WEIGHTS
 from bon.mini.tasks import FAMILIES, knows, sample_instructions
 
@@ -279,6 +280,21 @@ def test_doctor_says_what_is_here_and_what_to_type_for_the_rest(run):
     assert {engine["name"] for engine in report["engines"]} >= {"torch", "scripted"}
     assert all(engine["ok"] or engine["detail"] for engine in report["engines"])
     assert report["versions"]["torch"]
+    assert [choice["for"] for choice in report["chosen"]][-1] == "a URL"
+
+
+@pytest.mark.parametrize(
+    ("models", "vllm", "gpus", "said"),
+    [
+        ("torch", False, 0, r"no CUDA GPUs, and vLLM cannot run .* on the CPU: --engine vllm"),
+        ("torch", True, 0, r"no CUDA GPUs\. vLLM runs them on the CPU: --engine vllm"),
+        ("torch", False, 1, r"1 CUDA GPU, and vLLM is not installed.* type: pip install 'bon\[vllm\]'"),
+        ("vllm", True, 2, r"vLLM is installed, and torch sees 2 CUDA GPUs\. Without it: --engine torch"),
+        ("vllm", False, 1, r"cannot run \(see above\)\. Until it can: --engine torch"),
+    ],
+)
+def test_doctor_explains_which_engine_runs_models_and_how_to_change_that(models, vllm, gpus, said):
+    assert re.search(said, explain(models, EngineReport("vllm", vllm, ""), gpus))
 
 
 def test_version_and_help_exit_with_0(run):
