@@ -141,11 +141,18 @@ def _candidate(completion: Completion, finished: float) -> Candidate:
         finish_reason=completion.finish_reason,
         tokens=completion.tokens,
         cumulative_logprob=completion.cumulative_logprob,
+        logprobs=_with_text(completion.pieces, completion.logprobs),
         completion_tokens=completion.completion_tokens or None,
         finished=finished,
         error=None if completion.error is None else str(completion.error),
         tool_calls=completion.tool_calls,
     )
+
+
+def _with_text(pieces: Sequence[str] | None, logprobs: Sequence[float] | None) -> tuple[tuple[str, float], ...] | None:
+    if pieces is None or logprobs is None or len(pieces) != len(logprobs):
+        return None
+    return tuple(zip(pieces, logprobs, strict=True))
 
 
 def _usage(completion: Completion) -> Usage:

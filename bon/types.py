@@ -196,6 +196,7 @@ class Candidate:
             "error" when it could not be made.
         tokens: the same text as token ids, when the policy's engine has them.
         cumulative_logprob: sum of log p of its tokens under the policy, when known.
+        logprobs: text and log p of each sampled token, when known; special tokens have no text.
         completion_tokens: tokens sampled, counting the end token; None for callables.
         started, finished: seconds since the run began.
         error: what went wrong, for "error".
@@ -207,6 +208,7 @@ class Candidate:
     finish_reason: FinishReason = "stop"
     tokens: Tokens | None = None
     cumulative_logprob: float | None = None
+    logprobs: tuple[tuple[str, float], ...] | None = None
     completion_tokens: int | None = None
     started: float = 0.0
     finished: float = 0.0
@@ -443,7 +445,7 @@ class Result:
             "chosen": list(self.selection.chosen),
             "reason": self.selection.reason,
             "instruction": self.task.instruction,
-            "candidates": [_drop(dataclasses.asdict(c), "tokens") for c in self.candidates],
+            "candidates": [_drop(dataclasses.asdict(c), "tokens", "logprobs") for c in self.candidates],
             "scores": [dataclasses.asdict(s) for s in self.scores],
             "timing": {**dataclasses.asdict(self.timing), "overlap": self.timing.overlap},
             "usage": {**dataclasses.asdict(self.usage), "total_tokens": self.usage.total_tokens},

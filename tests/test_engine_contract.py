@@ -122,6 +122,11 @@ def test_counts_and_logprobs_fit_together(engine: Engine) -> None:
             assert len(completion.logprobs) == completion.completion_tokens
             assert max(completion.logprobs) <= 0
             assert completion.cumulative_logprob == pytest.approx(math.fsum(completion.logprobs), abs=1e-4)
+        if completion.pieces is not None:
+            assert completion.logprobs is not None
+            assert len(completion.pieces) == len(completion.logprobs)
+            said = "".join(completion.pieces)
+            assert said.startswith(completion.text) or "\ufffd" in said, "the texts of the tokens make the text"
         if completion.tokens is not None:
             assert completion.tokens.text == completion.text
 

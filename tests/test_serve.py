@@ -170,6 +170,32 @@ def test_sampling_fields_keep_their_meaning(site):
     assert ignored.choices[0].message.content == "a quick red fox"
 
 
+def test_logprobs_are_those_of_the_answers_tokens(site):
+    client = site.openai()
+    create = client.chat.completions.create
+    assert create(model="bon-mini", messages=MESSAGES).choices[0].logprobs is None
+    tokens = create(model="bon-mini", messages=MESSAGES, logprobs=True).choices[0].logprobs.content
+    assert [t.token for t in tokens] == ["a", " quick", " red", " fox"]
+    assert all(t.logprob < 0 and bytes(t.bytes).decode() == t.token for t in tokens)
+    cut = create(model="bon-mini", messages=MESSAGES, logprobs=True, stop=" red").choices[0]
+    assert "".join(t.token for t in cut.logprobs.content) == cut.message.content, "none of what the stop string cut"
+    chunks = list(create(model="bon-mini", messages=MESSAGES, logprobs=True, stream=True))
+    streamed = [t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+    assert streamed == tokens
+    old = client.completions.create(model="bon-mini", prompt="Write about a quick red fox", logprobs=0).choices[0]
+    assert old.logprobs.tokens == [t.token for t in tokens]
+    assert old.logprobs.token_logprobs == [t.logprob for t in tokens]
+    assert [old.text[at:] for at in old.logprobs.text_offset][1] == " quick red fox"
+
+
+def test_the_embedded_models_logprobs_make_up_its_text():
+    with served(BestOfN(n=2)) as site:
+        choice = site.chat("Write a slogan for a bakery.", logprobs=True).json()["choices"][0]
+        tokens = [entry["token"] for entry in choice["logprobs"]["content"]]
+        assert "".join(tokens) == choice["message"]["content"]
+        assert len(tokens) > 3
+
+
 def test_the_extension_reaches_the_run(site):
     def ask(**options):
         return site.chat("Write about a quick red fox", best_of_n=options).json()

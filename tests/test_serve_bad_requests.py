@@ -65,7 +65,9 @@ FIELDS = {
     "frequency_penalty": ({"frequency_penalty": 0.5}, "frequency_penalty"),
     "wild presence_penalty": ({"presence_penalty": 5}, "presence_penalty"),
     "logit_bias": ({"logit_bias": {"50": 1}}, "logit_bias"),
-    "logprobs": ({"logprobs": True}, "logprobs"),
+    "logprobs as a number": ({"logprobs": 1}, "logprobs"),
+    "logprobs of other tokens": ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
+    "too many top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     "audio": ({"modalities": ["text", "audio"]}, "modalities[1]"),
     "old functions": ({"functions": [{"name": "f"}]}, "functions"),
     "store": ({"store": True}, "store"),
@@ -138,7 +140,7 @@ COMPLETIONS = {
     "several prompts": ({"prompt": ["a", "b"]}, "prompt"),
     "echo": ({"prompt": "a", "echo": True}, "echo"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix"),
-    "logprobs": ({"prompt": "a", "logprobs": 3}, "logprobs"),
+    "logprobs of other tokens": ({"prompt": "a", "logprobs": 3}, "logprobs"),
     "best_of below n": ({"prompt": "a", "best_of": 1, "n": 2}, "n"),
     "two numbers": ({"prompt": "a", "best_of": 3, "best_of_n": {"n": 2}}, "best_of"),
     "huge best_of": ({"prompt": "a", "best_of": 100}, "best_of"),
@@ -220,6 +222,11 @@ def test_control_tokens_in_a_prompt_are_ordinary_text(site):
     answer = site.chat(said, best_of_n={"n": 1})
     assert answer.status_code == 200
     assert answer.json()["best_of_n"]["instruction"] == said
+
+
+def test_logprobs_that_the_policy_does_not_tell_are_refused():
+    with served(BestOfN(lambda prompt: "text", ScriptedEngine(), n=1)) as site:
+        complains(site.chat(logprobs=True), "logprobs")
 
 
 def test_an_error_that_comes_at_once_is_no_stream_even_when_a_stream_was_asked_for(site):

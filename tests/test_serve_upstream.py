@@ -56,6 +56,14 @@ def test_tool_calls_are_scored_as_text_and_returned_as_tool_calls(site, upstream
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "tool_calls"
 
 
+def test_logprobs_are_what_upstream_says(site, upstream):
+    upstream.text = lambda seen, draw: "x"
+    for stream in (False, True):
+        answer = site.chat(logprobs=True, stream=stream)
+        text = answer.text if stream else json.dumps(answer.json(), separators=(",", ":"))
+        assert '"logprobs":{"content":[{"token":"x","logprob":-0.5,"bytes":[120],"top_logprobs":[]}]' in text
+
+
 def test_one_request_that_upstream_refuses_does_not_take_the_server_out_of_service(site, upstream):
     upstream.refuse = lambda seen: error(400, "not to our liking") if "bad" in str(seen.body) else None
     with pytest.raises(openai.APIStatusError, match="not to our liking") as refused:

@@ -99,6 +99,7 @@ class Completion:
         cumulative_logprob: sum of log p of the sampled tokens, the end token included, under the model itself
             (temperature 1, before top-p and the like), when the engine knows it.
         logprobs: the same, per sampled token.
+        pieces: the text of each of these tokens, when the engine knows it; "" for special ones.
         prompt_tokens: tokens of the prompt.
         completion_tokens: tokens sampled, the end token included.
         cached_tokens: prompt tokens that were not computed again for this completion.
@@ -114,6 +115,7 @@ class Completion:
     tokens: Tokens | None = None
     cumulative_logprob: float | None = None
     logprobs: tuple[float, ...] | None = None
+    pieces: tuple[str, ...] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0

@@ -189,7 +189,7 @@ class Batch:
         return self._keep(Partial(job.index, int(self._sample[row]), text, int(self._lengths[row])))
 
     def _finish(self, row: int, reason: FinishReason, emit: Emit, text: str | None = None) -> None:
-        ids: list[int] = self._ids[row, : self._lengths[row]].tolist()
+        ids = sampled = self._ids[row, : self._lengths[row]].tolist()
         logprobs: list[float] = self._logprobs[row, : self._lengths[row]].tolist()
         if text is None:
             if ids[-1] in self._renderer.end_ids:
@@ -206,6 +206,7 @@ class Batch:
                 tokens=self._renderer.as_tokens(ids, text),
                 cumulative_logprob=float(np.sum(logprobs, dtype=np.float64)),
                 logprobs=tuple(logprobs),
+                pieces=self._renderer.pieces(sampled),
                 prompt_tokens=len(job.ids),
                 completion_tokens=len(logprobs),
                 cached_tokens=self._rows.cached[at],

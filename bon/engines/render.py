@@ -70,6 +70,7 @@ class Renderer:
         self.plain = PlainEncoder(tokenizer)
         self.fingerprint = self.plain.fingerprint
         self._kwargs = dict(chat_template_kwargs or {})
+        self._pieces: dict[int, str] = {}
         self._skeletons: dict[tuple[Any, ...], list[_Part]] = {}
         if not tokenizer.chat_template:
             log.warning("the tokenizer has no chat template; prompts are written as 'User: ...' and 'Assistant:'")
@@ -117,6 +118,19 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self.plain.decode(ids)
+
+    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The text of each token by itself, "" for special ones.
+
+        They join to the whole text, except where a character is spread over several tokens.
+        """
+        return tuple(self._pieces[i] if i in self._pieces else self._piece(i) for i in ids)
+
+    def _piece(self, token: int) -> str:
+        """A token's text inside a text: alone, some tokenizers drop the space that it begins with."""
+        before = self.encode("a")
+        self._pieces[token] = self.decode((*before, token))[len(self.decode(before)) :]
+        return self._pieces[token]
 
     def as_tokens(self, ids: Sequence[int], text: str) -> Tokens | None:
         """The ids of a completion without special tokens, or None where they do not decode to ``text``."""

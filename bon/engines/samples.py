@@ -78,6 +78,7 @@ class Samples:
             tokens=renderer.as_tokens(ids, choice.text) if renderer and ids is not None and not error else None,
             cumulative_logprob=None if choice.logprobs is None else math.fsum(choice.logprobs),
             logprobs=choice.logprobs,
+            pieces=choice.pieces,
             prompt_tokens=answer.prompt_tokens,
             completion_tokens=choice.completion_tokens,
             cached_tokens=answer.cached_tokens,

@@ -176,6 +176,7 @@ class _Row:
             reason,  # type: ignore[arg-type]
             cumulative_logprob=math.fsum(logprobs),
             logprobs=logprobs,
+            pieces=(*self.words[: self.at], *([""] if ended else [])),
             prompt_tokens=_count(self.prompt),
             completion_tokens=len(logprobs),
         )

@@ -150,6 +150,7 @@ class Request:
             tokens=renderer.as_tokens(ids, text),
             cumulative_logprob=math.fsum(self.logprobs),
             logprobs=tuple(self.logprobs),
+            pieces=renderer.pieces(self.ids),
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.ids),
             cached_tokens=self.cached or 0,

@@ -10,7 +10,7 @@ import contextlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import openai
@@ -54,6 +54,7 @@ class Choice:
     text: str
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None = None
+    pieces: tuple[str, ...] | None = None
     token_ids: tuple[int, ...] | None = None
     completion_tokens: int = 0
     tool_calls: tuple[Mapping[str, Any], ...] = ()
@@ -206,13 +207,7 @@ def _share_out(choices: Sequence[Choice], total: int) -> list[Choice]:
     if len(choices) == 1 or not all(listed):
         share, more = divmod(total, len(choices))
         listed = [share + (i < more) for i in range(len(choices))] if total else listed
-    return [_with_tokens(choice, tokens) for choice, tokens in zip(choices, listed, strict=True)]
-
-
-def _with_tokens(choice: Choice, tokens: int) -> Choice:
-    return Choice(
-        choice.text, choice.finish_reason, choice.logprobs, choice.token_ids, tokens, choice.tool_calls, choice.filtered
-    )
+    return [replace(choice, completion_tokens=tokens) for choice, tokens in zip(choices, listed, strict=True)]
 
 
 def _read_choice(choice: Mapping[str, Any]) -> Choice:
@@ -233,6 +228,7 @@ def _read_choice(choice: Mapping[str, Any]) -> Choice:
         "\n".join(part for part in (text, canonical_calls(calls)) if part),
         _FINISH.get(str(reason), "stop"),
         read_logprobs(choice.get("logprobs")),
+        read_pieces(choice.get("logprobs")),
         tuple(ids) if isinstance(ids, list) and all(isinstance(i, int) for i in ids) else None,
         tool_calls=calls,
         filtered=reason == "content_filter",
@@ -277,6 +273,16 @@ def read_logprobs(logprobs: object) -> tuple[float, ...] | None:
     return numbers if len(numbers) == len(values) else None
 
 
+def read_pieces(logprobs: object) -> tuple[str, ...] | None:
+    """Texts of the sampled tokens, from either API's shape; None when one is missing."""
+    if not isinstance(logprobs, Mapping):
+        return None
+    content, values = logprobs.get("content"), logprobs.get("tokens")
+    if isinstance(content, list):
+        values = [item.get("token") if isinstance(item, Mapping) else None for item in content]
+    return tuple(values) if isinstance(values, list) and all(isinstance(v, str) for v in values) else None
+
+
 def prompt_logprobs(data: Mapping[str, Any], length: int) -> list[float | None] | None:
     """Log-probabilities of a prompt's own tokens (the first has none); None when the answer does not have them."""
     choices = data.get("choices")
@@ -312,6 +318,7 @@ class Growing:
     events: int = 0  # chunks with text: about one token each
     finish_reason: str | None = None
     logprobs: list[float] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     usage: TokenUsage = field(default_factory=TokenUsage)
 
@@ -330,6 +337,7 @@ class Growing:
         self.text += piece
         self.events += bool(piece)
         self.logprobs += read_logprobs(choice.get("logprobs")) or ()
+        self.pieces += read_pieces(choice.get("logprobs")) or ()
         self.token_ids += choice.get("token_ids") or ()
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return bool(piece) and self.finish_reason is None
@@ -353,6 +361,7 @@ class Growing:
             self.text,
             reason,
             logprobs or None,
+            tuple(self.pieces) or None,
             tuple(self.token_ids) or None,
             self.tokens,
             filtered=self.finish_reason == "content_filter",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import orjson
 
 from bon.engines.wire import canonical_calls
-from bon.serve.failures import ApiError
+from bon.serve.failures import ApiError, bad
 from bon.serve.plan import Plan
 from bon.similarity import matched_words
 from bon.types import Candidate, Result, Score, Usage
@@ -80,7 +81,7 @@ class Answer:
             if pick is None and self._plan.chat:
                 yield self._chunk({"refusal": result.selection.reason}, place)
             evidence = {"best_of_n": self._evidence(result, queue_s)} if place == len(picks) - 1 else {}
-            yield self._chunk({} if self._plan.chat else "", place, _ended(pick), **evidence)
+            yield self._chunk({} if self._plan.chat else "", place, _ended(pick), self._logprobs(pick), **evidence)
         if self._plan.stream_usage:
             yield _event({**self._head(self._kind), "choices": [], "usage": usage_body(result.usage)})
         yield DONE
@@ -109,7 +110,7 @@ class Answer:
         return [*picks[: self._plan.k]]
 
     def _choice(self, place: int, pick: Candidate | None, result: Result) -> dict[str, Any]:
-        ended: dict[str, Any] = {"index": place, "logprobs": None, "finish_reason": _ended(pick)}
+        ended: dict[str, Any] = {"index": place, "logprobs": self._logprobs(pick), "finish_reason": _ended(pick)}
         if not self._plan.chat:
             return {**ended, "text": pick.text if pick else ""}
         message: dict[str, Any] = {
@@ -120,6 +121,30 @@ class Answer:
         if pick and pick.tool_calls:
             message["tool_calls"] = list(pick.tool_calls)
         return {**ended, "message": message}
+
+    def _logprobs(self, pick: Candidate | None) -> dict[str, Any] | None:
+        """The answer's tokens with their log-probabilities; in a stream they come with the end of the answer.
+
+        Raises:
+            ApiError: 400 when the policy does not tell them.
+        """
+        if pick is None or not self._plan.logprobs:
+            return None
+        if pick.logprobs is None:
+            raise bad("logprobs", "the policy does not tell them.", "unsupported_parameter")
+        spoken = _spoken(pick, pick.logprobs)
+        if self._plan.chat:
+            content = [
+                {"token": piece, "logprob": logprob, "bytes": _bytes(piece), "top_logprobs": []}
+                for piece, logprob in spoken
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [piece for piece, _ in spoken],
+            "token_logprobs": [logprob for _, logprob in spoken],
+            "top_logprobs": None,
+            "text_offset": [*accumulate((len(piece) for piece, _ in spoken[:-1]), initial=0)] if spoken else [],
+        }
 
     def _evidence(self, result: Result, queue_s: float) -> dict[str, Any]:
         rewards = [s.reward for s in result.scores if s.reward is not None]
@@ -179,9 +204,11 @@ class Answer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._plan.model}
 
-    def _chunk(self, delta: Any, place: int = 0, finish_reason: str | None = None, **more: Any) -> bytes:
+    def _chunk(
+        self, delta: Any, place: int = 0, finish_reason: str | None = None, logprobs: Any = None, **more: Any
+    ) -> bytes:
         content = {"delta": delta} if self._plan.chat else {"text": delta}
-        choice = {"index": place, **content, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": place, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         return _event({**self._head(self._kind), "choices": [choice], **more})
 
 
@@ -214,6 +241,22 @@ def _text(result: Result, index: int) -> str:
 
 def _reason(candidate: Candidate) -> str | None:
     return None if candidate.finish_reason == "pruned" else candidate.finish_reason
+
+
+def _spoken(pick: Candidate, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The tokens of the answer's text: no special ones, and none past a stop string."""
+    spoken = [(piece, logprob) for piece, logprob in logprobs if piece]
+    said = "".join(piece for piece, _ in spoken)
+    if said.startswith(pick.text):
+        surplus = len(said) - len(pick.text)
+        while spoken and len(spoken[-1][0]) <= surplus:
+            surplus -= len(spoken.pop()[0])
+    return spoken
+
+
+def _bytes(piece: str) -> list[int] | None:
+    """UTF-8 of a token; None for one that holds a part of a character."""
+    return None if "\ufffd" in piece else list(piece.encode())
 
 
 def _content(pick: Candidate) -> str | None:

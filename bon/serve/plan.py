@@ -28,6 +28,7 @@ class Plan:
         chat: which of the two endpoints.
         k: how many are returned.
         stream, stream_usage: whether as a stream, and whether that ends with the usage.
+        logprobs: whether the tokens of the answer come with their log-probabilities.
         return_candidates: whether all candidates are returned.
         deadline_s: seconds from arrival.
         min_reward: whether there is one, so that the answer may be refused.
@@ -42,6 +43,7 @@ class Plan:
     k: int
     stream: bool
     stream_usage: bool
+    logprobs: bool
     return_candidates: bool
     deadline_s: float | None
     min_reward: bool
@@ -74,8 +76,6 @@ class Planner:
             served = ", ".join(repr(name) for name in self.models)
             message = f"there is no model {request.model!r:.100}; this server has {served}."
             raise ApiError(404, message, "model_not_found", "model")
-        if request.logprobs:
-            raise bad("logprobs", "are not available here.", "unsupported_parameter")
         if request.stream_options is not None and not request.stream:
             raise bad("stream_options", "is for requests with stream=true.")
         options, k = request.options, request.n or 1
@@ -104,6 +104,7 @@ class Planner:
             k=k,
             stream=bool(request.stream),
             stream_usage=bool(request.stream_options and request.stream_options.include_usage),
+            logprobs=_wants_logprobs(request),
             return_candidates=options.return_candidates,
             deadline_s=self._deadline(options.deadline_s),
             min_reward=options.min_reward is not None,
@@ -157,6 +158,15 @@ class Planner:
         if asked is not None and most is not None and asked > most:
             raise bad("best_of_n.deadline_s", f"is {asked:g}, and this server allows {most:g} s at most.")
         return most if asked is None else asked
+
+
+def _wants_logprobs(request: ChatRequest | CompletionRequest) -> bool:
+    """Whether they are wanted; those of tokens that were not chosen cannot be had."""
+    chat = isinstance(request, ChatRequest)
+    name, others = ("top_logprobs", request.top_logprobs) if chat else ("logprobs", request.logprobs)  # type: ignore[union-attr]
+    if others:
+        raise bad(name, "is 0 at most here: only the chosen tokens' are known.", "unsupported_parameter")
+    return bool(request.logprobs) if chat else request.logprobs is not None
 
 
 def default_scorers(bon: BestOfN) -> dict[str, Scorer]:

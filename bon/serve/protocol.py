@@ -355,12 +355,37 @@ class MessageBody(BaseModel):
     tool_calls: list[dict[str, Any]] | None = None
 
 
+class TokenLogprob(BaseModel):
+    """A token of the answer."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[Any] = Field(max_length=0)
+
+
+class ChatLogprobs(BaseModel):
+    """The tokens of the answer, when they were asked for."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(BaseModel):
+    """The tokens of the answer, when they were asked for."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: None
+    text_offset: list[int]
+
+
 class ChatChoice(BaseModel):
     """One of the best."""
 
     index: int
     message: MessageBody
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
@@ -381,7 +406,7 @@ class TextChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
