@@ -5,11 +5,11 @@ import shutil
 import subprocess
 import time
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from serving import openai, served
 
-import bon.serve
 from bon import BestOfN, RewardFunction, Sampling
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
@@ -416,36 +416,37 @@ def test_the_dashboard_asks_only_for_metrics_that_exist(site):
     assert wanted <= exposed
 
 
-# The examples of bon.serve's docstring, executed.
+# The README's clients, executed.
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def examples():
-    """The docstring's Python blocks and its curl command."""
-    lines = [line[4:] for line in bon.serve.__doc__.splitlines() if line.startswith("    ") or not line]
-    text = "\n".join(lines)
-    client, langchain, curl = (text.index(start) for start in ("from openai", "from langchain_openai", "curl "))
-    return text[client:langchain], text[langchain:curl], text[curl : text.index("app.py")].strip()
+def example(language, start):
+    """A block of the README that talks to a server."""
+    [block] = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if b.startswith(start)]
+    assert "http://127.0.0.1:8000" in block
+    return block
 
 
-def at(site, example):
-    assert "http://127.0.0.1:8000" in example
-    return example.replace("http://127.0.0.1:8000", site.url)
+def at(site, block):
+    return block.replace("http://127.0.0.1:8000", site.url)
 
 
-def test_the_docstrings_openai_example_runs(site, capsys):
-    exec(at(site, examples()[0]) + "\nclient.close()", {})
+def test_the_readmes_openai_client_runs(site, capsys):
+    exec(at(site, example("python", "from openai")) + "\nclient.close()", {})
     assert "Monday." in capsys.readouterr().out
 
 
-def test_the_docstrings_langchain_example_runs(site, capsys):
+def test_the_readmes_langchain_client_runs(site, capsys):
     pytest.importorskip("langchain_openai")
-    exec(at(site, examples()[1]), {})
+    exec(at(site, example("python", "from langchain_openai")), {})
     assert "bakery." in capsys.readouterr().out
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
-def test_the_docstrings_curl_example_runs(site):
-    done = subprocess.run(["sh", "-c", at(site, examples()[2]) + " -s"], capture_output=True, timeout=30, check=True)
+def test_the_readmes_curl_command_runs(site):
+    command = at(site, example("sh", "curl")).strip() + " -s"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=30, check=True)
     assert len(json.loads(done.stdout)["choices"]) == 3
 
 

@@ -1,24 +1,6 @@
 """An OpenAI-compatible server whose completions are the best of N.
 
-Clients of OpenAI's API change their base URL and nothing else. With ``bon serve`` running:
-
-    from openai import OpenAI
-
-    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
-    answer = client.chat.completions.create(
-        model="bon-mini",
-        messages=[{"role": "user", "content": "Write a reminder for Anna to water the plants on Monday."}],
-        extra_body={"best_of_n": {"n": 16, "stop_at": 1.0}},
-    )
-    print(answer.choices[0].message.content, answer.best_of_n["reward"])
-
-    from langchain_openai import ChatOpenAI
-
-    model = ChatOpenAI(model="bon-mini", base_url="http://127.0.0.1:8000/v1", api_key="none")
-    print(model.invoke("Write a slogan for a bakery.").content)
-
-    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
-        -d '{"messages": [{"role": "user", "content": "Write a slogan for a bakery."}], "n": 3}'
+Clients of OpenAI's API change their base URL and nothing else; the README has examples.
 
 Send traffic by ``/ready``. Restart by ``/ready`` as well where the model is inside this process (Kubernetes: a liveness
 probe that fails for a minute), and by ``/health`` where it is behind HTTP, which a restart does not heal; see
