@@ -168,6 +168,8 @@ def test_sampling_fields_keep_their_meaning(site):
     assert [c.message.content for c in seeded[0]] == [c.message.content for c in seeded[1]]
     ignored = create(model="bon-mini", messages=MESSAGES, user="someone", metadata={"a": "b"}, frequency_penalty=0)
     assert ignored.choices[0].message.content == "a quick red fox"
+    neutral = {"repetition_penalty": 1.0, "ignore_eos": False}  # vLLM's clients send them
+    assert create(model="bon-mini", messages=MESSAGES, extra_body=neutral).choices[0].finish_reason == "stop"
 
 
 def test_logprobs_are_those_of_the_answers_tokens(site):
@@ -377,6 +379,7 @@ def test_the_log_has_one_line_for_each_request_and_no_prompt_text(caplog):
         requests = [json.loads(line) for line in lines if json.loads(line).get("event") == "request"]
         assert [r["status"] for r in requests] == [200, 400]
         assert requests[0]["n"] == 2
+        assert requests[1]["code"] == "unknown_parameter"
         assert requests[0]["policy_tokens"] > 0
         assert ("confidential words" in "".join(lines)) is log_prompts
         assert "secret-key" not in "".join(lines)

@@ -64,6 +64,8 @@ FIELDS = {
     "response_format": ({"response_format": {"type": "json_object"}}, "response_format"),
     "frequency_penalty": ({"frequency_penalty": 0.5}, "frequency_penalty"),
     "wild presence_penalty": ({"presence_penalty": 5}, "presence_penalty"),
+    "repetition_penalty": ({"repetition_penalty": 1.2}, "repetition_penalty"),
+    "ignore_eos": ({"ignore_eos": True}, "ignore_eos"),
     "logit_bias": ({"logit_bias": {"50": 1}}, "logit_bias"),
     "logprobs as a number": ({"logprobs": 1}, "logprobs"),
     "logprobs of other tokens": ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),

@@ -217,8 +217,8 @@ def create_app(bon: BestOfN, settings: Settings | None = None, scorers: Mapping[
             """Show the playground."""
             return Response(PAGE, media_type="text/html; charset=utf-8", headers={"content-security-policy": POLICY})
 
-    app.add_exception_handler(ApiError, lambda request, error: _as_api(error).response())
-    app.add_exception_handler(HTTPException, lambda request, error: _as_api(error).response())
+    app.add_exception_handler(ApiError, _answer)
+    app.add_exception_handler(HTTPException, _answer)
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
@@ -276,6 +276,13 @@ _ERRORS = {
     502: "The server behind this one refuses the request",
     503: "A model does not answer, or the server shuts down",
 }
+
+
+def _answer(request: Request, error: Exception) -> Response:
+    """Put an error into OpenAI's shape; the log says what kind of error it was, which holds no text of the client's."""
+    answer = _as_api(error)
+    request.state.log["code"] = answer.code
+    return answer.response()
 
 
 def _as_api(error: Exception) -> ApiError:

@@ -28,9 +28,18 @@ POLICY_FIELDS = (
     "logit_bias",
     "reasoning_effort",
     "verbosity",
+    *("repetition_penalty", "ignore_eos", "min_tokens"),  # vLLM's, which its own clients send
 )
 _ABOUT_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
-_NEUTRAL = {"response_format": {"type": "text"}, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
+_NEUTRAL = {
+    "response_format": {"type": "text"},
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "repetition_penalty": 1,
+    "ignore_eos": False,
+    "min_tokens": 0,
+}
 
 
 class _Body(BaseModel):
@@ -118,6 +127,9 @@ class _Common(_Body):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
 
     @property
     def options(self) -> BestOfNOptions:
