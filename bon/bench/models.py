@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from bon.engines.base import Engine, load_engine
-from bon.errors import UnknownNameError
+from bon.errors import InputError, UnknownNameError
 
 CONTEXT = 8192
 
@@ -107,6 +107,41 @@ def random_model(
     return folder
 
 
+def dummy_model(folder: Path, config: str | Path, *, tokenizer: str | Path | None = None) -> Path:
+    """Write a folder with a configuration and a tokenizer and no weights: vLLM's ``load_format="dummy"`` makes them up.
+
+    Args:
+        folder: where to; made if it is not there.
+        config: a key of ``SHAPES``, a ``config.json``, or a folder that holds one.
+        tokenizer: folder or name; None for the mini model's, which is small but enough to make and read text.
+
+    Raises:
+        UnknownNameError: neither a shape nor a file or folder.
+        InputError: a file that is no configuration of a model that is known here.
+    """
+    from bon.mini import WEIGHTS
+
+    words = AutoTokenizer.from_pretrained(tokenizer or WEIGHTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    if str(config) in SHAPES:
+        shape = str(config)
+        fields = {**SHAPES[shape], "max_position_embeddings": CONTEXT, "tie_word_embeddings": True}
+        written = (LlamaConfig if shape.startswith("llama") else Qwen3Config)(**fields, dtype="bfloat16")
+        written.architectures = ["LlamaForCausalLM" if shape.startswith("llama") else "Qwen3ForCausalLM"]
+    elif Path(config).exists():
+        try:
+            written = AutoConfig.from_pretrained(config)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{str(config)!r} is no configuration of a model: {str(error).splitlines()[0]}") from error
+    else:
+        raise UnknownNameError("model shape, and there is no such file or folder:", str(config), SHAPES)
+    text = written.get_text_config(decoder=True)
+    text.vocab_size = max(text.vocab_size, len(words))
+    written.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
 def describe(model: str | Path | None) -> dict[str, Any]:
     """Name, size and shape of a model, for the conditions card. Nothing is loaded but its configuration."""
     from bon.mini import WEIGHTS
@@ -154,6 +189,13 @@ class Filler:
     def __call__(self, tokens: int) -> str:
         """As many words as tokens are asked for; the text starts with a space."""
         return "".join(self._random.choices(self._words, k=tokens))
+
+
+def word_ids(tokenizer: Any, most: int = 64) -> list[int]:
+    """Token ids of ``single_token_words``: whatever is made of them round-trips through text, and ends nothing."""
+    return [
+        int(tokenizer.encode("." + word, add_special_tokens=False)[-1]) for word in single_token_words(tokenizer, most)
+    ]
 
 
 def single_token_words(tokenizer: Any, most: int = 500) -> Sequence[str]:
