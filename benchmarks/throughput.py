@@ -1,15 +1,19 @@
 """Throughput over a file of prompts, against the plain loop that a user would write with transformers.
 
-Claims: 200 prompts with n=8 go through bon at least five times as fast as through `generate(num_return_sequences=8)`
-and a loop that scores one candidate after the other, prompt by prompt (`end_to_end`). A more careful loop, which scores
-a prompt's 8 candidates in one padded batch, is measured beside it (`end_to_end_batched`). All sides use the same model,
-prompts, sampling, scoring prompt and reward.
+On the torch engine: 200 prompts with n=8 go through bon at least five times as fast as through
+`generate(num_return_sequences=8)` and a loop that scores one candidate after the other, prompt by prompt
+(`end_to_end`). A more careful loop, which scores a prompt's 8 candidates in one padded batch, is measured beside it
+(`end_to_end_batched`). All sides use the same model, prompts, sampling, scoring prompt and reward.
+
+With `--engine vllm`: 500 prompts with n=8 go through bon at nine tenths of the tokens a second of vLLM's own offline
+`LLM.generate`, which gets the same token ids in two calls, all candidates and then all scoring prompts, and decodes the
+same number of tokens for each (`offline_throughput`).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,72 +23,124 @@ import torch
 
 from bon import BestOfN
 from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, parser, table
-from bon.bench.models import describe, open_engine
+from bon.bench.opening import forced, forget, model_options, open_models
 from bon.engines.loading import load
 from bon.mini import WEIGHTS
 from bon.mini.tasks import sample_instructions
 from bon.prompts import load_style
 from bon.scorers import Flip
 from bon.similarity import WordF1
-from bon.types import Sampling, Task
+from bon.types import Result, Sampling, Task
 
-BON, PLAIN, BATCHED = "bon", "plain loop", "plain loop, batched scoring"
+BON, VLLM = "bon", "vLLM's generate"
+PLAIN, BATCHED = "plain loop", "plain loop, batched scoring"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What one side made of the prompts: mean reward of the winners, and tokens that were decoded."""
 
-    reward: float
+    reward: float | None
     tokens: int
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
-    count, rounds = options.prompts or (12 if options.quick else 200), 1 if options.quick else 3
+    on_vllm = options.engine == "vllm"
+    count = options.prompts or (12 if options.quick else 500 if on_vllm else 200)
     prompts = sample_instructions(count, options.seed)
-    sampling = Sampling(max_tokens=options.max_tokens, seed=options.seed)
-    engine = open_engine(options.policy, options)
-    bon = BestOfN(
-        engine,
-        Flip(engine, sampling=Sampling(temperature=0.0, max_tokens=options.max_tokens)),
-        n=options.n,
-        sampling=sampling,
-    )
+    models = open_models(options)
+    try:
+        card = conditions(seed=options.seed, dtype=options.dtype, engine=options.engine, model=models.facts["policy"])
+        report = Report("throughput", {**card, "prompts": count, "n": options.n, "max_tokens": options.max_tokens})
+        extra = forced(models.policy) if models.dummy else {}
+        bon = BestOfN(
+            models.policy,
+            Flip(models.scorer, sampling=Sampling(temperature=0.0, max_tokens=options.max_tokens, extra=extra)),
+            n=options.n,
+            sampling=Sampling(max_tokens=options.max_tokens, seed=options.seed, extra=extra),
+        )
+        (_beside_vllm if on_vllm else _beside_loops)(report, bon, prompts, options)
+    finally:
+        models.close()
+    report.text += [f"{key}: {spread:.2f} (quartiles)" for key, spread in report.ratios.items()]
+    report.emit(options.out)
+
+
+def _beside_loops(report: Report, bon: BestOfN, prompts: Sequence[str], options: argparse.Namespace) -> None:
+    """Bon and two plain loops: times of a loop / time of bon."""
     loop = PlainLoop(options.policy or WEIGHTS, options)
-    card = conditions(seed=options.seed, dtype=options.dtype, engine=options.engine, model=describe(options.policy))
     sides: dict[str, Callable[[int], Outcome]] = {
         PLAIN: lambda round_: loop(_some(prompts, round_), batched=False),
         BATCHED: lambda round_: loop(_some(prompts, round_), batched=True),
-        BON: lambda round_: _with_bon(bon, _some(prompts, round_)),
+        BON: lambda round_: _with_bon(bon, _some(prompts, round_))[0],
     }
     torch.manual_seed(options.seed)
-    timed = interleave(sides, rounds, label="throughput")
-    report = Report("throughput", {**card, "prompts": count, "n": options.n, "max_tokens": options.max_tokens})
-    seconds = {name: [t.seconds for t in ts] for name, ts in timed.items()}
+    seconds = _measure(report, sides, options, len(prompts))
     for key, side in (("end_to_end", PLAIN), ("end_to_end_batched", BATCHED)):
-        pairs = Pairs(key, {"prompts": count, "n": options.n}, (side, BON), seconds[side], seconds[BON])
+        pairs = Pairs(key, {"prompts": len(prompts), "n": options.n}, (side, BON), seconds[side], seconds[BON])
         report.ratios[key] = pairs.ratio
         report.rows.append(pairs.to_dict())
+
+
+def _beside_vllm(report: Report, bon: BestOfN, prompts: Sequence[str], options: argparse.Namespace) -> None:
+    """Bon and vLLM's own offline engine on the same tokens: tokens a second of bon / of vLLM."""
+    from bon.bench.offline import Offline, requests_of
+
+    engine: Any = bon.policy
+    offline = Offline(engine)
+    latest: list[Any] = []
+
+    def with_bon(round_: int) -> Outcome:
+        outcome, latest[:] = _with_bon(bon, _some(prompts, round_))
+        return outcome
+
+    def with_vllm(round_: int) -> Outcome:
+        return Outcome(None, offline(*requests, bon.sampling))
+
+    def prepare() -> None:
+        """Empty both caches; what bon has just done is what vLLM does next."""
+        forget(engine)
+        offline.forget()
+        requests[:] = requests_of(engine, bon.scorer, latest)  # type: ignore[arg-type]
+
+    requests: list[Any] = []
+    try:
+        seconds = _measure(report, {BON: with_bon, VLLM: with_vllm}, options, len(prompts), prepare)
+    finally:
+        offline.close()
+    pairs = Pairs("offline_throughput", {"n": options.n}, (VLLM, BON), seconds[VLLM], seconds[BON])
+    report.ratios["offline_throughput"] = pairs.ratio
+    report.rows.append(pairs.to_dict())
+
+
+def _measure(
+    report: Report,
+    sides: Mapping[str, Callable[[int], Outcome]],
+    options: argparse.Namespace,
+    count: int,
+    before: Callable[[], None] | None = None,
+) -> dict[str, list[float]]:
+    """Run the sides in turn and report each; seconds of each side."""
+    timed = interleave(sides, 1 if options.quick else 3, label="throughput", before=before)
     lines = []
     for name, of_side in timed.items():
+        rewards = [t.value.reward for t in of_side if t.value.reward is not None]
         row = {
             "case": "side",
             "side": name,
-            "seconds": Spread.of(seconds[name]).median,
+            "seconds": Spread.of([t.seconds for t in of_side]).median,
             "prompts_per_s": Spread.of([count / t.seconds for t in of_side]).median,
+            "tokens": of_side[0].value.tokens,
             "tokens_per_s": Spread.of([t.value.tokens / t.seconds for t in of_side]).median,
-            "mean_best_reward": float(np.mean([t.value.reward for t in of_side])),
+            "mean_best_reward": float(np.mean(rewards)) if rewards else None,
         }
         report.rows.append(row)
-        figures = [
-            f"{row[k]:.{d}f}"
-            for k, d in (("seconds", 1), ("prompts_per_s", 1), ("tokens_per_s", 0), ("mean_best_reward", 3))
-        ]
-        lines.append([name, *figures])
-    report.text.append(table(["side", "seconds", "prompts/s", "tokens/s", "mean best reward"], lines))
-    report.text += [f"{key}: {spread:.2f} times as fast (quartiles)" for key, spread in report.ratios.items()]
-    report.emit(options.out)
+        digits = {"seconds": 1, "prompts_per_s": 1, "tokens": 0, "tokens_per_s": 0, "mean_best_reward": 3}
+        lines.append([name, *("" if row[k] is None else f"{row[k]:.{d}f}" for k, d in digits.items())])
+    headers = ["side", "seconds", "prompts/s", "tokens", "tokens/s", "mean best reward"]
+    report.text.append(table(headers, lines))
+    return {name: [t.seconds for t in of_side] for name, of_side in timed.items()}
 
 
 def _some(prompts: Sequence[str], round_: int) -> Sequence[str]:
@@ -92,10 +148,10 @@ def _some(prompts: Sequence[str], round_: int) -> Sequence[str]:
     return prompts if round_ >= 0 else prompts[:4]
 
 
-def _with_bon(bon: BestOfN, prompts: Sequence[str]) -> Outcome:
+def _with_bon(bon: BestOfN, prompts: Sequence[str]) -> tuple[Outcome, list[Result]]:
     results = list(bon.map(prompts))
     tokens = sum(r.usage.policy_completion_tokens + r.usage.scorer_completion_tokens for r in results)
-    return Outcome(float(np.mean([r.reward or 0.0 for r in results])), tokens)
+    return Outcome(float(np.mean([r.reward or 0.0 for r in results])), tokens), results
 
 
 class PlainLoop:
@@ -142,10 +198,9 @@ class PlainLoop:
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    options = parser(__doc__)
-    options.add_argument("--engine", default="torch", choices=["torch"], help="what runs bon's models")
-    options.add_argument("--policy", type=Path, help="folder of policy and scorer; the mini model when not given")
-    options.add_argument("--prompts", type=int, metavar="COUNT", help="from the mini world; 200, or 12 with --quick")
+    options = parser(__doc__ or "")
+    model_options(options)
+    options.add_argument("--prompts", type=int, metavar="COUNT", help="torch 200, vllm 500; 12 with --quick")
     options.add_argument("--n", type=int, default=8, help="candidates for each prompt")
     options.add_argument("--max-tokens", type=int, default=96, help="of a response and of a reconstruction")
     return options.parse_args(argv)

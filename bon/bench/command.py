@@ -9,6 +9,7 @@ from bon import background
 from bon.bench.harness import Report, conditions
 from bon.bench.latency import latency_table, measure_latency
 from bon.bench.models import shape_of
+from bon.bench.opening import forget
 from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
 from bon.bench.sharing import forward_table, measure_forward
 from bon.engines.base import Engine
@@ -52,7 +53,10 @@ def bench(
     report = Report("bench", conditions(policy=policy.name, scorer=flip.name, tasks=len(tasks), n=n, seed=seed))
     report.conditions["max_tokens"] = max_tokens
 
-    latencies = measure_latency(policy, scorers, tasks, _numbers(n, quick), sampling)
+    def fresh() -> None:
+        forget(policy, flip)
+
+    latencies = measure_latency(policy, scorers, tasks, _numbers(n, quick), sampling, before=fresh)
     report.text.append(latency_table(latencies))
     for latency in latencies:
         report.rows += latency.rows()
@@ -60,7 +64,7 @@ def bench(
         report.ratios["overhead_likelihood" if name == LIKELIHOOD else "overhead"] = latencies[-1].overhead(name)
 
     exact = isinstance(flip, TorchEngine) and flip._model.dtype.itemsize == 4
-    pruning = measure_pruning(policy, judge, tasks, n, sampling, exact=exact)
+    pruning = measure_pruning(policy, judge, tasks, n, sampling, exact=exact, before=fresh)
     report.text.append(pruning.text())
     report.rows += pruning.rows()
     report.ratios["pruning_saved"], report.ratios["stopping_saved"] = pruning.saved(PRUNED), pruning.saved(STOPPED)

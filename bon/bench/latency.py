@@ -76,6 +76,8 @@ def measure_latency(
     tasks: Sequence[Task],
     ns: Sequence[int],
     sampling: Sampling,
+    *,
+    before: Callable[[], object] | None = None,
 ) -> list[Latency]:
     """Time every n on every task.
 
@@ -85,12 +87,18 @@ def measure_latency(
         tasks: one round for each; the first also warms up.
         ns: numbers of candidates.
         sampling: should have a seed, or the sides sample different candidates.
+        before: called before each measurement, outside its time.
     """
-    return [_measure(policy, scorers, tasks, n, sampling) for n in ns]
+    return [_measure(policy, scorers, tasks, n, sampling, before) for n in ns]
 
 
 def _measure(
-    policy: Engine, scorers: Mapping[str, Scorer], tasks: Sequence[Task], n: int, sampling: Sampling
+    policy: Engine,
+    scorers: Mapping[str, Scorer],
+    tasks: Sequence[Task],
+    n: int,
+    sampling: Sampling,
+    before: Callable[[], object] | None,
 ) -> Latency:
     def alone(round_: int) -> None:
         background.run(_sample_only(policy, tasks[max(round_, 0)], sampling, n))
@@ -100,7 +108,7 @@ def _measure(
         return lambda round_: background.run(bon.run(tasks[max(round_, 0)]))
 
     sides = {ALONE: alone, **{name: best_of(scorer) for name, scorer in scorers.items()}}
-    timed: dict[str, list[Timed[Any]]] = interleave(sides, len(tasks), label=f"latency n={n}")
+    timed: dict[str, list[Timed[Any]]] = interleave(sides, len(tasks), label=f"latency n={n}", before=before)
     return Latency(
         n,
         [t.seconds for t in timed[ALONE]],

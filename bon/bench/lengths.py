@@ -13,8 +13,8 @@ from pathlib import Path
 
 import orjson
 
-from bon.mini.tasks import response, sample_tasks
 from bon.mini.tasks import instruction as instruction_of
+from bon.mini.tasks import response, sample_tasks
 
 TOKENS_PER_WORD = 4 / 3
 """Of English text under the tokenizers of today's large models."""

@@ -14,8 +14,11 @@ from bon import background
 from bon.bench.models import SHAPES, describe, dummy_model, open_engine, word_ids
 from bon.engines.base import Engine, load_engine
 from bon.engines.placement import _gpus, _need, load_together, place
-from bon.errors import InputError
+from bon.errors import EngineError, InputError
 from bon.mini import WEIGHTS
+
+RESETS = 5000
+"""Tries to empty a prefix cache."""
 
 
 def model_options(options: argparse.ArgumentParser, what: str = "models") -> None:
@@ -123,7 +126,7 @@ def forget(*engines: Engine) -> None:
     Other engines keep nothing from one call to the next.
 
     Raises:
-        TimeoutError: blocks of the cache stay in use.
+        EngineError: an engine that is still at work.
     """
     for engine in engines:
         llm = getattr(getattr(engine, "_engine", None), "llm", None)
@@ -132,6 +135,8 @@ def forget(*engines: Engine) -> None:
 
 
 async def _reset(llm: Any) -> None:
-    async with asyncio.timeout(30):  # aborted requests free their blocks a step later
-        while not await llm.reset_prefix_cache():
-            await asyncio.sleep(0.002)
+    for _ in range(RESETS):
+        if await llm.reset_prefix_cache():
+            return
+        await asyncio.sleep(0.002)  # aborted requests free their blocks a step later
+    raise EngineError("the prefix cache cannot be emptied: requests are still running.")

@@ -1,9 +1,9 @@
 """Best-of-N as a good engineer writes it against vLLM's own engine, to be compared with bon.
 
-All candidates are sampled, then all are scored: one by one, or all at once. Every candidate and every reconstruction is
-a request of its own, as in bon, because only so can each have a length and a seed of its own; one request for n samples
-costs the same (``SampledTogether`` shows it). The token ids, seeds, lengths, scoring prompts and rewards are bon's. What
-bon does besides is left out: log-probabilities, text as it grows, scoring identical candidates once.
+All candidates are sampled, then all are scored: one by one, or all at once. Every candidate and every reconstruction
+is a request of its own, as in bon, because only so can each have a length and a seed of its own; one request for n
+samples costs the same (``sample_together`` shows it). The token ids, seeds, lengths, scoring prompts and rewards are
+bon's. What bon does besides is left out: log-probabilities, text as it grows, scoring identical candidates once.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 The same candidates are scored three times: with nothing skipped, with pruning, and with pruning and a stop at the
 maximum reward. The winner's reward must be the same each time, on every prompt, and with pruning alone so must the
 winner; a benchmark that finds otherwise fails instead of reporting a saving.
+
+Where each candidate is scored as it finishes (vLLM), what is saved depends on when it does, so they are sampled each
+time as well, with the same seed. A stop then also saves the candidates that were still being sampled.
 """
 
 from __future__ import annotations
@@ -35,12 +38,14 @@ class Pruning:
         results: side -> one result for each prompt.
         seconds: side -> scoring time for each prompt.
         informed: tokens the scorer decodes for each prompt when pruning knows the winner's reward from the start.
+        sampled: whether each way sampled the candidates itself, so that times and stops include the sampling.
     """
 
     n: int
     results: Mapping[str, Sequence[Result]]
     seconds: Mapping[str, Sequence[float]]
     informed: Sequence[int]
+    sampled: bool = False
 
     def tokens(self, side: str) -> list[int]:
         """Tokens the scorer decoded, for each prompt."""
@@ -65,7 +70,7 @@ class Pruning:
                 "tokens_everything": sum(self.tokens(EVERYTHING)),
                 "tokens": sum(self.tokens(side)),
                 "saved": self.saved(side).median,
-                "possible_in_step": self.possible_in_step,
+                "possible_in_step": None if self.sampled else self.possible_in_step,
                 "possible_informed": self.possible_informed,
                 "saved_on_duplicates": self.saved_on_duplicates,
                 "scores_pruned": sum(result.counts.get("pruned", 0) for result in self.results[side]),
@@ -87,12 +92,13 @@ class Pruning:
             ]
             for side in (EVERYTHING, PRUNED, STOPPED)
         ]
+        in_step = f"The best possible bound saves {self.possible_in_step:.1%} while rows decode in step.\n"
         headers = ["scoring", "tokens", "saved", "pruned", "ms", "time ratio"]
         count = len(self.results[PRUNED])
         notes = (
             f"{count} prompts, {self.n} candidates each.\n"
             f"Winner's reward unchanged: {self.equal(PRUNED)} with pruning, {self.equal(STOPPED)} with stopping.\n"
-            f"The best possible bound saves {self.possible_in_step:.1%} while rows decode in step.\n"
+            f"{'' if self.sampled else in_step}"
             f"Knowing the winner's reward from the start, this one saves {self.possible_informed:.1%}.\n"
             f"Scoring identical candidates once had saved {self.saved_on_duplicates:.1%} before."
         )
@@ -142,9 +148,16 @@ class Pruning:
 
 
 def measure_pruning(
-    policy: Engine, scorer: Scorer, tasks: Sequence[Task], n: int, sampling: Sampling, *, exact: bool = True
+    policy: Engine,
+    scorer: Scorer,
+    tasks: Sequence[Task],
+    n: int,
+    sampling: Sampling,
+    *,
+    exact: bool = True,
+    before: Callable[[], object] | None = None,
 ) -> Pruning:
-    """Sample once, score three times.
+    """Sample once, score three times; or do both three times, where they overlap.
 
     Args:
         policy: what samples.
@@ -154,31 +167,30 @@ def measure_pruning(
         sampling: of the candidates.
         exact: fail when a winner changes. In half precision one may without any fault of pruning: rows that leave
             change the shape of a batch, and with it the rounding of its arithmetic.
+        before: called before each measurement, outside its time.
 
     Raises:
         WinnerChangedError: a winner's reward, or under pruning alone a winner, is not what it was.
     """
-    everything = BestOfN(policy, scorer, n=n, sampling=sampling, prune=False)
-    sampled = list(everything.map(tasks))
-    ways = {
-        EVERYTHING: everything,
-        PRUNED: BestOfN(policy, scorer, n=n, prune=True),
-        STOPPED: BestOfN(policy, scorer, n=n, prune=True, stop_at=1.0),
-    }
+    options: dict[str, dict[str, Any]] = {EVERYTHING: {"prune": False}, PRUNED: {}, STOPPED: {"stop_at": 1.0}}
+    ways = {name: BestOfN(policy, scorer, n=n, sampling=sampling, **chosen) for name, chosen in options.items()}
+    overlapped = ways[EVERYTHING].schedule == "each"
+    given = [] if overlapped else [result.candidates for result in ways[EVERYTHING].map(tasks)]
 
     def side(bon: BestOfN) -> Callable[[int], Result]:
-        def rerank(round_: int) -> Result:
+        def run(round_: int) -> Result:
             at = max(round_, 0)
-            return background.run(bon.run_rerank(tasks[at], sampled[at].candidates))
+            return background.run(bon.run(tasks[at]) if overlapped else bon.run_rerank(tasks[at], given[at]))
 
-        return rerank
+        return run
 
-    timed = interleave({name: side(bon) for name, bon in ways.items()}, len(tasks), label="pruning")
+    timed = interleave({name: side(bon) for name, bon in ways.items()}, len(tasks), label="pruning", before=before)
     measured = Pruning(
         n,
         {name: [t.value for t in ts] for name, ts in timed.items()},
         {name: [t.seconds for t in ts] for name, ts in timed.items()},
         background.run(_informed(scorer, [t.value for t in timed[EVERYTHING]])),
+        overlapped,
     )
     if exact:
         _check(measured)

@@ -138,22 +138,25 @@ async def _with_bon(models: Models, job: Job, n: int, **options: Any) -> Outcome
 
 def schedules_table(measured: Sequence[Schedules]) -> str:
     """Times, rates and shares for each n and side."""
-    rows = []
-    for schedules in measured:
-        for row in schedules.rows():
-            rows.append(
-                [
-                    row["n"],
-                    row["side"],
-                    milliseconds(row["p50"]),
-                    milliseconds(row["p95"]),
-                    f"{row['ratio']:.2f}",
-                    f"{row['to_gather']:.2f}" if "to_gather" in row else "",
-                    f"{row['to_bound']:.2f}" if "to_bound" in row else "",
-                    f"{row['tokens_per_s']:.0f}",
-                    "" if row["cached_share"] is None else f"{row['cached_share']:.0%}",
-                    f"{row['scorer_tokens_saved']:.0%}" if "scorer_tokens_saved" in row else "",
-                ]
-            )
-    headers = ["n", "side", "p50", "p95", "/ alone", "/ gather", "/ bound", "tok/s", "cached", "saved"]
+
+    def shown(row: Mapping[str, Any], key: str, form: str) -> str:
+        value = row.get(key)
+        return "" if value is None else format(value, form)
+
+    rows = [
+        [
+            f"{row['n']} {row['side']}",
+            milliseconds(row["p50"]),
+            milliseconds(row["p95"]),
+            shown(row, "ratio", ".2f"),
+            shown(row, "to_gather", ".2f"),
+            shown(row, "to_bound", ".2f"),
+            shown(row, "tokens_per_s", ".0f"),
+            shown(row, "cached_share", ".0%"),
+            shown(row, "scorer_tokens_saved", ".0%"),
+        ]
+        for schedules in measured
+        for row in schedules.rows()
+    ]
+    headers = ["n, side", "p50", "p95", "/ alone", "/ gather", "/ bound", "tok/s", "cached", "saved"]
     return f"{measured[0].workload}; milliseconds, and medians of ratios within a round\n" + table(headers, rows)
