@@ -229,7 +229,8 @@ class Score:
         inferred: the instruction that backward inference arrived at (of several samples, the one nearest the mean).
         precision, recall: the parts of the word F1.
         tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
-        tokens: tokens that the scorer decoded for this candidate.
+        tokens: tokens of the reconstructions of this candidate.
+        drafted: those among them that were read as a draft in one pass and not decoded, see ``Flip``.
         upper_bound: for "pruned": the reward could not have exceeded this.
         reason: why there is no reward.
         same_as: index of an identical candidate whose score this is.
@@ -245,6 +246,7 @@ class Score:
     recall: float | None = None
     tie_break: float | None = None
     tokens: int = 0
+    drafted: int = 0
     upper_bound: float | None = None
     reason: str | None = None
     same_as: int | None = None
@@ -348,7 +350,8 @@ class Saved:
         pruned: scores given up before their end, because the candidate could not win or another was good enough.
         copies: candidates that were not scored, because an identical one was.
         decoded: tokens that the scorer did decode.
-        decoded_pruned: those among them that went into scores that were given up.
+        drafted: tokens of reconstructions that were read as a draft and not decoded, see ``Flip``.
+        spent_pruned: tokens, decoded or drafted, that went into scores that were given up.
         estimate: tokens that the scorer would have decoded besides, had it scored each candidate, and to the end.
     """
 
@@ -356,7 +359,8 @@ class Saved:
     pruned: int = 0
     copies: int = 0
     decoded: int = 0
-    decoded_pruned: int = 0
+    drafted: int = 0
+    spent_pruned: int = 0
     estimate: int = 0
 
     @classmethod
@@ -376,15 +380,17 @@ class Saved:
             unsampled=len(unsampled),
             pruned=len(pruned),
             copies=len(copies),
-            decoded=sum(score.tokens for score in scored),
-            decoded_pruned=sum(score.tokens for score in pruned),
+            decoded=sum(score.tokens - score.drafted for score in scored),
+            drafted=sum(score.drafted for score in scored),
+            spent_pruned=sum(score.tokens for score in pruned),
             estimate=round(missing),
         )
 
     @property
     def share(self) -> float:
-        """The estimate as a share of all that the scorer would have decoded."""
-        return self.estimate / max(1, self.estimate + self.decoded)
+        """What was drafted and what is estimated, as a share of all that the scorer would have decoded."""
+        saved = self.drafted + self.estimate
+        return saved / max(1, saved + self.decoded)
 
     def __add__(self, other: Saved) -> Saved:
         return Saved(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))

@@ -120,7 +120,7 @@ def test_candidates_without_a_reward_say_why(run, tmp_path):
 
 
 def test_what_was_saved_is_said_for_a_prompt_and_for_a_file(run, tmp_path):
-    said = "1 scored as copies, which saved about 50% of the scorer's tokens (an estimate)"
+    said = "1 scored as copies, which saved about 50% of the scorer's decoding (an estimate)"
     options = answering(tmp_path, "Say it", "Say it")
     assert f"candidates: {said}" in run("run", "Say it", *options)[1].splitlines()[-1]
     assert json.loads(run("run", "Say it", *options, "--json")[1])["saved"]["share"] == 0.5

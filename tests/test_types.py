@@ -104,7 +104,7 @@ def test_what_was_saved_is_counted_and_only_the_tokens_that_never_were_are_estim
     candidates = [Candidate(i, "text") for i in range(5)] + [Candidate(5, "te", "pruned")]
     scores = [
         Score(0, 1.0, tokens=10),
-        Score(1, 0.5, tokens=20),
+        Score(1, 0.5, tokens=20, drafted=16),
         Score(2, None, "pruned", tokens=6, upper_bound=0.4),
         Score(3, None, "pruned", tokens=40, upper_bound=0.4),
         Score(4, 1.0, tokens=10, same_as=0),
@@ -112,11 +112,11 @@ def test_what_was_saved_is_counted_and_only_the_tokens_that_never_were_are_estim
     ]
     saved = Saved.of(candidates, scores)
     assert (saved.unsampled, saved.pruned, saved.copies) == (1, 2, 1)
-    assert (saved.decoded, saved.decoded_pruned) == (76, 46)
+    assert (saved.decoded, saved.drafted, saved.spent_pruned) == (60, 16, 46)
     assert saved.estimate == (15 - 6) + 0 + 10 + 15, "the pruned, the longer pruned, the copy, the unsampled"
-    assert saved.share == 34 / 110
+    assert saved.share == (34 + 16) / 110
     assert (saved + saved).share == saved.share
-    assert Saved.of(candidates[:2], scores[:2]) == Saved(decoded=30)
+    assert Saved.of(candidates[:2], scores[:2]) == Saved(decoded=14, drafted=16)
     assert Saved().share == 0
 
 

@@ -12,7 +12,7 @@ from bon.bench.opening import Models
 from bon.best_of_n import BestOfN
 from bon.engines.base import Engine, load_engine
 from bon.engines.placement import load_together
-from bon.sampler import sample
+from bon.sampler import Sampled, sample
 from bon.scorers.flip import Flip
 from bon.scorers.parsing import response_piece
 from bon.types import Candidate, Sampling, Task
@@ -47,7 +47,8 @@ def measure_cached_share(models: Models, tasks: Sequence[Task], scorer: Flip, n:
 
 
 async def _sampled(engine: Engine, task: Task, sampling: Sampling, n: int) -> list[Candidate]:
-    return [sampled.candidate async for sampled in sample(engine, [task], sampling, n)]
+    sampled = [one async for one in sample(engine, [task], sampling, n)]
+    return [one.candidate for one in sampled if isinstance(one, Sampled)]
 
 
 def _common(engine: Any, scorer: Flip, task: Task, candidates: Sequence[Candidate]) -> int:

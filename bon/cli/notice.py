@@ -25,8 +25,10 @@ def said_of(saved: Saved) -> str:
     """What was left undone, and what that saved the scorer; "" when nothing was."""
     counts = {"not sampled": saved.unsampled, "pruned": saved.pruned, "scored as copies": saved.copies}
     parts = [f"{count} {what}" for what, count in counts.items() if count]
-    if saved.estimate:
-        parts.append(f"which saved about {saved.share:.0%} of the scorer's tokens (an estimate)")
+    if saved.drafted:
+        parts.append(f"{saved.drafted} tokens drafted")
+    if parts:
+        parts.append(f"which saved about {saved.share:.0%} of the scorer's decoding (an estimate)")
     return ", ".join(parts)
 
 

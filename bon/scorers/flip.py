@@ -308,11 +308,12 @@ class _Run:
         if likelihood is not None:
             prompt_tokens = likelihood.prompt_tokens + likelihood.tokens
             usage += Usage(scorer_prompt_tokens=prompt_tokens, cached_tokens=likelihood.cached_tokens)
-        tokens = usage.scorer_completion_tokens
+        tokens, drafted = usage.scorer_completion_tokens, usage.drafted_tokens
         candidate, status, reward = self.item.candidate.index, self.status, self.reward
         if reward is None:
             bound = self.upper_bound if status == "pruned" else None
-            score = Score(candidate, None, status, tokens=tokens, upper_bound=bound, reason=self._reason(status))
+            reason = self._reason(status)
+            score = Score(candidate, None, status, tokens=tokens, drafted=drafted, upper_bound=bound, reason=reason)
             return Scored(self.index, score, usage)
         nearest = min(self.matches, key=lambda s: (abs(self.matches[s].f1 - reward), s))
         score = Score(
@@ -324,6 +325,7 @@ class _Run:
             recall=self._mean([m.recall for m in self.matches.values()]),
             tie_break=tie_break,
             tokens=tokens,
+            drafted=drafted,
             reason=self._reason(status),
             samples=tuple(self.matches[s].f1 for s in sorted(self.matches)) if self.samples > 1 else (),
         )
