@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -298,6 +299,21 @@ def test_an_engine_that_fails_is_no_fault_of_the_rows(tmp_path, monkeypatch, cap
     err = capsys.readouterr().err
     assert code == 1
     assert "in.jsonl:1: the scripted engine was told to fail" in err
+
+
+def test_a_model_that_died_is_reported_once_and_not_for_every_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dying.py").write_text(
+        "from bon.engines.scripted import ScriptedEngine\nmodel = ScriptedEngine(fail_after=200)\n"
+    )
+    write_rows(tmp_path / "in.jsonl", prompts(60))
+    code = main(["run", "in.jsonl", "-n", "2", "--policy", "dying:model", "-o", "out.jsonl"])
+    err = capsys.readouterr().err
+    done = rows_of(tmp_path / "out.jsonl")
+    assert code == 1
+    assert err.count("was told to fail") == 1
+    assert 0 < len(done) < 60
+    assert re.search(rf"{len(done)} rows done; \d+ failed", err)
 
 
 def test_each_prompt_that_is_too_long_is_named_with_its_own_count(tmp_path, monkeypatch, capsys):

@@ -90,8 +90,10 @@ class Job:
     usage: Usage = field(default_factory=Usage)
     saved: Saved = field(default_factory=Saved)
     failed: int = 0
+    listed: int = 0
     engine_failed: bool = False
     ids: dict[Key, int] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     stopped: bool = False
 
@@ -102,12 +104,18 @@ class Job:
 
     def fail(self, line: int, error: BonError) -> None:
         """Report a row that cannot be done; without ``skip_bad`` nothing more is read."""
+        self.stopped = not self.files.skip_bad
+        text = sentence(error)
         with self.lock:  # rows are read on another thread than they are finished on
             self.failed += 1
-        self.engine_failed |= not isinstance(error, InputError)
-        self.stopped = not self.files.skip_bad
-        if self.failed <= LISTED:
-            say(f"{'skipped' if self.files.skip_bad else 'error:'} {self.name}:{line}: {sentence(error)}")
+            if not isinstance(error, InputError):
+                self.engine_failed = True
+                if text in self.said:  # a model that died takes all rows that were under way with it
+                    return
+                self.said.add(text)
+            self.listed += 1
+        if self.listed <= LISTED:
+            say(f"{'skipped' if self.files.skip_bad else 'error:'} {self.name}:{line}: {text}")
 
     def rows(self, lines: Iterable[bytes]) -> Iterator[Row]:
         """The rows that are still to be done."""
@@ -162,7 +170,7 @@ class Job:
         if self.already:
             parts.append(f"{self.already} were done before")
         if self.failed:
-            parts.append(f"{self.failed} bad")
+            parts.append(f"{self.failed} {'failed' if self.engine_failed else 'bad'}")
         if self.scored:
             parts.append(f"mean reward {self.reward_sum / self.scored:.3f}")
         if self.output.written:
@@ -198,12 +206,13 @@ def run_file(files: FileOptions, options: Options) -> int:
         started = perf_counter()
         if first is not None:
             built = build(options, sampled=not files.ranked)
+            started = perf_counter()  # loading is not counted
             output.start()
             _run(job, built, chain([first], rows), _count(lines.file))
         if job.off_world:
             say(off_world_summary(job.off_world, job.seen, ranked=files.ranked))
-        if job.failed > LISTED:
-            say(f"{job.failed - LISTED} more bad rows are not listed.")
+        if job.listed > LISTED:
+            say(f"{job.listed - LISTED} more bad rows are not listed.")
         if output.name != "standard output" or job.failed or sys.stderr.isatty():
             say(job.summary(perf_counter() - started))
         return job.exit_code
