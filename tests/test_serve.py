@@ -254,6 +254,13 @@ def test_models_are_listed_with_what_they_can_do(site):
     }
 
 
+def test_one_model_can_be_looked_up(site):
+    client = site.openai()
+    assert client.models.retrieve("alias").id == "alias"
+    with pytest.raises(openai.NotFoundError, match="this server has 'bon-mini', 'alias'"):
+        client.models.retrieve("Qwen/Qwen3-4B")
+
+
 def test_errors_reach_the_official_client_as_its_own_types(site):
     client = site.openai()
     with pytest.raises(openai.BadRequestError) as bad:

@@ -105,6 +105,11 @@ FIELDS = {
     "a part without text": (message(content=[{"type": "text"}]), "messages[0].content[0].text"),
     "unknown message field": (message(weight=1), "messages[0].weight"),
     "tool calls": (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
+    "tool calls and no text": (
+        message(role="assistant", content=None, tool_calls=[{"id": "1"}]),
+        "messages[0].tool_calls",
+    ),
+    "the result of a tool": (message(role="tool", tool_call_id="1"), "messages[0].tool_call_id"),
     "no question at the end": ({"messages": [*OK, {"role": "assistant", "content": "x"}]}, "messages"),
     "prompt beyond the context": (message(content=TOO_LONG), "messages"),
     "names with brackets": ({"a[0].b": 1}, "a[0].b"),

@@ -38,6 +38,7 @@ from bon.serve.protocol import (
     CompletionRequest,
     CompletionResponse,
     ErrorResponse,
+    ModelBody,
     ModelList,
     StateBody,
     parse,
@@ -124,8 +125,8 @@ class Server:
             fields["prompt"] = [{"role": m.role, "content": m.content} for m in plan.task.messages]
             fields["answer"] = outcome.text if isinstance(outcome, Result) else None
 
-    def models(self) -> Response:
-        """Answer ``GET /v1/models``."""
+    def models(self) -> list[dict[str, Any]]:
+        """What ``GET /v1/models`` lists."""
         planner = self.planner
         about = {
             "n": self.bon.n,
@@ -133,11 +134,19 @@ class Server:
             "scorers": list(planner.scorers),
             "scorer": next(iter(planner.scorers)),
         }
-        data = [
+        return [
             {"id": name, "object": "model", "created": self.started, "owned_by": "bon", "best_of_n": about}
             for name in planner.models
         ]
-        return json_response({"object": "list", "data": data})
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One of the models.
+
+        Raises:
+            ApiError: 404 when there is no such model.
+        """
+        self.planner.check_model(name)
+        return next(model for model in self.models() if model["id"] == name)
 
     def ready(self) -> Response:
         """Answer ``GET /ready``: whether a request sent now would be answered."""
@@ -193,7 +202,12 @@ def create_app(bon: BestOfN, settings: Settings | None = None, scorers: Mapping[
     @app.get("/v1/models", responses=_ok(ModelList) | {401: errors[401]})
     async def models() -> Response:
         """List the names that ``model`` may have."""
-        return server.models()
+        return json_response({"object": "list", "data": server.models()})
+
+    @app.get("/v1/models/{name:path}", responses=_ok(ModelBody) | {401: errors[401], 404: errors[404]})
+    async def model(name: str) -> Response:
+        """Describe one of them."""
+        return json_response(server.model(name))
 
     @app.get("/health", responses=_ok(StateBody))
     async def health() -> Response:

@@ -72,10 +72,8 @@ class Planner:
         Raises:
             ApiError: 400 with the field at fault, 404 for a model that is not served.
         """
-        if request.model is not None and request.model not in self.models:
-            served = ", ".join(repr(name) for name in self.models)
-            message = f"there is no model {request.model!r:.100}; this server has {served}."
-            raise ApiError(404, message, "model_not_found", "model")
+        if request.model is not None:
+            self.check_model(request.model)
         if request.stream_options is not None and not request.stream:
             raise bad("stream_options", "is for requests with stream=true.")
         options, k = request.options, request.n or 1
@@ -110,6 +108,13 @@ class Planner:
             min_reward=options.min_reward is not None,
             passed=request.passed,
         )
+
+    def check_model(self, name: str) -> None:
+        """Raise a 404 for a model that is not served."""
+        if name not in self.models:
+            served = ", ".join(repr(name) for name in self.models)
+            message = f"there is no model {name!r:.100}; this server has {served}."
+            raise ApiError(404, message, "model_not_found", "model")
 
     def _candidates(self, request: ChatRequest | CompletionRequest, k: int) -> int:
         asked = {"best_of_n.n": request.options.n}

@@ -70,6 +70,14 @@ No = Annotated[bool, AfterValidator(_refuse_true), WithJsonSchema({"const": Fals
 Nothing = Annotated[None, Field(description="Taken when null, as other servers send it back.")]
 
 
+def _no_calls(calls: Any) -> Any:
+    if calls:
+        raise PydanticCustomError(
+            "unsupported_content", "a conversation that goes on after tool calls cannot be honoured"
+        )
+    return None
+
+
 class ChatMessage(_Body):
     """One turn of the conversation."""
 
@@ -80,7 +88,7 @@ class ChatMessage(_Body):
     annotations: list[Any] | None = Field(default=None, max_length=0)
     audio: Nothing = None
     function_call: Nothing = None
-    tool_calls: Nothing = None
+    tool_calls: Annotated[Nothing, BeforeValidator(_no_calls)] = None
 
     @property
     def text(self) -> str:
@@ -237,7 +245,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _failure(kind: type[_Common], errors: list[ErrorDetails], data: dict[str, Any]) -> ApiError:
     """The deepest error is the one that knows most about the field at fault (unions report all their members)."""
     paths = [_path(error, data) for error in errors]
-    deepest = max(paths, key=lambda path: (len(path), -paths.index(path)))
+    unsupported = [path for error, path in zip(errors, paths, strict=True) if error["type"] == "unsupported_content"]
+    deepest = max(paths, key=lambda path: (len(path), path in unsupported, -paths.index(path)))
     found = [error for error, path in zip(errors, paths, strict=True) if path == deepest]
     name = _written(deepest) or "body"
     if found[0]["type"] == "extra_forbidden":
@@ -245,9 +254,10 @@ def _failure(kind: type[_Common], errors: list[ErrorDetails], data: dict[str, An
         close = difflib.get_close_matches(str(deepest[-1]), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return bad(name, f"there is no such field, or it cannot be honoured.{hint}", "unknown_parameter")
-    unsupported = [error for error in found if error["type"] == "unsupported_content"]
-    wanted = " or ".join(dict.fromkeys(error["msg"] for error in unsupported or found))
-    return bad(name, f"{wanted[:1].lower()}{wanted[1:]}.", "unsupported_content" if unsupported else "invalid_value")
+    code = "unsupported_content" if deepest in unsupported else "invalid_value"
+    meant = [error for error in found if error["type"] == code] or found
+    wanted = " or ".join(dict.fromkeys(error["msg"] for error in meant))
+    return bad(name, f"{wanted[:1].lower()}{wanted[1:]}.", code)
 
 
 def _path(error: ErrorDetails, data: Any) -> tuple[str | int, ...]:
