@@ -374,6 +374,14 @@ def test_a_server_that_is_not_there_is_named(server):
     assert "Is a server running there?" in str(done.error)
 
 
+@pytest.mark.parametrize("fault", ["reset", "reset mid-body"])
+def test_a_server_that_breaks_off_is_not_called_unreachable(server, fault):
+    server.refuse = lambda seen: fault
+    [done] = generate(OpenAIEngine(server.url, retries=0))
+    assert f"{server.url} broke off: " in str(done.error)
+    assert "running there" not in str(done.error)
+
+
 def test_a_server_that_hangs_is_given_up_and_told_so(server):
     server.faults += ["hang"]
     [done] = generate(OpenAIEngine(server.url, timeout_s=0.2))

@@ -83,6 +83,22 @@ def test_a_key_that_upstream_no_longer_takes_turns_ready_red(site, upstream):
     until(lambda: site.http.get("/ready").status_code == 503)
 
 
+def test_what_a_content_filter_withholds_does_not_take_the_server_out_of_service(site, upstream):
+    withheld = {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}
+    upstream.refuse = lambda seen: withheld if "bad" in str(seen.body) else None
+    refused = site.chat("bad words")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (502, "refused_upstream")
+    assert "content filter" in refused.json()["error"]["message"]
+    assert site.http.get("/ready").status_code == 200
+
+
+def test_a_client_is_told_to_wait_as_long_as_upstream_asks_for(site, upstream):
+    upstream.refuse = lambda seen: error(429, "quota", {"retry-after": "90"}) if "completions" in seen.path else None
+    told = site.chat()
+    assert (told.status_code, told.headers["retry-after"]) == (503, "90")
+    assert "asks to wait 90 s" in told.json()["error"]["message"]
+
+
 FAULTS = {
     "an error of its own": error(500, "boom"),
     "too busy": error(429, "slow down", {"retry-after": "0"}),

@@ -272,7 +272,10 @@ class Endpoints:
         if isinstance(error, TimeoutError | openai.APITimeoutError):
             return UnavailableError(f"{endpoint.url} did not answer within {self.timeout_s:g} s.")
         if isinstance(error, openai.APIConnectionError) or _from_http_client(error):
-            return UnavailableError(f"cannot reach {endpoint.url}: {_root(error)}. Is a server running there?")
+            causes = _causes(error)
+            if not any(type(cause).__name__ in ("ConnectError", "ConnectTimeout") for cause in causes):
+                return UnavailableError(f"{endpoint.url} broke off: {_said(causes[-1])}.")
+            return UnavailableError(f"cannot reach {endpoint.url}: {_said(causes[-1])}. Is a server running there?")
         if isinstance(error, openai.APIError):  # an error event inside a stream
             return UnavailableError(f"{endpoint.url} broke off: {self._redact(error.message)}")
         if isinstance(error, ValueError) and "JSON" in type(error).__name__:
@@ -349,10 +352,15 @@ def _from_http_client(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0].rstrip("12") in ("httpx", "httpcore")
 
 
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error) or type(error).__name__
+def _causes(error: BaseException) -> list[BaseException]:
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes
+
+
+def _said(error: BaseException) -> str:
+    return str(error).rstrip(".") or type(error).__name__
 
 
 async def _close(generator: Any) -> None:

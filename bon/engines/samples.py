@@ -13,7 +13,7 @@ import openai
 from bon.engines import wire
 from bon.engines.base import Completion, Keep, Partial
 from bon.engines.endpoints import Link
-from bon.errors import BonError, EngineError, PromptTooLongError
+from bon.errors import BonError, PromptTooLongError, RefusedError
 from bon.types import Sampling
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Samples:
     def _completion(self, sample: int, choice: wire.Choice, answer: wire.Answer) -> Completion:
         ids = choice.token_ids
         renderer = self.engine.renderer if self.job.ids is not None else None
-        error = EngineError("the server's content filter withheld this completion.") if choice.filtered else None
+        error = RefusedError("the server's content filter withheld this completion.") if choice.filtered else None
         return Completion(
             self.job.index,
             sample,

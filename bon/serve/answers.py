@@ -102,7 +102,8 @@ class Answer:
         }
         unfinished = {index for index in unfinished if not _text(result, index)}
         if len(unfinished) == len(result.candidates):
-            raise ApiError(408, str(result.scores[0].reason), "deadline_exceeded", "best_of_n.deadline_s")
+            said = f"the deadline of {self._plan.deadline_s:g} s passed before any candidate was finished."
+            raise ApiError(408, said, "deadline_exceeded", "best_of_n.deadline_s")
         order = [i for i in result.selection.ranking if i != result.best and i not in unfinished]
         if result.best is None:
             order.sort(key=lambda i: not _text(result, i).strip())
@@ -162,7 +163,7 @@ class Answer:
             "best": result.best,
             "reward": result.reward,
             "mean_reward": sum(rewards) / len(rewards) if rewards else None,
-            "reason": result.selection.reason or (late[0].reason if late else None),
+            "reason": result.selection.reason or (self._late if late else None),
             "deadline_passed": bool(late),
             "statuses": result.counts,
             "choices": picks,
@@ -196,6 +197,10 @@ class Answer:
             "same_as": score.same_as,
             "scored_s": (score.started, score.finished) if score.finished else None,
         }
+
+    @property
+    def _late(self) -> str:
+        return f"the deadline of {self._plan.deadline_s:g} s passed; this is the best of what was there."
 
     @property
     def _kind(self) -> str:

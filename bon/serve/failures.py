@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,14 @@ from bon.errors import (
     ModelNotFoundError,
     PromptTooLongError,
     RefusedError,
+    UnavailableError,
     UnknownNameError,
     UserCodeError,
 )
 
 # Not the client's fault, and no model answers until somebody has done something about it.
 BROKEN = (EngineError, UserCodeError, ModelNotFoundError, MissingExtraError)
+RETRY_AFTER_S = 5  # where the model's server does not say
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -80,12 +83,13 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
     if isinstance(error, RefusedError):  # official clients do not repeat what carries this header
-        return ApiError(502, str(error), "refused_upstream", headers={"x-should-retry": "false"})
+        said = f"the model's server refuses this: {error}"
+        return ApiError(502, said, "refused_upstream", headers={"x-should-retry": "false"})
     if isinstance(error, BROKEN):
-        said = (
-            str(error) if isinstance(error, EngineError) else "a model of this server failed; its log has the details."
-        )
-        return ApiError(503, said, "engine_error", headers={"retry-after": "5"})
+        about = f": {error}" if isinstance(error, EngineError) else "; the log has the details."
+        wait = error.retry_after if isinstance(error, UnavailableError) else None
+        headers = {"retry-after": str(math.ceil(RETRY_AFTER_S if wait is None else max(wait, 1)))}
+        return ApiError(503, f"a model of this server failed{about}", "engine_error", headers=headers)
     if isinstance(error, InputError):
         name = str(error.name) if isinstance(error, UnknownNameError) else None
         if passed:
