@@ -76,7 +76,7 @@ def _on_vllm(models: Models, options: argparse.Namespace, card: dict[str, Any]) 
     from bon.bench import schedules as s
     from bon.bench.resources import measure_cached_share
 
-    rounds = options.prompts or (3 if options.quick else 12)
+    rounds = options.prompts or (3 if options.quick else 8)
     ns = options.n or ((1, 16, 32) if options.quick else NS)
     jobs = _real_jobs(models, options, rounds, max(ns))
     report = Report("latency", {**card, "prompts": rounds, "lengths": _source(options), **NOTES})
@@ -165,7 +165,7 @@ def _source(options: argparse.Namespace) -> str:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__ or "")
     model_options(options)
-    options.add_argument("--prompts", type=int, metavar="COUNT", help="rounds; torch 40 (quick 5), vllm 12 (quick 3)")
+    options.add_argument("--prompts", type=int, metavar="COUNT", help="rounds; torch 40 (quick 5), vllm 8 (quick 3)")
     options.add_argument("--n", type=int, nargs="+", help="candidates; 1 to 32 or 64, fewer sizes with --quick")
     options.add_argument("--max-tokens", type=int, default=96, help="where the model ends a text: of a response, too")
     options.add_argument("--lengths", type=Path, default=LENGTHS, help="real responses, whose lengths are drawn")

@@ -85,6 +85,8 @@ def _two_lines(axis: Axes, rows: Rows, varied: str) -> None:
 
 
 def _latency(result: dict[str, Any]) -> Figure:
+    if result["conditions"]["engine"] == "vllm":
+        return _schedules(result)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
     scorers = sorted({r["scorer"] for r in result["rows"]})
@@ -118,6 +120,33 @@ def _latency(result: dict[str, Any]) -> Figure:
         axis.set_ylabel(label)
         axis.set_xscale("log", base=2)
         axis.set_xticks([n for n, _ in alone], [str(n) for n, _ in alone])
+        axis.set_ylim(bottom=0)
+    left.legend()
+    return figure
+
+
+def _schedules(result: dict[str, Any]) -> Figure:
+    """Beside the same work written against vLLM itself, at the lengths of real responses."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
+    real = [r for r in result["rows"] if r.get("workload") == "real lengths"]
+    colours = (GREY, ORANGE, GREEN, BLUE, "#7fb2e5")
+    for side, colour in zip(dict.fromkeys(r["side"] for r in real), colours, strict=False):
+        rows = sorted((r for r in real if r["side"] == side), key=lambda r: r["n"])
+        ns = [r["n"] for r in rows]
+        left.plot(ns, [1e3 * r["p50"] for r in rows], "o-", color=colour, label=side, markersize=4)
+        low, high = ([abs(r["ratio"] - r["ratio_quartiles"][i]) for r in rows] for i in (0, 1))
+        right.errorbar(ns, [r["ratio"] for r in rows], (low, high), fmt="o-", color=colour, markersize=4, capsize=2)
+    for axis, title, label in (
+        (left, "time of one prompt (median)", "milliseconds"),
+        (right, "time / sampling alone (median, quartiles)", "ratio"),
+    ):
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("N (candidates)")
+        axis.set_ylabel(label)
+        axis.set_xscale("log", base=2)
+        ticks = sorted({r["n"] for r in real})
+        axis.set_xticks(ticks, [str(n) for n in ticks])
         axis.set_ylim(bottom=0)
     left.legend()
     return figure

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ import tiny
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
+from bon import background
 from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, table
 from bon.bench.latency import measure_latency
-from bon.bench.models import Filler, describe, random_model
+from bon.bench.lengths import LONGEST_INSTRUCTION, Lengths, real_lengths
+from bon.bench.models import Filler, describe, dummy_model, random_model
+from bon.bench.opening import Models, forced, forget, open_models
 from bon.bench.pruning import EVERYTHING, PRUNED, Pruning, WinnerChangedError, measure_pruning
 from bon.bench.sharing import DifferentTokensError, cache_bytes, measure_forward, plain_forward
 from bon.cli import main as bon_main
 from bon.engines.base import load_engine
 from bon.engines.scripted import ScriptedEngine
-from bon.errors import UnknownNameError
+from bon.errors import InputError, UnknownNameError
+from bon.mini.tasks import sample_instructions
 from bon.scorers import Flip
 from bon.types import Sampling, Task
 
@@ -66,6 +72,13 @@ def test_sides_run_in_turn_and_warm_up_rounds_do_not_count() -> None:
     assert calls == [("A", -1), ("B", -1), ("A", 0), ("B", 0), ("A", 1), ("B", 1)]
     assert [t.value for t in timed["A"]] == [0, 1]
     assert all(t.seconds >= 0 for t in timed["B"])
+
+
+def test_something_can_be_done_before_each_call_outside_its_time() -> None:
+    calls: list[str] = []
+    sides = {name: lambda r, name=name: calls.append(name) for name in "AB"}
+    interleave(sides, 1, warmup=0, before=lambda: calls.append("before"))
+    assert calls == ["before", "A", "before", "B"]
 
 
 def test_the_ratio_is_the_median_of_the_ratios_within_rounds_not_the_ratio_of_medians() -> None:
@@ -138,6 +151,70 @@ def test_filler_has_exactly_the_tokens_asked_for(small: Path) -> None:
     filler = Filler(words)
     for count in (1, 7, 100):
         assert len(words.encode("." + filler(count), add_special_tokens=False)) == count + 1
+
+
+def test_lengths_are_those_of_the_files_texts(tmp_path: Path) -> None:
+    rows = [("a b c", ["a " * 30, "a " * 60]), ("too long " * 100, ["a"]), ("x", [])]
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": asked}], "candidates": given}) + "\n"
+            for asked, given in rows
+        )
+    )
+    drawn = real_lengths(path, 5, 4, context=None)
+    assert all(lengths.instruction == 4 for lengths in drawn)
+    assert all(sorted(lengths.responses[:2]) == [40, 80] and set(lengths.responses) <= {40, 80} for lengths in drawn)
+    assert drawn == real_lengths(path, 5, 4, context=None)
+    short = real_lengths(path, 5, 4, context=2 * LONGEST_INSTRUCTION + 128 + 50)
+    assert {length for lengths in short for length in lengths.responses} == {40, 50}
+
+
+def test_without_the_file_lengths_are_those_of_the_mini_world(tmp_path: Path) -> None:
+    [lengths] = real_lengths(tmp_path / "nowhere.jsonl", 1, 20, context=1024)
+    assert isinstance(lengths, Lengths)
+    assert 5 < lengths.instruction < 60
+    assert len(lengths.responses) == 20
+    assert all(5 < length < 100 for length in lengths.responses)
+
+
+def test_a_dummy_is_a_configuration_and_a_tokenizer_without_weights(tmp_path: Path, small: Path) -> None:
+    shape = dummy_model(tmp_path / "shape", "qwen3-0.6b")
+    assert describe(shape)["parameters"] == pytest.approx(0.6e9, rel=0.01)
+    assert not list(shape.glob("*.safetensors"))
+    for config in (small, small / "config.json"):
+        copied = dummy_model(tmp_path / config.name, config)
+        assert describe(copied)["layers"] == 2
+        assert describe(copied)["vocabulary"] >= len(AutoTokenizer.from_pretrained(copied))
+
+
+def test_what_is_no_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"qwen3-0\.6b"):
+        dummy_model(tmp_path / "model", "qwen3-0.6")
+    (tmp_path / "config.json").write_text('{"not": "a model"}')
+    with pytest.raises(InputError, match="no configuration of a model"):
+        dummy_model(tmp_path / "model", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"engine": "torch"}, "needs --engine vllm"),
+        ({"policy": Path("x")}, "in place of --policy"),
+        ({"dummy": ["llama-4.7m"] * 3}, "one or two shapes"),
+    ],
+)
+def test_dummies_that_make_no_sense_are_refused(changed: dict[str, Any], message: str) -> None:
+    named = {
+        "engine": "vllm",
+        "dummy": ["llama-4.7m"],
+        "policy": None,
+        "flip": None,
+        "device": None,
+        "dtype": "float32",
+    }
+    with pytest.raises(InputError, match=message):
+        open_models(argparse.Namespace(**{**named, **changed}))
 
 
 # --- Measurements ----------------------------------------------------------------------------------------------------
@@ -214,6 +291,108 @@ def test_a_caches_bytes_are_those_of_its_keys_and_values() -> None:
     assert cache_bytes(cache) == 2 * (2 * 3 * 5 * 4) * 4
 
 
+# --- On vLLM ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_vllm() -> Iterator[Models]:
+    engine = load_engine(engine="vllm")
+    models = Models(engine, engine, {})
+    yield models
+    models.close()
+
+
+@pytest.mark.vllm
+def test_all_sides_sample_the_same_candidates_and_find_the_same_winners_reward(on_vllm: Models) -> None:
+    from bon.bench import schedules as s
+    from bon.bench.plain import Job
+
+    scorer = Flip(on_vllm.scorer, sampling=Sampling(temperature=0, max_tokens=48))
+    jobs = [Job(Task.of(text), Sampling(max_tokens=48, seed=3), scorer) for text in sample_instructions(3, 0)]
+    sides = (s.ALONE, s.TOGETHER, s.ONE_BY_ONE, s.GATHER, s.BON, s.EVERYTHING, s.STOPPING)
+    measured = s.measure_schedules(on_vllm, "mini world", jobs, 4, sides)
+    for side in (s.ONE_BY_ONE, s.BON, s.EVERYTHING, s.STOPPING):
+        assert measured.same_rewards(side, s.GATHER) == 3
+    rows = {row["side"]: row for row in measured.rows()}
+    for side in (s.ALONE, s.ONE_BY_ONE, s.BON, s.EVERYTHING):
+        assert rows[side]["policy_tokens"] == rows[s.GATHER]["policy_tokens"]
+    assert rows[s.EVERYTHING]["scorer_tokens"] <= rows[s.GATHER]["scorer_tokens"]
+    assert all(
+        bound > max(alone.value.ready) for bound, alone in zip(measured.bound, measured.timed[s.ALONE], strict=True)
+    )
+    assert "barrier, gather" in s.schedules_table([measured])
+
+
+@pytest.mark.vllm
+def test_all_sides_decode_as_many_tokens_as_were_drawn(on_vllm: Models) -> None:
+    from bon.bench import schedules as s
+    from bon.bench.plain import Job
+
+    extra = forced(on_vllm.policy)
+    scorer = Flip(on_vllm.scorer, sampling=Sampling(temperature=0, max_tokens=7, extra=extra))
+    jobs = [Job(Task.of("a b c"), Sampling(max_tokens=30, seed=0, extra=extra), scorer, (30, 5, 12))]
+    sides = (s.ALONE, s.ONE_BY_ONE, s.GATHER, s.EVERYTHING)
+    for row in s.measure_schedules(on_vllm, "real lengths", jobs, 3, sides).rows():
+        assert row["policy_tokens"] == 47
+        assert row["scorer_tokens"] == (0 if row["side"] == s.ALONE else 21)
+
+
+@pytest.mark.vllm
+def test_a_cache_that_was_emptied_serves_nothing(on_vllm: Models) -> None:
+    from bon.bench.plain import Job, Plain
+
+    scorer = Flip(on_vllm.scorer)
+    job = Job(Task.of("Write a reminder. " * 20), Sampling(max_tokens=2, seed=0), scorer)
+    plain = Plain(on_vllm.policy)  # type: ignore[arg-type]
+    forget(on_vllm.policy)
+    first, again = (background.run(plain.sample(job, 1)) for _ in range(2))
+    on_vllm.forget()
+    fresh = background.run(plain.sample(job, 1))
+    assert (first.cached_tokens, fresh.cached_tokens) == (0, 0)
+    assert again.cached_tokens >= 32
+
+
+@pytest.mark.vllm
+def test_latency_on_vllm_runs_to_its_last_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--engine", "vllm", "--quick", "--prompts", "1", "--n", "1", "16", "32", "--max-tokens", "8"]
+    script("latency").main([*arguments, "--lengths", "nowhere.jsonl", "--out", str(tmp_path / "latency.json")])
+    result = last_line(capsys.readouterr().out)
+    timed = {"overhead_bon16", "vs_gather", "vs_gather_stopping", "vs_one_by_one"}
+    assert set(result["ratios"]) == timed | {"cached_share", "two_engine_start"}
+    assert result["ratios"]["cached_share"] > 0.5
+    assert "there is no nowhere.jsonl" in result["conditions"]["lengths"]
+    draw(tmp_path / "latency.json")
+
+
+@pytest.mark.vllm
+def test_pruning_on_vllm_runs_to_its_last_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--engine", "vllm", "--quick", "--prompts", "2", "--n", "3", "--max-tokens", "24"]
+    script("pruning").main([*arguments, "--out", str(tmp_path / "pruning.json")])
+    result = last_line(capsys.readouterr().out)
+    assert set(result["ratios"]) == {"scorer_tokens_saved"}
+    assert all(row["winner_rewards_equal"] == 2 for row in result["rows"])
+    draw(tmp_path / "pruning.json")
+
+
+@pytest.mark.vllm
+def test_throughput_of_a_dummy_runs_to_its_last_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--engine", "vllm", "--quick", "--prompts", "2", "--n", "2", "--max-tokens", "8"]
+    script("throughput").main([*arguments, "--dummy", "llama-4.7m", "--out", str(tmp_path / "throughput.json")])
+    result = last_line(capsys.readouterr().out)
+    assert set(result["ratios"]) == {"offline_throughput"}
+    tokens = [row["tokens"] for row in result["rows"] if row["case"] == "side"]
+    assert tokens == [2 * 2 * (8 + 8)] * 2
+    draw(tmp_path / "throughput.json")
+
+
+@pytest.mark.vllm
+def test_bon_bench_measures_models_on_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--engine", "vllm", "-n", "3", "--max-tokens", "8", "--quick", "--json"]
+    assert bon_main(arguments) == 0
+    result = last_line(capsys.readouterr().out)
+    assert set(result["ratios"]) == {"overhead", "overhead_likelihood", "pruning_saved", "stopping_saved"}
+
+
 # --- The scripts and the command -------------------------------------------------------------------------------------
 
 
@@ -256,7 +435,8 @@ def test_prefix_sharing_runs_to_its_last_line(small: Path, capsys: pytest.Captur
 
 
 def draw(path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    if importlib.util.find_spec("matplotlib") is None:  # in an environment of vLLM's own
+        return
     script("plot").main([str(path)])
     assert path.with_suffix(".png").stat().st_size > 5_000
 

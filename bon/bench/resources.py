@@ -10,7 +10,7 @@ from bon import background
 from bon.bench.harness import Pairs, Timed, interleave
 from bon.bench.opening import Models
 from bon.best_of_n import BestOfN
-from bon.engines.base import Engine, load_engine
+from bon.engines.base import Engine, engine_class, load_engine
 from bon.engines.placement import load_together
 from bon.sampler import Sampled, sample
 from bon.scorers.flip import Flip
@@ -59,11 +59,13 @@ def _common(engine: Any, scorer: Flip, task: Task, candidates: Sequence[Candidat
 
 
 def measure_start(model: str | Path, rounds: int, **options: Any) -> Pairs:
-    """Time the start of two vLLM engines of a model at the same time, and of one; freeing them is not timed.
+    """Time the start of two vLLM engines of a model at the same time, and of one.
+
+    Not timed are the import of vLLM, which comes once, and freeing the engines.
 
     Args:
         model: a folder.
-        rounds: pairs, after one that does not count.
+        rounds: pairs.
         options: of the engines.
     """
     started: list[Engine] = []
@@ -78,8 +80,9 @@ def measure_start(model: str | Path, rounds: int, **options: Any) -> Pairs:
     def two(round_: int) -> None:
         started.extend(load_together([(model, options), (model, options)]))
 
+    engine_class("vllm")
     sides: dict[str, Callable[[int], None]] = {ONE: one, TWO: two}
-    timed: dict[str, list[Timed[None]]] = interleave(sides, rounds, label="start-up", before=free)
+    timed: dict[str, list[Timed[None]]] = interleave(sides, rounds, warmup=0, label="start-up", before=free)
     free()
     seconds = {name: [t.seconds for t in ts] for name, ts in timed.items()}
     return Pairs("two_engine_start", {}, (TWO, ONE), seconds[TWO], seconds[ONE])
