@@ -9,7 +9,8 @@ most 1.35 times sampling 16 alone (`overhead_bon16`; 1.15 on a GPU with the shap
 more than 1.03 times a barrier and one batch of scores where every reward is asked for (`vs_gather`), 0.8 times where
 the first maximum ends it, in the mini world with its real rewards (`vs_gather_stopping`), half of scoring one by one
 (`vs_one_by_one`, N=32); 0.9 of what the prefix cache could serve comes from it (`cached_share`), and two engines start
-in 1.3 times the time of one (`two_engine_start`).
+in 1.3 times the time of one (`two_engine_start`; of the mini model with `--dummy`, where nothing depends on the text
+and `vs_gather_stopping` is left out).
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def _on_vllm(models: Models, options: argparse.Namespace, card: dict[str, Any]) 
         report.text.append(f"{s.schedules_table([mini])}\n{same}")
         report.rows += mini.rows()
     job = jobs[0]
-    cached = measure_cached_share(models, _with_history(models, options, rounds), job.scorer, 16, job.sampling)
+    cached = measure_cached_share(
+        models, _with_history(models, options, rounds), job.scorer, 16, job.sampling.replace(max_tokens=64)
+    )
     report.ratios["cached_share"] = cached.ratio
     report.rows.append(cached.to_dict())
     return report

@@ -21,9 +21,9 @@ RESETS = 5000
 """Tries to empty a prefix cache."""
 
 
-def model_options(options: argparse.ArgumentParser, what: str = "models") -> None:
+def model_options(options: argparse.ArgumentParser) -> None:
     """Add the options that say what runs."""
-    options.add_argument("--engine", default="torch", choices=["torch", "vllm"], help=f"what runs the {what}")
+    options.add_argument("--engine", default="torch", choices=["torch", "vllm"], help="what runs the models")
     options.add_argument("--policy", type=Path, help="folder of the policy; the mini model when not given")
     options.add_argument("--flip", type=Path, help="folder of the scorer; the policy when not given")
     options.add_argument(
