@@ -3,7 +3,8 @@
 All candidates are sampled, then all are scored: one by one, or all at once. Every candidate and every reconstruction
 is a request of its own, as in bon, because only so can each have a length and a seed of its own; one request for n
 samples costs the same (``sample_together`` shows it). The token ids, seeds, lengths, scoring prompts and rewards are
-bon's. What bon does besides is left out: log-probabilities, text as it grows, scoring identical candidates once.
+bon's. What bon does besides is left out: log-probabilities, text as it grows, drafts, scoring identical candidates
+once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Outcome:
 
     Args:
         reward: the winner's.
-        policy_tokens, scorer_tokens: decoded.
+        policy_tokens, scorer_tokens: decoded; what was read as a draft is not.
         prompt_tokens: of the candidates' prompt, once, and of all scoring prompts.
         cached_tokens: of those, how many came from the prefix cache.
         ready: seconds after the start at which each candidate was there; bon's and the plain sides' own clocks.
@@ -67,7 +68,7 @@ class Outcome:
         return cls(
             result.reward,
             usage.policy_completion_tokens,
-            usage.scorer_completion_tokens,
+            usage.scorer_completion_tokens - usage.drafted_tokens,
             usage.policy_prompt_tokens + usage.scorer_prompt_tokens,
             usage.cached_tokens,
             tuple(candidate.finished for candidate in result.candidates),
