@@ -174,7 +174,7 @@ def _pruning(result: dict[str, Any]) -> Figure:
     figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
     names = ["everything", *(r["scoring"] for r in rows)]
     tokens = [rows[0]["tokens_everything"], *(r["tokens"] for r in rows)]
-    bars = axis.barh(names, tokens, color=[GREY, BLUE, BLUE])
+    bars = axis.barh(names, tokens, color=[GREY, *(BLUE for _ in rows)])
     saved = ["", *(f"{r['saved']:.1%} saved" for r in rows)]
     axis.bar_label(bars, [f"{t:,}  {s}" for t, s in zip(tokens, saved, strict=True)], padding=3)
     axis.set_xlabel(f"tokens the scorer decoded, {rows[0]['prompts']} prompts, n={rows[0]['n']}")

@@ -1,12 +1,13 @@
 """Pruning: how many of the scorer's decode steps need not be taken, with the same winner.
 
-On the torch engine, at n=16 on the mini world, at least a tenth of the scorer's decode tokens is saved
-(`pruning_saved`), and on every prompt the winner and its reward are what they are without pruning. Rows decode in step
-there, so a candidate can only be given up against rewards of reconstructions that ended earlier in the same batch.
+On the torch engine, at n=16 on the mini world, drafts and pruning save at least a tenth of the scorer's decode tokens
+(`pruning_saved`), and on every prompt the winner and its reward are what they are without. Rows decode in step there,
+so a candidate can only be given up against rewards of reconstructions that ended earlier in the same batch.
 
-With `--engine vllm`, where candidates are scored as they finish, pruning and stopping at the maximum reward save at
-least three tenths (`scorer_tokens_saved`), with the same winner's reward on every prompt. `--dummy` shows what watching
-reconstructions grow costs on a large model; what is saved then says nothing.
+With `--engine vllm`, where candidates are scored as they finish, drafts, pruning and stopping at the maximum reward
+save at least three tenths (`scorer_tokens_saved`), with the same winner's reward on every prompt; what each of them
+adds stands in the table. `--dummy` shows what watching reconstructions grow costs on a large model; what is saved then
+says nothing.
 """
 
 from __future__ import annotations

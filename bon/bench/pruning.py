@@ -1,8 +1,8 @@
-"""What pruning and stopping save, and that they change nothing that matters.
+"""What drafts, pruning and stopping save, and that they change nothing that matters.
 
-The same candidates are scored three times: with nothing skipped, with pruning, and with pruning and a stop at the
-maximum reward. The winner's reward must be the same each time, on every prompt, and with pruning alone so must the
-winner; a benchmark that finds otherwise fails instead of reporting a saving.
+The same candidates are scored four times: with every token decoded, with drafts, with pruning as well, and with a stop
+at the maximum reward besides. The winner's reward must be the same each time, on every prompt, and but for the stop so
+must the winner; a benchmark that finds otherwise fails instead of reporting a saving.
 
 Where each candidate is scored as it finishes (vLLM), what is saved depends on when it does, so they are sampled each
 time as well, with the same seed. A stop then also saves the candidates that were still being sampled.
@@ -10,6 +10,7 @@ time as well, with the same seed. A stop then also saves the candidates that wer
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,13 @@ from bon.best_of_n import BestOfN
 from bon.engines.base import Engine
 from bon.errors import BonError
 from bon.scorers.base import Board, Item, Scorer
-from bon.types import Result, Sampling, Task
+from bon.scorers.drafting import Drafting
+from bon.scorers.flip import Flip
+from bon.types import Result, Sampling, Task, Usage
 
-EVERYTHING, PRUNED, STOPPED = "everything", "pruning", "pruning, stop at 1.0"
+EVERYTHING, DRAFTED = "everything", "drafts"
+PRUNED, STOPPED = "drafts, pruning", "drafts, pruning, stop at 1.0"
+LESS = (DRAFTED, PRUNED, STOPPED)
 
 
 class WinnerChangedError(BonError):
@@ -31,7 +36,7 @@ class WinnerChangedError(BonError):
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """Scoring each prompt's candidates with nothing skipped, with pruning, and with stopping as well.
+    """Scoring each prompt's candidates with every token decoded, and with less and less of it.
 
     Args:
         n: candidates for each prompt.
@@ -48,8 +53,8 @@ class Pruning:
     sampled: bool = False
 
     def tokens(self, side: str) -> list[int]:
-        """Tokens the scorer decoded, for each prompt."""
-        return [result.usage.scorer_completion_tokens for result in self.results[side]]
+        """Tokens the scorer decoded, for each prompt; those read as a draft are not among them."""
+        return [_decoded(result.usage) for result in self.results[side]]
 
     def saved(self, side: str) -> Spread:
         """Share of all scorer decode tokens that were not decoded; the quartiles are over prompts."""
@@ -76,7 +81,7 @@ class Pruning:
                 "scores_pruned": sum(result.counts.get("pruned", 0) for result in self.results[side]),
                 "winner_rewards_equal": self.equal(side),
             }
-            for side in (PRUNED, STOPPED)
+            for side in LESS
         ]
 
     def text(self) -> str:
@@ -87,19 +92,21 @@ class Pruning:
                 sum(self.tokens(side)),
                 f"{self.saved(side).median:.1%}",
                 sum(result.counts.get("pruned", 0) for result in self.results[side]),
+                self.equal(side),
                 milliseconds(Spread.of(self.seconds[side]).median),
                 f"{self.time(side):.2f}",
             ]
-            for side in (EVERYTHING, PRUNED, STOPPED)
+            for side in (EVERYTHING, *LESS)
         ]
-        in_step = f"The best possible bound saves {self.possible_in_step:.1%} while rows decode in step.\n"
-        headers = ["scoring", "tokens", "saved", "pruned", "ms", "time ratio"]
+        in_step = (
+            f"Without drafts the best possible bound saves {self.possible_in_step:.1%} while rows decode in step.\n"
+        )
+        headers = ["scoring", "tokens", "saved", "pruned", "same reward", "ms", "time ratio"]
         count = len(self.results[PRUNED])
         notes = (
             f"{count} prompts, {self.n} candidates each.\n"
-            f"Winner's reward unchanged: {self.equal(PRUNED)} with pruning, {self.equal(STOPPED)} with stopping.\n"
             f"{'' if self.sampled else in_step}"
-            f"Knowing the winner's reward from the start, this one saves {self.possible_informed:.1%}.\n"
+            f"Drafts and a bound that knows the winner's reward save {self.possible_informed:.1%}.\n"
             f"Scoring identical candidates once had saved {self.saved_on_duplicates:.1%} before."
         )
         return f"{table(headers, rows)}\n{notes}"
@@ -157,7 +164,7 @@ def measure_pruning(
     exact: bool = True,
     before: Callable[[], object] | None = None,
 ) -> Pruning:
-    """Sample once, score three times; or do both three times, where they overlap.
+    """Sample once, score four times; or do both four times, where they overlap.
 
     Args:
         policy: what samples.
@@ -172,8 +179,14 @@ def measure_pruning(
     Raises:
         WinnerChangedError: a winner's reward, or under pruning alone a winner, is not what it was.
     """
-    options: dict[str, dict[str, Any]] = {EVERYTHING: {"prune": False}, PRUNED: {}, STOPPED: {"stop_at": 1.0}}
-    ways = {name: BestOfN(policy, scorer, n=n, sampling=sampling, **chosen) for name, chosen in options.items()}
+    options: dict[str, dict[str, Any]] = {
+        EVERYTHING: {"prune": False},
+        DRAFTED: {"prune": False},
+        PRUNED: {},
+        STOPPED: {"stop_at": 1.0},
+    }
+    scorers = {name: _undrafted(scorer) if name == EVERYTHING else scorer for name in options}
+    ways = {name: BestOfN(policy, scorers[name], n=n, sampling=sampling, **options[name]) for name in options}
     overlapped = ways[EVERYTHING].schedule == "each"
     given = [] if overlapped else [result.candidates for result in ways[EVERYTHING].map(tasks)]
 
@@ -197,6 +210,19 @@ def measure_pruning(
     return measured
 
 
+def _undrafted(scorer: Scorer) -> Scorer:
+    """The same scorer without drafts."""
+    if not isinstance(scorer, Flip):
+        return scorer
+    plain = copy.copy(scorer)
+    plain._drafting = Drafting(False)
+    return plain
+
+
+def _decoded(usage: Usage) -> int:
+    return usage.scorer_completion_tokens - usage.drafted_tokens
+
+
 async def _informed(scorer: Scorer, results: Sequence[Result]) -> list[int]:
     """Tokens decoded for each result's candidates when its reward is on the board before anything is scored."""
     tokens = []
@@ -204,14 +230,14 @@ async def _informed(scorer: Scorer, results: Sequence[Result]) -> list[int]:
         board = Board(best=result.reward)
         scored = [s.candidate for s in result.scores if s.same_as is None and s.status != "empty"]
         items = [Item(result.task, result.candidates[index], board) for index in scored]
-        tokens.append(sum([s.usage.scorer_completion_tokens async for s in scorer.score(items)]))
+        tokens.append(sum([_decoded(s.usage) async for s in scorer.score(items)]))
     return tokens
 
 
 def _check(measured: Pruning) -> None:
-    for name in (PRUNED, STOPPED):
+    for name in LESS:
         for index, (full, less) in enumerate(zip(measured.results[EVERYTHING], measured.results[name], strict=True)):
-            if full.reward != less.reward or (name == PRUNED and full.best != less.best):
+            if full.reward != less.reward or (name != STOPPED and full.best != less.best):
                 raise WinnerChangedError(
                     f"with {name}, candidate {less.best} won prompt {index} with reward {less.reward}; "
                     f"without, candidate {full.best} with {full.reward}."
