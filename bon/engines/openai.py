@@ -3,8 +3,8 @@
 By default each sample is a request of its own, so that each candidate can be shown, scored, retried and aborted by
 itself, and those that are there count when a deadline passes. ``n_per_request`` asks for more at once; a server that
 ignores or refuses n is topped up with single requests, and that is remembered. What a request costs, client and server
-together, is some 7 ms of CPU time: on two cores that both shared, N single requests to vLLM took as long as one with
-n=N for answers of 200 tokens, and 1.4 to 1.9 times as long for answers of 15 tokens (N = 8 to 32, a model of 1.1M
+together, is some 7 ms of CPU time: on two busy cores that both shared, N single requests to vLLM took as long as one
+with n=N for answers of 200 tokens, and 1.4 to 2.7 times as long for answers of 15 tokens (N = 8 to 32, a model of 1.1M
 parameters). So ask for more at once where answers are that short, or where a prompt is billed with each request.
 
 Tokens are streamed only where ``keep`` wants to see them; a completion that it gives up is aborted by closing its
