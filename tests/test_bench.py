@@ -382,6 +382,7 @@ def test_throughput_of_a_dummy_runs_to_its_last_line(capsys: pytest.CaptureFixtu
     assert set(result["ratios"]) == {"offline_throughput"}
     tokens = [row["tokens"] for row in result["rows"] if row["case"] == "side"]
     assert tokens == [2 * 2 * (8 + 8)] * 2
+    assert result["conditions"]["model"]["model"] == "dummy llama-4.7m"
     draw(tmp_path / "throughput.json")
 
 

@@ -91,7 +91,8 @@ def _open_dummies(options: argparse.Namespace) -> Models:
         raise InputError("--dummy takes one or two shapes, in place of --policy and --flip.")
     folder = tempfile.TemporaryDirectory(prefix="bon-dummy-")
     folders = [dummy_model(Path(folder.name) / str(i), config) for i, config in enumerate(options.dummy)]
-    facts = [{**describe(f), "model": f"dummy {Path(c).stem}"} for f, c in zip(folders, options.dummy, strict=True)]
+    names = [config if config in SHAPES else Path(config).stem for config in options.dummy]
+    facts = [{**describe(f), "model": f"dummy {name}"} for f, name in zip(folders, names, strict=True)]
     made = {"dtype": options.dtype, "load_format": "dummy"}
     if len(folders) == 1:
         engines: list[Engine] = [load_engine(folders[0], engine="vllm", **made)]
