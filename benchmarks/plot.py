@@ -1,4 +1,4 @@
-"""Draw the results: one PNG beside each JSON file that a benchmark wrote.
+"""Draw the results: one PNG beside each JSON file of a benchmark that has a drawing; the others are passed over.
 
 python benchmarks/plot.py benchmarks/results/*.json
 """
@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("results", nargs="+", type=Path, help="JSON files written with --out")
     for path in options.parse_args(argv).results:
         result = json.loads(path.read_text())
-        if result["benchmark"] not in DRAWINGS:
-            raise SystemExit(f"{path}: no drawing for the benchmark {result['benchmark']!r}.")
+        if result.get("benchmark") not in DRAWINGS:
+            print(f"{path}: nothing to draw")
+            continue
         figure = DRAWINGS[result["benchmark"]](result)
         figure.text(0.01, 0.01, _caption(result["conditions"]), fontsize=7, color=GREY)
         figure.savefig(path.with_suffix(".png"), dpi=150)
@@ -184,11 +185,23 @@ def _pruning(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def _memory(result: dict[str, Any]) -> Figure:
+    rows = [r for r in result["rows"] if r["case"] == "memory" and r["row"]]
+    figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
+    axis.plot([r["row"] for r in rows], [r["mib"] for r in rows], color=BLUE)
+    axis.set_xlabel(f"prompts done, n={result['conditions']['n']}")
+    axis.set_ylabel("resident memory (MiB)")
+    axis.set_ylim(bottom=0)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "prefix_sharing": _prefix_sharing,
     "latency": _latency,
     "throughput": _throughput,
     "pruning": _pruning,
+    "memory": _memory,
 }
 
 
@@ -196,7 +209,8 @@ def _caption(conditions: dict[str, Any]) -> str:
     models = [v for v in conditions.values() if isinstance(v, dict) and "parameters" in v]
     shown = list(dict.fromkeys(f"{m['model']} ({m['parameters'] / 1e6:.1f}M parameters)" for m in models))
     machine = conditions.get("gpu") or f"{conditions['cpu']}, {conditions['threads']} threads"
-    return "; ".join([*shown, conditions["dtype"], machine, f"torch {conditions['torch']}", conditions["date"]])
+    facts = [conditions[name] for name in ("dtype",) if name in conditions]
+    return "; ".join([*shown, *facts, machine, f"torch {conditions['torch']}", conditions["date"]])
 
 
 if __name__ == "__main__":
