@@ -10,7 +10,7 @@ from bon.engines.scripted import ScriptedEngine
 from bon.errors import EngineError, InputError, UnknownNameError
 from bon.prompts import from_files, load_style
 from bon.scorers import Board, Flip, Item, Scorer
-from bon.scorers.flip import _before_stop
+from bon.scorers.reconstruction import before_stop
 from bon.selectors import as_selector, select
 from bon.types import Candidate, Message, Sampling, Task
 
@@ -292,8 +292,8 @@ def test_closing_the_scores_stops_the_engine():
 
 
 def test_the_end_of_a_text_that_may_become_a_stop_string_does_not_count():
-    assert _before_stop("one two EN", ("END",)) == "one two "
-    assert _before_stop("one two", ("END", "\n")) == "one two"
+    assert before_stop("one two EN", ("END",)) == "one two "
+    assert before_stop("one two", ("END", "\n")) == "one two"
 
 
 @pytest.mark.parametrize(

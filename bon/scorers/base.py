@@ -84,3 +84,9 @@ class Scorer(Protocol):
 
     async def aclose(self) -> None:
         """Free what the scorer holds."""
+
+
+def no_response(index: int, item: Item) -> Scored:
+    """Score a candidate that has nothing to score."""
+    reason = "there is no text" if not item.candidate.text.strip() else "there is nothing but thinking"
+    return Scored(index, Score(item.candidate.index, None, "empty", reason=reason))

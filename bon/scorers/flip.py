@@ -7,28 +7,27 @@ candidate of the same task has; the bound holds for whatever the parser could fi
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
-from bon.engines.base import Completion, Engine, Keep, Loglikelihood, Partial, Prompt, WritesJSON, load_engine
+from bon.engines.base import Engine, Keep, Loglikelihood, WritesJSON
 from bon.errors import InputError, PromptTooLongError, UnknownNameError
 from bon.prompts import Style, load_style
-from bon.scorers.base import Item, Scored
+from bon.scorers.base import Item, Scored, no_response
 from bon.scorers.drafting import Drafting
-from bon.scorers.parsing import Parsed, Parser, response_piece
-from bon.similarity import Bound, Match, Similarity, as_similarity, mean_bound
-from bon.types import Sampling, Score, ScoreStatus, Usage
+from bon.scorers.lazy import LazyEngine
+from bon.scorers.parsing import Parser, response_piece
+from bon.scorers.reconstruction import Reconstruction
+from bon.similarity import Similarity, as_similarity
+from bon.types import Sampling
 
 TieBreak = Literal["logprob", "likelihood"]
 MAX_TOKENS = 512
 """Tokens of a reconstruction, as in the paper."""
 RETRY_TEMPERATURE = 0.7
-_WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
 
 
 class Flip:
@@ -77,7 +76,7 @@ class Flip:
     ) -> None:
         if tie_break not in ("logprob", "likelihood"):
             raise UnknownNameError("tie-break", tie_break, ["logprob", "likelihood"])
-        self.samples, self.retries = whole("samples", samples, 1), whole("retries", retries, 0)
+        self.samples, self.retries = _whole("samples", samples, 1), _whole("retries", retries, 0)
         self.style = load_style(prompt)
         self.parser = Parser(parser, self.style.output, thinking)
         self.similarity = as_similarity(similarity)
@@ -120,10 +119,10 @@ class Flip:
                 prompt = self.style.prompt(item.task, response, self.template)
                 if self._drafting.pays():
                     prompt = replace(prompt, draft=item.task.instruction.strip())
-                runs.append(_Run(index, item, prompt, self.parser, self.similarity, self.samples))
-        finished: list[_Run] = []
+                runs.append(Reconstruction(index, item, prompt, self.parser, self.similarity, self.samples))
+        finished: list[Reconstruction] = []
         for attempt in range(self.retries + 1):
-            again: list[_Run] = []
+            again: list[Reconstruction] = []
             async with aclosing(self._reconstruct(runs, _retry(self.sampling, attempt))) as ended:
                 async for run in ended:
                     if run.status == "failed" and attempt < self.retries and not run.too_long:
@@ -138,7 +137,9 @@ class Flip:
         for run, likelihood in await self._likelihoods(finished):
             yield run.scored(likelihood.mean if likelihood else None, likelihood)
 
-    async def _reconstruct(self, runs: list[_Run], sampling: Sampling) -> AsyncGenerator[_Run, None]:
+    async def _reconstruct(
+        self, runs: list[Reconstruction], sampling: Sampling
+    ) -> AsyncGenerator[Reconstruction, None]:
         """Run all reconstructions as one batch and yield each run when its last one ends."""
         fitting = runs
         while fitting:
@@ -169,7 +170,7 @@ class Flip:
             return sampling
         return sampling.replace(extra={**engine.json_options(schema), **sampling.extra})
 
-    async def _likelihoods(self, runs: list[_Run]) -> list[tuple[_Run, Loglikelihood | None]]:
+    async def _likelihoods(self, runs: list[Reconstruction]) -> list[tuple[Reconstruction, Loglikelihood | None]]:
         """Rate the original instruction after each response; None where it does not fit the context."""
         style = self.style if self.style.output == "text" else load_style("direct")
         prompts = {
@@ -205,233 +206,15 @@ def _retry(sampling: Sampling, attempt: int) -> Sampling:
     return sampling.replace(temperature=max(sampling.temperature, RETRY_TEMPERATURE), seed=seed)
 
 
-def _keep(runs: list[_Run], stop: tuple[str, ...]) -> Keep | None:
+def _keep(runs: list[Reconstruction], stop: tuple[str, ...]) -> Keep | None:
     """Say of a growing reconstruction whether it is worth going on; None when nothing could ever be given up."""
     if not any(run.prunable for run in runs):
         return None
     return lambda partial: runs[partial.prompt_index].keep(partial, stop)
 
 
-@dataclass
-class _Run:
-    """One candidate's reconstructions, while they are made and after.
-
-    ``bounds[s]`` is what sample s can still reach, ``matches[s]`` what it did reach.
-    """
-
-    index: int
-    item: Item
-    prompt: Prompt
-    parser: Parser
-    similarity: Similarity
-    samples: int
-    too_long: str = ""
-    completions: dict[int, Completion] = field(default_factory=dict)
-    parsed: dict[int, Parsed] = field(default_factory=dict)
-    matches: dict[int, Match] = field(default_factory=dict)
-    bounds: list[float] = field(default_factory=list)
-    counters: list[Bound | None] = field(default_factory=list)
-    spent: Usage = field(default_factory=Usage)
-
-    def __post_init__(self) -> None:
-        instruction = self.item.task.instruction
-        self.counters = [self.similarity.bound(instruction) for _ in range(self.samples)]
-        self.bounds = [self.similarity.maximum] * self.samples
-
-    def restarted(self) -> _Run:
-        """Another try, which remembers what was spent."""
-        return _Run(self.index, self.item, self.prompt, self.parser, self.similarity, self.samples, spent=self.usage)
-
-    @property
-    def prunable(self) -> bool:
-        """Whether ``keep`` may ever say no."""
-        board = self.item.board
-        return board.stop_at is not None or (board.prune and self.parser.settles and self.counters[0] is not None)
-
-    def keep(self, partial: Partial, stop: Iterable[str] = ()) -> bool:
-        """Tighten the bound with what a sample has written so far; False when the candidate cannot win."""
-        counter = self.counters[partial.sample_index]
-        settled = self.parser.settled(_before_stop(partial.text, stop))
-        if counter is not None and settled is not None:
-            self.bounds[partial.sample_index] = counter.update(settled)
-        return not self.item.board.hopeless(self.upper_bound)
-
-    def finish(self, completion: Completion) -> bool:
-        """Take in a completion; True when it was the last one."""
-        sample = completion.sample_index
-        self.completions[sample] = completion
-        if completion.finish_reason != "pruned":
-            if completion.error is not None:
-                parsed = Parsed("failed", None, str(completion.error))
-            else:
-                parsed = self.parser.parse(completion.text, completion.finish_reason)
-            self.parsed[sample] = parsed
-            if parsed.instruction is not None:
-                self.matches[sample] = self.similarity(parsed.instruction, self.item.task.instruction)
-        return len(self.completions) == self.samples
-
-    @property
-    def upper_bound(self) -> float:
-        """The highest reward that the candidate can still reach."""
-        unfinished = [bound for sample, bound in enumerate(self.bounds) if sample not in self.parsed]
-        return min(self.similarity.maximum, mean_bound((m.f1 for m in self.matches.values()), unfinished))
-
-    @property
-    def status(self) -> ScoreStatus:
-        """What to report: pruned if any sample was, else the worst of the samples that could be parsed."""
-        if len(self.parsed) < len(self.completions):
-            return "pruned"
-        usable = [p.status for s, p in self.parsed.items() if s in self.matches]
-        return max(usable, key=_WORST_LAST.index) if usable else "failed"
-
-    @property
-    def reward(self) -> float | None:
-        """Mean similarity over the samples that could be parsed."""
-        if self.status in ("pruned", "failed"):
-            return None
-        return math.fsum(m.f1 for m in self.matches.values()) / len(self.matches)
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens spent so far; the prompt counts once for all samples."""
-        done = self.completions.values()
-        return self.spent + Usage(
-            scorer_prompt_tokens=max((c.prompt_tokens for c in done), default=0),
-            scorer_completion_tokens=sum(c.completion_tokens for c in done),
-            cached_tokens=min((c.cached_tokens for c in done), default=0),
-            drafted_tokens=sum(c.drafted_tokens for c in done),
-        )
-
-    def scored(self, tie_break: float | None, likelihood: Loglikelihood | None = None) -> Scored:
-        """Report, with the value that decides between equal rewards and what that cost."""
-        usage = self.usage
-        if likelihood is not None:
-            prompt_tokens = likelihood.prompt_tokens + likelihood.tokens
-            usage += Usage(scorer_prompt_tokens=prompt_tokens, cached_tokens=likelihood.cached_tokens)
-        tokens, drafted = usage.scorer_completion_tokens, usage.drafted_tokens
-        candidate, status, reward = self.item.candidate.index, self.status, self.reward
-        if reward is None:
-            bound = self.upper_bound if status == "pruned" else None
-            reason = self._reason(status)
-            score = Score(candidate, None, status, tokens=tokens, drafted=drafted, upper_bound=bound, reason=reason)
-            return Scored(self.index, score, usage)
-        nearest = min(self.matches, key=lambda s: (abs(self.matches[s].f1 - reward), s))
-        score = Score(
-            candidate,
-            reward,
-            status,
-            inferred=self.parsed[nearest].instruction,
-            precision=self._mean([m.precision for m in self.matches.values()]),
-            recall=self._mean([m.recall for m in self.matches.values()]),
-            tie_break=tie_break,
-            tokens=tokens,
-            drafted=drafted,
-            reason=self._reason(status),
-            samples=tuple(self.matches[s].f1 for s in sorted(self.matches)) if self.samples > 1 else (),
-        )
-        return Scored(self.index, score, usage)
-
-    def _reason(self, status: ScoreStatus) -> str | None:
-        if self.too_long:
-            return f"the response does not fit the scorer: {self.too_long}"
-        if status == "pruned":
-            if self.item.board.reached:
-                return "another candidate has reached the reward to stop at"
-            return f"could not reach the best reward so far ({self.item.board.best:.3f})"
-        failed = [p.reason for p in self.parsed.values() if p.status == "failed"]
-        if status == "failed":
-            return failed[0] if failed else "there is no reconstruction"
-        if failed:
-            return f"{len(failed)} of {self.samples} reconstructions failed: {failed[0]}"
-        return next((p.reason for p in self.parsed.values() if p.status == status and p.reason), None)
-
-    @property
-    def mean_logprob(self) -> float | None:
-        """Log-probability per token of the reconstructions that count, None when the engine does not know it."""
-        return self._mean([_per_token(c) for s, c in self.completions.items() if s in self.matches])
-
-    @staticmethod
-    def _mean(values: Sequence[float | None]) -> float | None:
-        known = [v for v in values if v is not None]
-        return math.fsum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _per_token(completion: Completion) -> float | None:
-    if completion.cumulative_logprob is None or not completion.completion_tokens:
-        return None
-    return completion.cumulative_logprob / completion.completion_tokens
-
-
-def _before_stop(text: str, stop: Iterable[str]) -> str:
-    """Cut off an end that may be the beginning of a stop string, which an engine would remove again."""
-    for mark in stop:
-        for length in range(min(len(mark), len(text)), 0, -1):
-            if text.endswith(mark[:length]):
-                text = text[:-length]
-                break
-    return text
-
-
-def no_response(index: int, item: Item) -> Scored:
-    """Score a candidate that has nothing to score."""
-    reason = "there is no text" if not item.candidate.text.strip() else "there is nothing but thinking"
-    return Scored(index, Score(item.candidate.index, None, "empty", reason=reason))
-
-
-def whole(name: str, value: int, least: int) -> int:
+def _whole(name: str, value: int, least: int) -> int:
     """Check a whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} must be a whole number >= {least}, got {value!r}.")
     return value
-
-
-class _HasModel(Protocol):
-    _model: LazyEngine
-
-
-S = TypeVar("S", bound=_HasModel)
-
-
-class LazyEngine:
-    """An engine that is there, or a model that is loaded on first use."""
-
-    def __init__(self, model: str | Path | Engine | None, options: dict[str, Any]) -> None:
-        self._engine: Engine | None = None
-        self._name, self._options = model, options
-        if not (model is None or isinstance(model, str | Path)):
-            if not isinstance(model, Engine):
-                raise InputError(f"a scorer's model must be a name, a folder or an engine, got {model!r}.")
-            if options:
-                raise InputError(f"{', '.join(sorted(options))}: options are for models loaded by name.")
-            self._engine = model
-
-    @property
-    def name(self) -> str:
-        """Name of the model."""
-        return self._engine.name if self._engine else "mini" if self._name is None else str(self._name)
-
-    @property
-    def engine(self) -> Engine:
-        """The engine, loaded now if it was not."""
-        if self._engine is None:
-            assert self._name is None or isinstance(self._name, str | Path)
-            self._engine = load_engine(self._name, **self._options)
-        return self._engine
-
-    @property
-    def named(self) -> Engine | None:
-        """The engine, or None when nobody said which."""
-        return None if self._engine is None and self._name is None else self.engine
-
-    @staticmethod
-    def moved(scorer: S, engine: Engine) -> S:
-        """Return a copy of a scorer whose ``_model`` is another engine."""
-        other = copy.copy(scorer)
-        other._model = LazyEngine(engine, {})
-        return other
-
-    async def aclose(self) -> None:
-        """Free the engine if it was loaded here; it loads again when it is needed."""
-        if self._engine is not None and self._engine is not self._name:
-            await self._engine.aclose()
-            self._engine = None

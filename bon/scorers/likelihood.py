@@ -10,8 +10,8 @@ from typing import Any
 from bon.engines.base import Engine, Loglikelihood, Prompt
 from bon.errors import InputError, PromptTooLongError
 from bon.prompts import Style, load_style
-from bon.scorers.base import Item, Scored
-from bon.scorers.flip import LazyEngine, no_response
+from bon.scorers.base import Item, Scored, no_response
+from bon.scorers.lazy import LazyEngine
 from bon.scorers.parsing import response_piece
 from bon.types import Score, Usage
 

@@ -1,0 +1,177 @@
+"""One candidate's reconstructions, while they are made and after: bound, status, reward and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from bon.engines.base import Completion, Loglikelihood, Partial, Prompt
+from bon.scorers.base import Item, Scored
+from bon.scorers.parsing import Parsed, Parser
+from bon.similarity import Bound, Match, Similarity, mean_bound
+from bon.types import Score, ScoreStatus, Usage
+
+_WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
+
+
+@dataclass
+class Reconstruction:
+    """One candidate's reconstructions, while they are made and after.
+
+    ``bounds[s]`` is what sample s can still reach, ``matches[s]`` what it did reach.
+    """
+
+    index: int
+    item: Item
+    prompt: Prompt
+    parser: Parser
+    similarity: Similarity
+    samples: int
+    too_long: str = ""
+    completions: dict[int, Completion] = field(default_factory=dict)
+    parsed: dict[int, Parsed] = field(default_factory=dict)
+    matches: dict[int, Match] = field(default_factory=dict)
+    bounds: list[float] = field(default_factory=list)
+    counters: list[Bound | None] = field(default_factory=list)
+    spent: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        instruction = self.item.task.instruction
+        self.counters = [self.similarity.bound(instruction) for _ in range(self.samples)]
+        self.bounds = [self.similarity.maximum] * self.samples
+
+    def restarted(self) -> Reconstruction:
+        """Another try, which remembers what was spent."""
+        return Reconstruction(
+            self.index, self.item, self.prompt, self.parser, self.similarity, self.samples, spent=self.usage
+        )
+
+    @property
+    def prunable(self) -> bool:
+        """Whether ``keep`` may ever say no."""
+        board = self.item.board
+        return board.stop_at is not None or (board.prune and self.parser.settles and self.counters[0] is not None)
+
+    def keep(self, partial: Partial, stop: Iterable[str] = ()) -> bool:
+        """Tighten the bound with what a sample has written so far; False when the candidate cannot win."""
+        counter = self.counters[partial.sample_index]
+        settled = self.parser.settled(before_stop(partial.text, stop))
+        if counter is not None and settled is not None:
+            self.bounds[partial.sample_index] = counter.update(settled)
+        return not self.item.board.hopeless(self.upper_bound)
+
+    def finish(self, completion: Completion) -> bool:
+        """Take in a completion; True when it was the last one."""
+        sample = completion.sample_index
+        self.completions[sample] = completion
+        if completion.finish_reason != "pruned":
+            if completion.error is not None:
+                parsed = Parsed("failed", None, str(completion.error))
+            else:
+                parsed = self.parser.parse(completion.text, completion.finish_reason)
+            self.parsed[sample] = parsed
+            if parsed.instruction is not None:
+                self.matches[sample] = self.similarity(parsed.instruction, self.item.task.instruction)
+        return len(self.completions) == self.samples
+
+    @property
+    def upper_bound(self) -> float:
+        """The highest reward that the candidate can still reach."""
+        unfinished = [bound for sample, bound in enumerate(self.bounds) if sample not in self.parsed]
+        return min(self.similarity.maximum, mean_bound((m.f1 for m in self.matches.values()), unfinished))
+
+    @property
+    def status(self) -> ScoreStatus:
+        """What to report: pruned if any sample was, else the worst of the samples that could be parsed."""
+        if len(self.parsed) < len(self.completions):
+            return "pruned"
+        usable = [p.status for s, p in self.parsed.items() if s in self.matches]
+        return max(usable, key=_WORST_LAST.index) if usable else "failed"
+
+    @property
+    def reward(self) -> float | None:
+        """Mean similarity over the samples that could be parsed."""
+        if self.status in ("pruned", "failed"):
+            return None
+        return math.fsum(m.f1 for m in self.matches.values()) / len(self.matches)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens spent so far; the prompt counts once for all samples."""
+        done = self.completions.values()
+        return self.spent + Usage(
+            scorer_prompt_tokens=max((c.prompt_tokens for c in done), default=0),
+            scorer_completion_tokens=sum(c.completion_tokens for c in done),
+            cached_tokens=min((c.cached_tokens for c in done), default=0),
+            drafted_tokens=sum(c.drafted_tokens for c in done),
+        )
+
+    def scored(self, tie_break: float | None, likelihood: Loglikelihood | None = None) -> Scored:
+        """Report, with the value that decides between equal rewards and what that cost."""
+        usage = self.usage
+        if likelihood is not None:
+            prompt_tokens = likelihood.prompt_tokens + likelihood.tokens
+            usage += Usage(scorer_prompt_tokens=prompt_tokens, cached_tokens=likelihood.cached_tokens)
+        tokens, drafted = usage.scorer_completion_tokens, usage.drafted_tokens
+        candidate, status, reward = self.item.candidate.index, self.status, self.reward
+        if reward is None:
+            bound = self.upper_bound if status == "pruned" else None
+            reason = self._reason(status)
+            score = Score(candidate, None, status, tokens=tokens, drafted=drafted, upper_bound=bound, reason=reason)
+            return Scored(self.index, score, usage)
+        nearest = min(self.matches, key=lambda s: (abs(self.matches[s].f1 - reward), s))
+        score = Score(
+            candidate,
+            reward,
+            status,
+            inferred=self.parsed[nearest].instruction,
+            precision=self._mean([m.precision for m in self.matches.values()]),
+            recall=self._mean([m.recall for m in self.matches.values()]),
+            tie_break=tie_break,
+            tokens=tokens,
+            drafted=drafted,
+            reason=self._reason(status),
+            samples=tuple(self.matches[s].f1 for s in sorted(self.matches)) if self.samples > 1 else (),
+        )
+        return Scored(self.index, score, usage)
+
+    def _reason(self, status: ScoreStatus) -> str | None:
+        if self.too_long:
+            return f"the response does not fit the scorer: {self.too_long}"
+        if status == "pruned":
+            if self.item.board.reached:
+                return "another candidate has reached the reward to stop at"
+            return f"could not reach the best reward so far ({self.item.board.best:.3f})"
+        failed = [p.reason for p in self.parsed.values() if p.status == "failed"]
+        if status == "failed":
+            return failed[0] if failed else "there is no reconstruction"
+        if failed:
+            return f"{len(failed)} of {self.samples} reconstructions failed: {failed[0]}"
+        return next((p.reason for p in self.parsed.values() if p.status == status and p.reason), None)
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Log-probability per token of the reconstructions that count, None when the engine does not know it."""
+        return self._mean([_per_token(c) for s, c in self.completions.items() if s in self.matches])
+
+    @staticmethod
+    def _mean(values: Sequence[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _per_token(completion: Completion) -> float | None:
+    if completion.cumulative_logprob is None or not completion.completion_tokens:
+        return None
+    return completion.cumulative_logprob / completion.completion_tokens
+
+
+def before_stop(text: str, stop: Iterable[str]) -> str:
+    """Cut off an end that may be the beginning of a stop string, which an engine would remove again."""
+    for mark in stop:
+        for length in range(min(len(mark), len(text)), 0, -1):
+            if text.endswith(mark[:length]):
+                text = text[:-length]
+                break
+    return text
