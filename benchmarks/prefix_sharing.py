@@ -106,7 +106,7 @@ def _scoring(report: Report, model: Path | None, suffix: str, options: argparse.
     texts = [candidates(options.candidates) for _ in range(rounds + 1)]
     greedy = Sampling(temperature=0.0, max_tokens=INSTRUCTION)
     makers: dict[str, Any] = {
-        "FLIP direct": lambda engine: Flip(engine, sampling=greedy),
+        "FLIP direct": lambda engine: Flip(engine, sampling=greedy, draft=False),
         "likelihood": lambda engine: BackwardLikelihood(engine),
     }
     lines = []

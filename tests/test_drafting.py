@@ -1,6 +1,7 @@
 """The instruction as a draft of its own reconstruction: the same scores for less, and only where it pays."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_scores_are_the_same_with_and_without_drafts_and_cost_less():
         boards = [Board(prune=False) for _ in tasks]
         items = [Item(tasks[s.task], s.candidate, boards[s.task]) for s in sampled if s.candidate.text]
         flip = Flip(engine, sampling=Sampling(temperature=0.0, max_tokens=64), draft=draft)
+        asyncio.run(collect(flip.score([replace(item, board=Board(prune=False)) for item in items[:16]])))  # on trial
         found[draft] = sorted(asyncio.run(collect(flip.score(items))), key=lambda s: s.item)
     for drafted, plain in zip(found[True], found[False], strict=True):
         assert (drafted.score.reward, drafted.score.inferred) == (plain.score.reward, plain.score.inferred)
@@ -74,17 +76,29 @@ def test_drafts_that_are_never_taken_are_given_up_and_tried_again_now_and_then()
     for i in range(400):
         asyncio.run(collect(flip.score([Item(Task.of("Write a haiku"), Candidate(i, f"rain {i}"))])))
     drafted = [bool(draft) for draft in engine.drafts]
-    assert all(drafted[:30])
-    assert 0 < sum(drafted[100:]) <= 10
+    assert all(drafted[:16])
+    assert 0 < sum(drafted[16:]) <= 400 // 32 + 1
     assert flip.on(Asked())._drafting.pays(), "nothing is known of another model"
+
+
+def test_a_new_scorer_is_tried_with_a_few_drafts_first():
+    engine = Asked()
+    board = Board(prune=False)
+    items = [Item(Task.of("Write a haiku"), Candidate(i, f"rain {i}"), board) for i in range(30)]
+    asyncio.run(collect(Flip(engine).score(items)))
+    assert sum(bool(draft) for draft in engine.drafts) == 16
+
+
+def completion(drafted):
+    return Completion(0, 0, "x", "stop", completion_tokens=10, drafted_tokens=drafted)
 
 
 def test_drafts_that_are_taken_again_come_back():
     drafting = Drafting()
-    while drafting.pays():
-        drafting.learn(Completion(0, 0, "x", "stop", completion_tokens=10))
-    while not drafting.pays():
-        pass
-    for _ in range(16):
-        drafting.learn(Completion(0, 0, "x", "stop", completion_tokens=10, drafted_tokens=9))
+    for _ in range(100):
+        if drafting.pays():
+            drafting.learn(completion(0))
+    assert not all(drafting.pays() for _ in range(8))
+    for _ in range(40):
+        drafting.learn(completion(9))
     assert all(drafting.pays() for _ in range(100))

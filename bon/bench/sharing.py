@@ -182,7 +182,7 @@ def measure_forward(
             sizes,
             (PLAIN, SHARED),
             [f.cache_bytes * prefix / (prefix + own) for f in plain],  # without the rows' own tokens
-            [f.cache_bytes for f in shared],
+            [f.cache_bytes * (prefix / (prefix + own) if rows == 1 else 1) for f in shared],
             "B",
         ),
     }

@@ -184,7 +184,8 @@ class SharedRows:
         return logits
 
     def _note_prefix(self) -> None:
-        self._stats.prefix_bytes = max(self._stats.prefix_bytes, sum(level.segments.bytes for level in self._levels))
+        shared = sum(level.segments.bytes for level in self._levels)
+        self._stats.prefix_bytes = max(self._stats.prefix_bytes, shared or self._own.bytes)  # one prompt shares nothing
 
 
 def agreement(choices: Index, draft: Ids) -> int:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from bon.engines.base import Completion
 
-_WORTH_IT = 0.2  # share of a reconstruction's tokens that must come from drafts
+_WORTH_IT = (
+    0.5  # share of a reconstruction's tokens that must come from drafts: reading a token may cost what decoding does
+)
+_TRIAL = 16  # reconstructions by which a scorer is judged first
 _MEMORY = 32  # reconstructions over which that share is averaged, and between two tries once it is too low
 
 
@@ -23,21 +26,21 @@ class Drafting:
 
     def __init__(self, wanted: bool = True) -> None:
         self._wanted = wanted
-        self._share = 1.0
-        self._asked = 0
+        self._share = 0.0
+        self._asked = self._learned = 0
 
     def pays(self) -> bool:
-        """Whether the next reconstruction gets a draft: as long as drafts are taken, and now and then after that."""
-        if self._share >= _WORTH_IT:
-            return self._wanted
+        """Whether the next reconstruction gets a draft: some at first, all once drafts are taken, else now and then."""
         self._asked += 1
-        return self._wanted and self._asked % _MEMORY == 0
+        pays = self._share >= _WORTH_IT if self._learned >= _TRIAL else self._asked <= _TRIAL
+        return self._wanted and (pays or self._asked % _MEMORY == 0)
 
     def learn(self, completion: Completion) -> None:
         """Note how much of a reconstruction that had a draft came from it."""
         if completion.completion_tokens:
+            self._learned += 1
             share = completion.drafted_tokens / completion.completion_tokens
-            self._share += (share - self._share) / _MEMORY
+            self._share += (share - self._share) / min(self._learned, _MEMORY)
 
     def anew(self) -> Drafting:
         """The same for another model, of which nothing is known yet."""
