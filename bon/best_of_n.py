@@ -14,10 +14,10 @@ from typing import Any, Self, TypeVar
 
 from bon import background
 from bon.engines.base import Engine, Partial
-from bon.errors import BonError, InputError
+from bon.errors import BonError, InputError, UnknownNameError
 from bon.resolve import as_policy, as_scorer, load_both
 from bon.run import Run, Watch
-from bon.sampler import Failed, Sampled, Schedule, given, in_batches, sample
+from bon.sampler import SCHEDULES, Failed, Sampled, Schedule, given, in_batches, sample
 from bon.scorers.base import Board, Scorer
 from bon.selectors import Selector, as_selector, only_the_best_counts
 from bon.types import Candidate, Conversation, Result, Sampling, Score, Task
@@ -47,6 +47,8 @@ class BestOfN:
         stop_at: stop everything for a prompt once a candidate has this reward. At the maximum reward (1.0 for F1)
             the winner's reward stays what it would have been. None scores all n.
         engine: which back end loads models given by name; None chooses.
+        schedule: when candidates are handed to the scorer: "each" as it finishes, "ready" those that are there whenever
+            the scorer is free, "all" together at the end; None chooses, see ``schedule_for``.
 
     Raises:
         InputError: n < 1, an unknown name or option, a model that cannot be loaded.
@@ -64,13 +66,17 @@ class BestOfN:
         prune: bool = True,
         stop_at: float | None = None,
         engine: str | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
+        if schedule is not None and schedule not in SCHEDULES:
+            raise UnknownNameError("schedule", schedule, SCHEDULES)
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"n must be a whole number of at least 1, got {n!r}.")
         self.n = n
         self.sampling = Sampling.of(sampling)
         self.selector = as_selector(selector, min_reward)
         self.prune, self.stop_at = prune and only_the_best_counts(self.selector), stop_at
+        self._schedule = schedule
         policy, flip = load_both(policy, flip, engine)
         self.policy = as_policy(policy, engine)
         self.scorer = as_scorer(flip, policy, self.policy, engine)
@@ -89,7 +95,7 @@ class BestOfN:
         Args:
             n, sampling, scorer: None keeps what there is.
             min_reward: a minimum beside the one that the selector may have.
-            changes: ``prune`` or ``stop_at``, where None means None.
+            changes: ``prune``, ``stop_at`` or ``schedule``, where None means None.
 
         Raises:
             InputError: what the constructor says of them.
@@ -101,7 +107,7 @@ class BestOfN:
             sampling=sampling or self.sampling,
             selector=self.selector,
             min_reward=min_reward,
-            **{"prune": self.prune, "stop_at": self.stop_at, **changes},
+            **{"prune": self.prune, "stop_at": self.stop_at, "schedule": self._schedule, **changes},
         )
 
     def __call__(self, prompt: Conversation, *, instruction: str | None = None) -> Result:
@@ -247,28 +253,35 @@ class BestOfN:
     ) -> list[Result | BonError]:
         """Sample, score, select: the whole of best-of-N."""
         run = Run(tasks, boards, self.scorer, watch)
+        schedule = self.schedule_for(live=watch is not None or deadline is not None)
         with run.ended(self.n, deadline):
             async with (
                 asyncio.timeout(deadline),
                 asyncio.TaskGroup() as scoring,
-                aclosing(in_batches(run.admit(source), self.schedule)) as batches,  # type: ignore[type-var]
+                aclosing(in_batches(run.admit(source), schedule)) as batches,  # type: ignore[type-var]
             ):
                 async for batch in batches:
                     score = scoring.create_task(run.score(batch))
-                    if self.schedule != "each":
+                    if schedule != "each":
                         await score
         return run.outcomes(self.selector)
 
-    @property
-    def schedule(self) -> Schedule:
-        """When candidates are handed to the scorer.
+    def schedule_for(self, *, live: bool = False) -> Schedule:
+        """When candidates are handed to the scorer, unless the user said so.
 
-        A scorer whose requests join a running batch gets each at once. One that wants whole batches gets what is ready
-        whenever it is free, or everything at the end where the policy wants the machine for itself as well.
+        A scorer whose requests join a running batch gets each at once: a reward that is there early lets others be
+        pruned or stopped. Where nothing can be skipped and one engine does both, reading candidates only holds up those
+        that are still written, so they are scored together at the end; unless somebody waits for single scores
+        (``live``). A scorer that wants whole batches gets what is ready whenever it is free, or everything at the end
+        where the policy wants the machine for itself as well. ``benchmarks/latency.py --engine vllm`` measures it.
         """
-        if self.scorer.overlaps:
-            return "each"
-        return "ready" if self.policy.overlaps else "all"
+        if self._schedule is not None:
+            return self._schedule
+        if not self.scorer.overlaps:
+            return "ready" if self.policy.overlaps else "all"
+        skips = self.prune or self.stop_at is not None
+        one_engine = getattr(self.scorer, "engine", None) is self.policy
+        return "all" if one_engine and not skips and not live else "each"
 
     async def aclose(self) -> None:
         """Free the models."""

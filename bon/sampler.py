@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 # How candidates reach the scorer: each as it finishes, all that are ready whenever the scorer is free, or all at once.
 Schedule = Literal["each", "ready", "all"]
+SCHEDULES: tuple[Schedule, ...] = ("each", "ready", "all")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import pytest
 from bon import BackwardLikelihood, BestOfN, Candidate, Flip, RewardFunction, Sampling, Softmax, TopK
 from bon.best_of_n import in_order
 from bon.engines.scripted import ScriptedEngine
-from bon.errors import BonError, EngineError, InputError, PromptTooLongError, UserCodeError
+from bon.errors import BonError, EngineError, InputError, PromptTooLongError, UnknownNameError, UserCodeError
 from bon.scorers.base import Scored
 from bon.types import Score
 
@@ -132,6 +132,33 @@ def test_scoring_overlaps_sampling_where_both_engines_allow_it():
     result = BestOfN(policy, flip, n=2, prune=False)(PROMPT)
     assert result.scores[0].finished < result.candidates[1].finished
     assert result.timing.overlap > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ({}, "each"),
+        ({"prune": False}, "all"),
+        ({"prune": False, "stop_at": 1.0}, "each"),
+        ({"prune": False, "schedule": "each"}, "each"),
+        ({"schedule": "all"}, "all"),
+    ],
+)
+def test_one_engine_that_does_both_scores_at_the_end_where_nothing_can_be_skipped(options, schedule):
+    engine = ScriptedEngine(["short", "word " * 30], step_seconds=0.001)
+    bon = BestOfN(engine, n=2, **options)
+    assert bon.schedule_for() == bon.replace(n=3).schedule_for() == schedule
+    result = bon(PROMPT)
+    last = max(candidate.finished for candidate in result.candidates)
+    assert (min(score.started for score in result.scores) >= last) == (schedule == "all")
+    if "schedule" not in options:
+        assert bon.schedule_for(live=True) == "each", "somebody waits for single scores"
+        assert BestOfN(engine, ScriptedEngine(["x"]), **options).schedule_for() == "each", "two engines"
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(UnknownNameError, match="each"):
+        BestOfN(ScriptedEngine(["x"]), schedule="eech")
 
 
 def test_a_scorer_that_wants_batches_gets_what_is_ready_while_it_was_busy():

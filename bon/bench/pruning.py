@@ -187,7 +187,7 @@ def measure_pruning(
     }
     scorers = {name: _undrafted(scorer) if name == EVERYTHING else scorer for name in options}
     ways = {name: BestOfN(policy, scorers[name], n=n, sampling=sampling, **options[name]) for name in options}
-    overlapped = ways[EVERYTHING].schedule == "each"
+    overlapped = scorer.overlaps
     given = [] if overlapped else [result.candidates for result in ways[EVERYTHING].map(tasks)]
 
     def side(bon: BestOfN) -> Callable[[int], Result]:

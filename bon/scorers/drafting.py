@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from bon.engines.base import Completion
 
-_WORTH_IT = (
-    0.5  # share of a reconstruction's tokens that must come from drafts: reading a token may cost what decoding does
-)
+_WORTH_IT = 0.5  # share of a reconstruction that must be drafted: reading a token may cost what decoding it does
 _TRIAL = 16  # reconstructions by which a scorer is judged first
 _MEMORY = 32  # reconstructions over which that share is averaged, and between two tries once it is too low
 
