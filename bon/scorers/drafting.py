@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from bon.engines.base import Completion
 
-_WORTH_IT = 0.5  # share of a reconstruction that must be drafted: reading a token may cost what decoding it does
+_WORTH_IT = 0.4  # share of a reconstruction that must be drafted: reading a token may cost what decoding it does
 _TRIAL = 16  # reconstructions by which a scorer is judged first
-_MEMORY = 32  # reconstructions over which that share is averaged, and between two tries once it is too low
+_MEMORY = 128  # reconstructions over which that share is averaged
+_AGAIN = 32  # reconstructions between two tries once it is too low
 
 
 class Drafting:
@@ -31,7 +32,7 @@ class Drafting:
         """Whether the next reconstruction gets a draft: some at first, all once drafts are taken, else now and then."""
         self._asked += 1
         pays = self._share >= _WORTH_IT if self._learned >= _TRIAL else self._asked <= _TRIAL
-        return self._wanted and (pays or self._asked % _MEMORY == 0)
+        return self._wanted and (pays or self._asked % _AGAIN == 0)
 
     def learn(self, completion: Completion) -> None:
         """Note how much of a reconstruction that had a draft came from it."""
