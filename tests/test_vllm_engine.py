@@ -272,8 +272,9 @@ def test_an_engine_whose_process_is_killed_does_not_hang() -> None:
 
 # A script without ``if __name__ == "__main__"``: a spawned process must not run it again.
 SCRIPT = """
-    import sys, time
+    import signal, sys
     from bon import BestOfN
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     bon = BestOfN(engine="vllm", n=2, sampling={"max_tokens": 16})
     result = bon("Write a slogan for a bakery called Sunrise.")
     print(len(result.candidates), *(p.pid for p in bon.policy._engine.processes), flush=True)
