@@ -24,7 +24,7 @@ def run() -> Result:
     engine = ScriptedEngine(
         lambda text, draw: WORDS[draw % 4] if "Response:" not in text else "a cat", step_seconds=0.002
     )
-    return BestOfN(engine, n=4, prune=False)("Where did the cat sit?")
+    return BestOfN(engine, n=4, prune=False, schedule="each")("Where did the cat sit?")
 
 
 def spans(events: list[dict[str, Any]], category: str, process: int = 0) -> dict[int, dict[str, Any]]:
