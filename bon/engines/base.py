@@ -23,6 +23,9 @@ log = logging.getLogger("bon")
 
 Piece = str | Tokens
 
+MOST_DRAFT = 64
+"""Tokens of a draft that an engine reads: to be right for longer is rare, and reading is not free."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:

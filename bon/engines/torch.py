@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
+from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt
 from bon.engines.decode import MAX_ROWS, Batch, Job, batches
 from bon.engines.loading import load
 from bon.engines.paths import Paths
@@ -35,7 +35,6 @@ _MEMORY_SHARE = 0.25  # of main memory, or of what is free on the GPU, for keys 
 _MOST_BATCH_TOKENS = 1 << 19
 _PADDING = 0.1  # share of the tokens of a rating batch that may be padding
 _LOGIT_BYTES = 1 << 28  # logits of one rating batch, and of the drafts of one decoding batch
-_MOST_DRAFT = 64  # tokens of a draft: what departs later than that is rare and reading is not free
 
 
 class TorchEngine:
@@ -267,7 +266,7 @@ class TorchEngine:
         if not prompt.draft:
             return ()
         affordable = _LOGIT_BYTES // (4 * self._vocabulary * min(rows, MAX_ROWS))
-        return self.renderer.encode(prompt.draft)[: min(_MOST_DRAFT, limit - 1, affordable)]
+        return self.renderer.encode(prompt.draft)[: min(MOST_DRAFT, limit - 1, affordable)]
 
     def _room(self, prompt: int, wanted: int) -> int:
         return wanted if self.max_model_len is None else min(wanted, self.max_model_len - prompt)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bon import background
-from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
+from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt
 from bon.engines.render import Renderer
 from bon.engines.vllm_request import KEEP_EVERY, Request, chosen
 from bon.engines.vllm_start import (
@@ -36,7 +36,6 @@ from bon.engines.vllm_start import (
 from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.types import Sampling
 
-_MOST_DRAFT = 64  # tokens of a draft: what departs later than that is rare and reading is not free
 _LOGIT_BYTES = 1 << 28  # logits of one prompt that is read with a draft
 
 # What Sampling has itself, what the engine decides, and what would change the meaning of a completion.
@@ -197,11 +196,9 @@ class VLLMEngine:
 
         vLLM makes logits of the whole prompt to rate its end.
         """
-        ids = (
-            self.renderer.encode(prompt.draft)[: min(_MOST_DRAFT, request.params.max_tokens - 1)]
-            if prompt.draft
-            else ()
-        )
+        if not prompt.draft:
+            return ()
+        ids = self.renderer.encode(prompt.draft)[: min(MOST_DRAFT, request.params.max_tokens - 1)]
         assert self._engine is not None
         vocabulary = self._engine.llm.model_config.get_vocab_size()
         return ids if 4 * vocabulary * (len(request.prompt) + len(ids)) <= _LOGIT_BYTES else ()
