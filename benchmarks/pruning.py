@@ -17,9 +17,10 @@ import argparse
 from bon.bench.harness import Report, conditions, parser
 from bon.bench.opening import forced, model_options, open_models
 from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
+from bon.conversation import Task
 from bon.mini.tasks import sample_instructions
 from bon.scorers import Flip
-from bon.types import Sampling, Task
+from bon.types import Sampling
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bon.best_of_n import BestOfN as BestOfN
+    from bon.conversation import Message as Message
+    from bon.conversation import Task as Task
     from bon.engines.base import Engine as Engine
     from bon.engines.base import load_engine as load_engine
     from bon.errors import BonError as BonError
@@ -29,11 +31,9 @@ if TYPE_CHECKING:
     from bon.selectors import TopK as TopK
     from bon.selectors import WeightedVote as WeightedVote
     from bon.types import Candidate as Candidate
-    from bon.types import Message as Message
     from bon.types import Result as Result
     from bon.types import Sampling as Sampling
     from bon.types import Score as Score
-    from bon.types import Task as Task
 
 _HOMES = {
     "BestOfN": "bon.best_of_n",
@@ -49,11 +49,11 @@ _HOMES = {
     "TopK": "bon.selectors",
     "WeightedVote": "bon.selectors",
     "Candidate": "bon.types",
-    "Message": "bon.types",
+    "Message": "bon.conversation",
     "Result": "bon.types",
     "Sampling": "bon.types",
     "Score": "bon.types",
-    "Task": "bon.types",
+    "Task": "bon.conversation",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bon.best_of_n import BestOfN, in_order
+from bon.conversation import Message, Task, as_messages
 from bon.errors import BonError, InputError
-from bon.types import Message, Result, Task, as_messages
+from bon.types import Result
 
 Key = tuple[str, str | int]
 """("id", its value) or ("line", its number): what identifies a row when a run is resumed."""

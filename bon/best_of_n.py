@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from bon import background
+from bon.conversation import Conversation, Task
 from bon.engines.base import Engine, Partial
 from bon.errors import BonError, InputError, UnknownNameError
 from bon.resolve import as_policy, as_scorer, load_both
@@ -20,7 +21,7 @@ from bon.run import Run, Watch
 from bon.sampler import SCHEDULES, Failed, Sampled, Schedule, given, in_batches, sample
 from bon.scorers.base import Board, Scorer
 from bon.selectors import Selector, as_selector, only_the_best_counts
-from bon.types import Candidate, Conversation, Result, Sampling, Score, Task
+from bon.types import Candidate, Result, Sampling, Score
 
 T = TypeVar("T")
 _Asked = tuple[Conversation | Task, Sequence[str | Candidate] | None]  # a prompt, and its candidates if they are there

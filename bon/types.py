@@ -1,6 +1,6 @@
-"""The values that travel along the data path, in the order in which they appear.
+"""The values that travel along the data path behind the task, in the order in which they appear.
 
-    Message ─▶ Task ─▶ (sample) ─▶ Candidate ─▶ (score) ─▶ Score ─▶ (select) ─▶ Selection ─▶ Result
+    Task ─▶ (sample) ─▶ Candidate ─▶ (score) ─▶ Score ─▶ (select) ─▶ Selection ─▶ Result
 
 All are frozen. A fact that can be derived is a property. Nothing here imports torch.
 """
@@ -13,58 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bon.conversation import Task
 from bon.errors import InputError, UnknownNameError
 
 FinishReason = Literal["stop", "length", "pruned", "error"]
 ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation, as in OpenAI's chat format with plain text content."""
-
-    role: str
-    content: str
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise UnknownNameError("message role", self.role, ROLES)
-        if not isinstance(self.content, str):
-            raise InputError(f"the content of a {self.role} message must be text, not {type(self.content).__name__}.")
-
-
-Conversation = str | Sequence[Message | Mapping[str, Any]]
-
-
-def as_messages(prompt: Conversation) -> tuple[Message, ...]:
-    """Turn a prompt string or an OpenAI-style list of messages into checked messages.
-
-    Raises:
-        InputError: empty prompt, a message that is not role and content, no user turn at the end.
-    """
-    if isinstance(prompt, str):
-        messages: tuple[Message, ...] = (Message("user", prompt),)
-    elif not isinstance(prompt, Sequence) or not prompt:
-        raise InputError(f"a prompt must be text or a non-empty list of messages, not {prompt!r}.")
-    else:
-        messages = tuple(_as_message(m, i) for i, m in enumerate(prompt))
-    if messages[-1].role not in ("user", "tool"):
-        raise InputError(f"the last message must come from the user, not from {messages[-1].role!r}.")
-    if not messages[-1].content.strip():
-        raise InputError("the prompt is empty: the last message has no text.")
-    return messages
-
-
-def _as_message(message: Any, index: int) -> Message:
-    if isinstance(message, Message):
-        return message
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise InputError(f"message {index} must have 'role' and 'content', got {message!r}.")
-    if extra := message.keys() - {"role", "content", "name"}:
-        raise InputError(f"message {index} has fields that bon does not know: {', '.join(sorted(extra))}.")
-    return Message(message["role"], message["content"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,42 +85,6 @@ def _require(name: str, value: Any, kind: type, holds: Any, expected: str) -> No
     numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not numeric or not math.isfinite(value) or not holds(value):
         raise InputError(f"{name} must be {expected}, got {value!r}.")
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is asked: the conversation, and which part of it is the instruction to be inferred back.
-
-    Args:
-        messages: the conversation that the policy continues.
-        instruction: x, the text that backward inference should recover; the last user message unless the caller says.
-        context: what a reader of the response knew beforehand (the history; the rest of a long prompt), or "".
-    """
-
-    messages: tuple[Message, ...]
-    instruction: str
-    context: str = ""
-
-    @classmethod
-    def of(cls, prompt: Conversation | Task, instruction: str | None = None) -> Task:
-        """Build a task; ``instruction`` names the part of the last message that is the instruction proper.
-
-        Raises:
-            InputError: an empty prompt or instruction, or an instruction that is not part of the last message.
-        """
-        if isinstance(prompt, Task):
-            return prompt
-        messages = as_messages(prompt)
-        last = messages[-1].content
-        history = [f"{m.role.capitalize()}: {m.content}" for m in messages[:-1]]
-        if instruction is None:
-            return cls(messages, last, "\n".join(history))
-        if not instruction.strip():
-            raise InputError("the instruction is empty.")
-        if instruction not in last:
-            raise InputError(f"the instruction must be part of the last message; {instruction[:60]!r} is not.")
-        rest = "\n".join(part.strip() for part in last.split(instruction, 1) if part.strip())
-        return cls(messages, instruction, "\n".join([*history, rest] if rest else history))
 
 
 @dataclass(frozen=True, slots=True)

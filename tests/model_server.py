@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from fake_openai import FakeServer, Reply, Seen, send, send_event, start_stream
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from bon.engines.rows import cache_argument
 
 
 class ModelServer(FakeServer):
@@ -31,7 +33,7 @@ class ModelServer(FakeServer):
             return await super().answer(seen, writer)
         ids = seen.body["prompt"]
         if seen.body.get("echo"):
-            values = self._logits(torch.tensor([ids]), None)[0][0].log_softmax(-1)
+            values = self._logits(ids, DynamicCache())[0].log_softmax(-1)
             own = values[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
             choice = {"text": "", "logprobs": {"token_logprobs": [None, *own.tolist()]}, "finish_reason": "length"}
             return await send(writer, Reply(200, {"choices": [choice]}))
@@ -53,20 +55,19 @@ class ModelServer(FakeServer):
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(choice["token_ids"])}
         return await send(writer, Reply(200, {"choices": [choice], "usage": usage}))
 
-    def _logits(self, ids: Any, cache: Any) -> tuple[Any, Any]:
+    def _logits(self, ids: list[int], cache: DynamicCache) -> Any:
         with torch.no_grad():
-            out = self._model(ids, past_key_values=cache, use_cache=True)
-        return out.logits, out.past_key_values
+            kept = {"use_cache": True, cache_argument(self._model): cache}
+            return self._model(torch.tensor([ids]), **kept).logits
 
     async def _sample(self, prompt: list[int], body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """One choice for each token; the last has the finish_reason. Text cut by a stop string is taken back unsent."""
         random = torch.Generator()
         random.manual_seed(body["seed"]) if "seed" in body else random.seed()
-        ids, text, cache, fed = list[int](), "", None, prompt
+        ids, text, cache, fed = list[int](), "", DynamicCache(), prompt
         while True:
             await asyncio.sleep(0)
-            logits, cache = self._logits(torch.tensor([fed]), cache)
-            logprobs = logits[0, -1].log_softmax(-1)
+            logprobs = self._logits(fed, cache)[0, -1].log_softmax(-1)
             if body["temperature"]:
                 token = int(torch.multinomial((logprobs / body["temperature"]).softmax(-1), 1, generator=random))
             else:

@@ -24,12 +24,13 @@ from bon.bench.opening import Models, forced, forget, open_models
 from bon.bench.pruning import EVERYTHING, PRUNED, Pruning, WinnerChangedError, measure_pruning
 from bon.bench.sharing import DifferentTokensError, cache_bytes, measure_forward, plain_forward
 from bon.cli import main as bon_main
+from bon.conversation import Task
 from bon.engines.base import load_engine
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, UnknownNameError
 from bon.mini.tasks import sample_instructions
 from bon.scorers import Flip
-from bon.types import Sampling, Task
+from bon.types import Sampling
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 

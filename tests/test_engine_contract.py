@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from tiny import save
 
+from bon.conversation import Message
 from bon.engines.base import Completion, Engine, Loglikelihood, Partial, Prompt
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, PromptTooLongError, UnknownNameError
 from bon.mini import WEIGHTS
-from bon.types import Message, Sampling
+from bon.types import Sampling
 
 CONTEXT = 256
 TEXTS = (

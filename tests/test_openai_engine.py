@@ -12,6 +12,7 @@ pytest.importorskip("openai")
 from fake_openai import FakeServer, Reply, error
 
 from bon import BackwardLikelihood, BestOfN, Flip, Sampling, background
+from bon.conversation import Message, as_messages
 from bon.engines import wire
 from bon.engines.base import ENGINES, Prompt, load_engine
 from bon.engines.endpoints import Endpoint, base_url, pause, retry_after
@@ -26,7 +27,7 @@ from bon.errors import (
     UnavailableError,
     UnknownNameError,
 )
-from bon.types import Message
+from bon.mini import WEIGHTS
 
 PROMPT = Prompt.of([Message("user", "Name a colour.")])
 
@@ -265,6 +266,18 @@ def test_tool_calls_become_canonical_text_and_keep_their_form(server):
     [done] = generate(OpenAIEngine(server.url), extra={"tools": [{"type": "function"}]})
     assert done.text == '[{"arguments":{"a":1,"b":2},"name":"f"}]'
     assert done.tool_calls == tuple(calls)
+
+
+def test_a_turn_about_tools_goes_to_the_chat_endpoint_even_where_prompts_are_token_ids(server):
+    turns = [
+        {"role": "user", "content": "Is it warm?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": {"name": "f"}}]},
+        {"role": "tool", "content": "yes", "tool_call_id": "c"},
+    ]
+    generate(OpenAIEngine(server.url, tokenizer=str(WEIGHTS)), [Prompt.of(as_messages(turns))])
+    [seen] = server.posts
+    assert seen.path.endswith("/chat/completions")
+    assert seen.body["messages"] == turns
 
 
 # --- keep: streams, and only there ---

@@ -192,7 +192,7 @@ def test_it_works_from_the_keyboard_alone(site, open_page):
     page.wait_for_selector("body[data-state=done]", timeout=20_000)
     page.focus("#winner button")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#winner button').textContent === 'Copied'")
+    page.wait_for_selector("#winner button:text-is('Copied')")
     assert page.evaluate("navigator.clipboard.readText()") == PROMPT
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from bon.conversation import Message, Task
 from bon.errors import InputError, UnknownNameError
 from bon.prompts import from_files, load_style
-from bon.types import Message, Task, Tokens
+from bon.types import Tokens
 
 TASK = Task.of("Write a haiku.")
 FOLLOW_UP = Task.of([Message("user", "Hi"), Message("assistant", "Hello!"), Message("user", "Write a haiku.")])

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tokenizer
 
+from bon.conversation import Message
 from bon.engines.base import Prompt, Turn
 from bon.engines.render import Renderer, TextStream
 from bon.errors import InputError, UnknownNameError
-from bon.types import Message, Tokens
+from bon.types import Tokens
 
 KINDS = ("chatml", "llama3", "gemma", "mistral", "metaspace")
 CONVERSATIONS = [
@@ -208,3 +209,13 @@ def test_completion_tokens_leave_out_special_tokens_and_what_a_stop_string_cut()
     assert chatml.as_tokens([*ids, end], "Dear Anna, thanks") == Tokens("Dear Anna, thanks", ids, chatml.fingerprint)
     cut = chatml.as_tokens(ids, "Dear Anna")
     assert cut is None or chatml.decode(cut.ids) == "Dear Anna"
+
+
+def test_a_turn_about_tools_is_refused_and_never_written_as_if_it_were_text():
+    turns = [
+        Message("user", "Hi"),
+        Message("assistant", "", ({"id": "c", "function": {"name": "f"}},)),
+        Message("tool", "4", tool_call_id="c"),
+    ]
+    with pytest.raises(InputError, match=r"message 1 has tool_calls, and .* a policy behind HTTP does"):
+        renderer("chatml").render(Prompt.of(turns))

@@ -10,6 +10,7 @@ from bon import BestOfN
 from bon.engines.scripted import ScriptedEngine
 
 OK = [{"role": "user", "content": "Write about a fox"}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +105,25 @@ FIELDS = {
     "sound": (message(content=[{"type": "input_audio", "input_audio": {}}]), "messages[0].content[0]"),
     "a part without text": (message(content=[{"type": "text"}]), "messages[0].content[0].text"),
     "unknown message field": (message(weight=1), "messages[0].weight"),
-    "tool calls": (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
-    "tool calls and no text": (
-        message(role="assistant", content=None, tool_calls=[{"id": "1"}]),
-        "messages[0].tool_calls",
+    "tool calls": (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls[0].type"),
+    "a tool call that is no function": (
+        message(
+            role="assistant", tool_calls=[{"id": "1", "type": "custom", "function": {"name": "f", "arguments": ""}}]
+        ),
+        "messages[0].tool_calls[0].type",
     ),
-    "the result of a tool": (message(role="tool", tool_call_id="1"), "messages[0].tool_call_id"),
+    "tool calls of the user": (message(tool_calls=[CALL]), "messages[0].tool_calls"),
+    "no tool calls and no text": (message(role="assistant", content=None, tool_calls=[]), "messages[0].content"),
+    "tool calls without a policy that knows tools": (
+        {"messages": [*OK, {"role": "assistant", "content": None, "tool_calls": [CALL]}, *OK]},
+        "messages[1].tool_calls",
+    ),
+    "the result of a tool without one": (
+        {"messages": [*OK, {"role": "tool", "content": "x", "tool_call_id": "1"}]},
+        "messages[1].tool_call_id",
+    ),
+    "the result of a tool from the user": (message(tool_call_id="1"), "messages[0].tool_call_id"),
+    "nothing asked": (message(role="tool"), "messages"),
     "no question at the end": ({"messages": [*OK, {"role": "assistant", "content": "x"}]}, "messages"),
     "prompt beyond the context": (message(content=TOO_LONG), "messages"),
     "names with brackets": ({"a[0].b": 1}, "a[0].b"),

@@ -56,6 +56,22 @@ def test_tool_calls_are_scored_as_text_and_returned_as_tool_calls(site, upstream
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "tool_calls"
 
 
+def test_a_conversation_goes_on_after_tool_calls(site, upstream):
+    """The loop of every client that calls tools: what came back goes into the history, with the tools' results."""
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    reply = {"choices": [{"index": 0, "message": called, "finish_reason": "tool_calls"}]}
+    upstream.refuse = lambda seen: reply if len(seen.body.get("messages", ())) == 1 else None
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    create = site.openai().chat.completions.create
+    message = create(model="m", messages=MESSAGES, tools=tools).choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "21 degrees"}
+    answer = create(model="m", messages=[*MESSAGES, message, result], tools=tools)
+    assert upstream.posts[-1].body["messages"] == [*MESSAGES, called, result]
+    assert answer.choices[0].message.content.startswith("answer")
+    assert answer.best_of_n["instruction"] == MESSAGES[0]["content"], "not what the tool said"
+
+
 def test_logprobs_are_what_upstream_says(site, upstream):
     upstream.text = lambda seen, draw: "x"
     for stream in (False, True):

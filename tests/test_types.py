@@ -4,8 +4,9 @@ import sys
 import pytest
 
 import bon
+from bon.conversation import Message, Task, as_messages
 from bon.errors import InputError, UnknownNameError
-from bon.types import Candidate, Message, Sampling, Saved, Score, Task, Usage, as_messages
+from bon.types import Candidate, Sampling, Saved, Score, Usage
 
 
 def test_a_string_prompt_is_one_user_message():
@@ -31,7 +32,20 @@ def test_openai_style_dicts_become_messages():
         ([{"role": "usr", "content": "x"}], "Did you mean 'user'"),
         ([{"role": "user", "content": ["x"]}], "must be text, not list"),
         ([{"role": "user", "content": "x", "colour": 1}], "colour"),
-        ([{"role": "assistant", "content": "x"}], "must come from the user"),
+        ([{"role": "assistant", "content": "x"}], "must come from the user or from a tool"),
+        ([{"role": "system", "content": "x"}, {"role": "tool", "content": "x"}], "no user message"),
+        ([{"role": "user", "content": " "}, {"role": "tool", "content": "x"}], "last user message has no text"),
+        ([{"role": "assistant", "content": None}, {"role": "user", "content": "x"}], "must be text, not NoneType"),
+        (
+            [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}],
+            "belongs to .* role 'assistant'",
+        ),
+        ([{"role": "user", "content": "x", "tool_call_id": "1"}], "belongs to .* role 'tool'"),
+        ([{"role": "assistant", "tool_calls": ["f"]}, {"role": "user", "content": "x"}], "message 0 must be a list"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "tool", "content": "x", "tool_call_id": 7}],
+            "text, got 7",
+        ),
     ],
 )
 def test_a_bad_prompt_is_refused_with_its_reason(prompt, complaint):
@@ -82,13 +96,29 @@ def test_the_last_user_message_is_the_instruction_and_the_history_its_context():
     assert task.context == "System: You are a poet.\nUser: Hi\nAssistant: Hello"
 
 
+def test_calls_of_tools_and_their_results_are_context_and_not_the_instruction():
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{ "city": "Rome" }'}}
+    turns = [
+        {"role": "user", "content": "Is it warm in Rome?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "21 degrees", "tool_call_id": "c1"},
+    ]
+    task = Task.of(turns)
+    assert task.instruction == "Is it warm in Rome?"
+    assert task.context == 'Assistant: [{"arguments":{"city":"Rome"},"name":"weather"}]\nTool: 21 degrees'
+    assert [message.to_dict() for message in task.messages] == turns
+    assert Task.of(turns, "in Rome").context.startswith("Is it warm\n?\nAssistant: [")
+
+
 def test_a_named_instruction_leaves_the_rest_of_the_prompt_as_context():
     task = Task.of("Here is a text.\n\nSummarise it.\n\nThanks.", "Summarise it.")
     assert task.instruction == "Summarise it."
     assert task.context == "Here is a text.\nThanks."
 
 
-@pytest.mark.parametrize(("instruction", "complaint"), [("  ", "empty"), ("Translate", "part of the last message")])
+@pytest.mark.parametrize(
+    ("instruction", "complaint"), [("  ", "empty"), ("Translate", "part of the last user message")]
+)
 def test_an_instruction_that_is_not_in_the_prompt_is_refused(instruction, complaint):
     with pytest.raises(InputError, match=complaint):
         Task.of("Summarise it.", instruction)

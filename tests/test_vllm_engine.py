@@ -24,11 +24,12 @@ from tiny import save
 from transformers import AutoModelForCausalLM
 
 from bon import BestOfN
+from bon.conversation import Message
 from bon.engines.base import Completion, Prompt
 from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
 from bon.mini import WEIGHTS
 from bon.scorers import Flip
-from bon.types import Message, Sampling
+from bon.types import Sampling
 
 pytestmark = pytest.mark.vllm
 

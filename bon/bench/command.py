@@ -12,11 +12,12 @@ from bon.bench.models import shape_of
 from bon.bench.opening import forget
 from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
 from bon.bench.sharing import forward_table, measure_forward
+from bon.conversation import Task
 from bon.engines.base import Engine
 from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip
 from bon.scorers.likelihood import BackwardLikelihood
-from bon.types import Sampling, Task
+from bon.types import Sampling
 
 FLIP, LIKELIHOOD = "FLIP direct", "likelihood"
 
@@ -96,9 +97,9 @@ def _numbers(n: int, quick: bool) -> list[int]:
 
 def _rates(engine: Engine) -> bool:
     """Whether an engine gives likelihoods."""
+    from bon.conversation import Message
     from bon.engines.base import Prompt
     from bon.errors import BonError
-    from bon.types import Message
 
     try:
         background.run(engine.loglikelihood([Prompt.of([Message("user", "a")])], ["b"]))

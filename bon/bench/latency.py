@@ -15,10 +15,11 @@ import numpy as np
 from bon import background
 from bon.bench.harness import Pairs, Spread, Timed, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
+from bon.conversation import Task
 from bon.engines.base import Engine
 from bon.sampler import sample
 from bon.scorers.base import Scorer
-from bon.types import Result, Sampling, Task
+from bon.types import Result, Sampling
 
 ALONE = "sampling alone"
 

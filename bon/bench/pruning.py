@@ -18,12 +18,13 @@ from typing import Any
 from bon import background
 from bon.bench.harness import Pairs, Spread, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
+from bon.conversation import Task
 from bon.engines.base import Engine
 from bon.errors import BonError
 from bon.scorers.base import Board, Item, Scorer
 from bon.scorers.drafting import Drafting
 from bon.scorers.flip import Flip
-from bon.types import Result, Sampling, Task, Usage
+from bon.types import Result, Sampling, Usage
 
 EVERYTHING, DRAFTED = "everything", "drafts"
 PRUNED, STOPPED = "drafts, pruning", "drafts, pruning, stop at 1.0"

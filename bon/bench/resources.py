@@ -10,12 +10,13 @@ from bon import background
 from bon.bench.harness import Pairs, Timed, interleave
 from bon.bench.opening import Models
 from bon.best_of_n import BestOfN
+from bon.conversation import Task
 from bon.engines.base import Engine, engine_class, load_engine
 from bon.engines.placement import load_together
 from bon.sampler import Sampled, sample
 from bon.scorers.flip import Flip
 from bon.scorers.parsing import response_piece
-from bon.types import Candidate, Sampling, Task
+from bon.types import Candidate, Sampling
 
 ONE, TWO = "one engine", "two engines"
 

@@ -19,12 +19,12 @@ from transformers import DynamicCache
 from bon import background
 from bon.bench.harness import Pairs, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
+from bon.conversation import Task
 from bon.engines.paths import SharedPath
 from bon.engines.prefix_attention import NAME
-from bon.engines.rows import Rows, Stats
+from bon.engines.rows import Rows, Stats, cache_argument
 from bon.errors import BonError
 from bon.scorers.base import Scorer
-from bon.types import Task
 
 PLAIN, SHARED = "plain", "shared"
 ONE_BY_ONE, FUSED, FUSED_SHARED = "one by one", "fused", "fused and shared"
@@ -54,14 +54,15 @@ class Forward:
 def plain_forward(model: Any, prompts: Sequence[tuple[int, ...]], steps: int) -> Forward:
     """Read equally long prompts in one batch and decode greedily, with transformers alone."""
     cache = DynamicCache(config=model.config)
+    kept = {"use_cache": True, cache_argument(model): cache}
     ids = torch.tensor(prompts, device=model.device)
 
     def prefill() -> Tensor:
-        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = model(input_ids=ids, logits_to_keep=1, **kept).logits
         return logits[:, -1]
 
     def step(tokens: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True).logits
+        logits: Tensor = model(input_ids=tokens[:, None], **kept).logits
         return logits[:, -1]
 
     return _run(model.device, prefill, step, lambda: cache_bytes(cache), steps)

@@ -10,7 +10,7 @@ import typer
 from bon.cli import run
 
 if TYPE_CHECKING:
-    from bon.types import Task
+    from bon.conversation import Task
 
 EXAMPLES = 16
 """Instructions of the mini world that are taken when no file is given."""
@@ -62,9 +62,9 @@ def bench(
 
 def _tasks(prompts: Path | None, seed: int) -> list[Task]:
     from bon.batch import BadRow, read_rows
+    from bon.conversation import Task
     from bon.errors import InputError
     from bon.mini.tasks import sample_instructions
-    from bon.types import Task
 
     if prompts is None:
         return [Task.of(text) for text in sample_instructions(EXAMPLES, seed)]

@@ -198,9 +198,10 @@ def _run_prompt(
 ) -> int:
     from bon.cli import console, notice
     from bon.cli.build import build
+    from bon.conversation import Message, Task
     from bon.output import to_json
     from bon.trace import Trace
-    from bon.types import Message, Result, Task
+    from bon.types import Result
 
     try:
         prompt.encode()

@@ -16,8 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from bon.errors import BonError, MissingExtraError, UnknownNameError
-from bon.types import FinishReason, Message, Sampling, Tokens
+from bon.conversation import Message, openai_message
+from bon.errors import BonError, InputError, MissingExtraError, UnknownNameError
+from bon.types import FinishReason, Sampling, Tokens
 
 log = logging.getLogger("bon")
 
@@ -33,15 +34,25 @@ class Turn:
 
     Pieces that many prompts share (a preamble, a history) therefore become the same token ids in all of them, and
     their keys and values can be shared.
+
+    Args:
+        role: whose message it is.
+        pieces: its content.
+        about_tools: calls of tools, or whose result it is, in OpenAI's format; for engines that send messages on.
     """
 
     role: str
     pieces: tuple[Piece, ...]
+    about_tools: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def text(self) -> str:
         """The content as one string."""
         return "".join(p if isinstance(p, str) else p.text for p in self.pieces)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The turn as a message in OpenAI's format."""
+        return openai_message(self.role, self.text, self.about_tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,16 @@ class Prompt:
     @classmethod
     def of(cls, messages: Sequence[Message]) -> Prompt:
         """Messages as a prompt, each content one piece."""
-        return cls(tuple(Turn(m.role, (m.content,)) for m in messages))
+        return cls(tuple(Turn(m.role, (m.content,), m.about_tools) for m in messages))
+
+    def refuse_tools(self, name: str) -> None:
+        """Raise an InputError where a turn calls tools or is the result of a call; for engines that read only text."""
+        for index, turn in enumerate(self.turns):
+            if turn.about_tools:
+                raise InputError(
+                    f"message {index} has {', '.join(turn.about_tools)}, and {name} knows no tools; "
+                    "a policy behind HTTP does (policy='http://...')."
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class FunctionEngine:
         return self._check([first, *await asyncio.gather(*(self._call(prompt) for _ in range(n - 1)))], n)
 
     async def _call(self, prompt: Prompt, *args: Any) -> Any:
-        argument: Any = [{"role": turn.role, "content": turn.text} for turn in prompt.turns]
+        argument: Any = [turn.to_dict() for turn in prompt.turns]
         if len(argument) == 1:
             argument = argument[0]["content"]
         try:

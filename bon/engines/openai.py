@@ -253,7 +253,10 @@ class OpenAIEngine:
         return [card for card in data if isinstance(card, Mapping)] if isinstance(data, list) else []
 
     async def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling, until: float | None) -> list[Job]:
-        if self._tokenizer is None or wire.TOOLS & (sampling.extra.keys() | self.extra_body.keys()):
+        about_tools = wire.TOOLS & (sampling.extra.keys() | self.extra_body.keys()) or any(
+            turn.about_tools for prompt in prompts for turn in prompt.turns
+        )
+        if self._tokenizer is None or about_tools:  # the server's chat endpoint knows how its model sees tools
             return [Job(i, _chat(prompt)) for i, prompt in enumerate(prompts)]
         rows = [self.renderer.render(prompt) for prompt in prompts]
         await self._check_lengths(rows, until)
@@ -338,7 +341,7 @@ class OpenAIEngine:
 
 
 def _chat(prompt: Prompt) -> Mapping[str, Any]:
-    messages = [{"role": turn.role, "content": turn.text} for turn in prompt.turns]
+    messages = [turn.to_dict() for turn in prompt.turns]
     return {"messages": messages, **({"chat_template_kwargs": dict(prompt.template)} if prompt.template else {})}
 
 

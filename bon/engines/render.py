@@ -86,8 +86,9 @@ class Renderer:
         it holds control tokens or the template trims it.
 
         Raises:
-            InputError: the chat template refuses this sequence of roles.
+            InputError: the chat template refuses this sequence of roles, or a turn is about tools.
         """
+        prompt.refuse_tools("an engine that runs the model here")
         turns, parts = self._skeleton(prompt)
         ids: list[int] = []
         text, inner = "", False  # plain text not yet encoded, and whether it continues a run of plain text

@@ -78,6 +78,7 @@ class PlainRows:
         self._model, self._stats = model, stats
         self._accepted = set(inspect.signature(model.forward).parameters)
         self._cache = DynamicCache(config=model.config)
+        self._cache_name = cache_argument(model)
         self._mask: Tensor | None = None  # shape (rows, tokens so far); None where nothing is padded
         self._position = torch.zeros(0, dtype=torch.long)  # shape (rows,): position of each row's next token
         self.cached: list[int] = []
@@ -139,7 +140,9 @@ class PlainRows:
     def _forward(self, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         inputs = {"attention_mask": self._mask, "position_ids": positions, "logits_to_keep": keep}
         accepted = {k: v for k, v in inputs.items() if k in self._accepted}
-        logits: Tensor = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **accepted).logits
+        logits: Tensor = self._model(
+            input_ids=ids, use_cache=True, **{self._cache_name: self._cache}, **accepted
+        ).logits
         return logits[:, -keep:]
 
     def _take(self, index: Tensor) -> None:
@@ -148,6 +151,11 @@ class PlainRows:
         if self._mask is not None:
             mask = self._mask[index]
             self._mask = None if bool(mask.all()) else mask
+
+
+def cache_argument(model: Any) -> str:
+    """What a model calls its cache: transformers 5.24 renamed the argument."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:

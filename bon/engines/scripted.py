@@ -70,6 +70,8 @@ class ScriptedEngine:
             raise InputError(f"n must be at least 1, got {n}.")
         for option in sampling.extra:
             raise UnknownNameError("option of the scripted engine", option, [])
+        for prompt in prompts:
+            prompt.refuse_tools(self.name)
         self._check_lengths(prompts, [""] * len(prompts))
         return self._generate(prompts, sampling, n, keep)
 

@@ -6,7 +6,6 @@ leave out), and one that has no usable choice is an error, never an empty text.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import openai
 import orjson
 
+from bon.conversation import canonical_calls
 from bon.errors import InputError, UnavailableError, UnknownNameError
 from bon.types import FinishReason, Sampling
 
@@ -244,20 +244,6 @@ def _content(content: object) -> str:
     if isinstance(content, list):
         return "".join(str(p.get("text") or "") for p in content if isinstance(p, Mapping))
     raise BadAnswerError(f"sent a message whose content is not text: {str(content)[:120]}")
-
-
-def canonical_calls(calls: Sequence[Mapping[str, Any]]) -> str:
-    """Tool calls as text that does not depend on ids, spaces or the order of arguments; "" when there are none."""
-    plain = []
-    for call in calls:
-        function = call.get("function")
-        function = function if isinstance(function, Mapping) else {}
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            with contextlib.suppress(orjson.JSONDecodeError):
-                arguments = orjson.loads(arguments)
-        plain.append({"name": function.get("name"), "arguments": arguments})
-    return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS).decode() if plain else ""
 
 
 def read_logprobs(logprobs: object) -> tuple[float, ...] | None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from bon import background
 from bon.best_of_n import BestOfN
+from bon.conversation import Task as Request
 from bon.engines.base import Engine
 from bon.errors import InputError
 from bon.mini.tasks import Split, Task, instruction, sample_tasks, verify
@@ -23,7 +24,6 @@ from bon.resolve import as_policy, as_scorer
 from bon.sampler import Failed, sample
 from bon.scorers import BackwardLikelihood
 from bon.types import Candidate, Sampling
-from bon.types import Task as Request
 
 MAX_TOKENS = 96  # the longest right answer has about 50
 RULES = ("flip", "likelihood", "random", "oracle", "longest", "shortest")

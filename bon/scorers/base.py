@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from bon.types import Candidate, Score, Task, Usage
+from bon.conversation import Task
+from bon.types import Candidate, Score, Usage
 
 
 @dataclass(slots=True)

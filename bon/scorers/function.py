@@ -8,9 +8,10 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from bon.conversation import Task
 from bon.errors import BonError, UserCodeError
 from bon.scorers.base import Item, Scored
-from bon.types import Score, Task
+from bon.types import Score
 
 
 class RewardFunction:
@@ -50,7 +51,7 @@ class RewardFunction:
                     yield Scored(index, Score(candidate, reward))
 
     async def _call(self, task: Task, responses: list[str]) -> Any:
-        messages: Any = [{"role": m.role, "content": m.content} for m in task.messages]
+        messages: Any = [message.to_dict() for message in task.messages]
         prompt = messages[0]["content"] if len(messages) == 1 else messages
         try:
             if inspect.iscoroutinefunction(self.function):

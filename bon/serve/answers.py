@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from bon.engines.wire import canonical_calls
+from bon.conversation import canonical_calls
 from bon.serve.failures import ApiError, bad
 from bon.serve.plan import Plan
 from bon.similarity import matched_words

@@ -122,7 +122,7 @@ class Server:
             if failure.status >= 500 and failure.code not in ("deadline_exceeded", "draining"):
                 log.error("run failed", exc_info=outcome, extra={"fields": {"event": "error"}})
         if self.settings.log_prompts:
-            fields["prompt"] = [{"role": m.role, "content": m.content} for m in plan.task.messages]
+            fields["prompt"] = [message.to_dict() for message in plan.task.messages]
             fields["answer"] = outcome.text if isinstance(outcome, Result) else None
 
     def models(self) -> list[dict[str, Any]]:

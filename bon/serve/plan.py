@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bon.best_of_n import BestOfN
+from bon.conversation import Task
 from bon.errors import InputError
 from bon.scorers import BackwardLikelihood, Flip
 from bon.scorers.base import Scorer
 from bon.serve.failures import ApiError, bad
 from bon.serve.protocol import ChatRequest, CompletionRequest
 from bon.serve.settings import Settings
-from bon.types import Sampling, Task
+from bon.types import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Plan:
         return_candidates: whether all candidates are returned.
         deadline_s: seconds from arrival.
         min_reward: whether there is one, so that the answer may be refused.
-        passed: fields that the policy's engine is to honour.
+        passed: fields, by their paths, that the policy's engine is to honour.
     """
 
     task: Task
@@ -106,7 +107,7 @@ class Planner:
             return_candidates=options.return_candidates,
             deadline_s=self._deadline(options.deadline_s),
             min_reward=options.min_reward is not None,
-            passed=request.passed,
+            passed=request.passed | (request.about_tools if isinstance(request, ChatRequest) else {}),
         )
 
     def check_model(self, name: str) -> None:
@@ -130,10 +131,9 @@ class Planner:
         return n
 
     def _task(self, request: ChatRequest | CompletionRequest) -> Task:
-        chat = isinstance(request, ChatRequest)
-        name = "messages" if chat else "prompt"
+        name = "messages" if isinstance(request, ChatRequest) else "prompt"
         instruction = request.options.instruction
-        prompt: Any = [{"role": m.role, "content": m.text} for m in request.messages] if chat else request.text  # type: ignore[union-attr]
+        prompt = [m.message for m in request.messages] if isinstance(request, ChatRequest) else request.text
         try:
             task = Task.of(prompt)
         except InputError as error:

@@ -12,9 +12,19 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from bon.conversation import Message
 from bon.serve.failures import ApiError, bad
 
 # Handed to the policy's engine when they say anything.
@@ -70,30 +80,62 @@ No = Annotated[bool, AfterValidator(_refuse_true), WithJsonSchema({"const": Fals
 Nothing = Annotated[None, Field(description="Taken when null, as other servers send it back.")]
 
 
-def _no_calls(calls: Any) -> Any:
-    if calls:
-        raise PydanticCustomError(
-            "unsupported_content", "a conversation that goes on after tool calls cannot be honoured"
-        )
-    return None
+def _belongs(role: str) -> BeforeValidator:
+    """Refuse a field in a message of another role."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("role", role) != role:
+            raise PydanticCustomError("misplaced", "belongs to messages of the role {role!r}", {"role": role})
+        return value or None
+
+    return BeforeValidator(check)
+
+
+def _not_missing(value: Any, info: ValidationInfo) -> Any:
+    if value is None and not info.data.get("tool_calls"):
+        raise PydanticCustomError("missing", "must be text; only an assistant that called tools may have none")
+    return value
+
+
+class CalledFunction(BaseModel):
+    """What was called."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool by the assistant; servers add fields of their own, which go back to them."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
 
 
 class ChatMessage(_Body):
-    """One turn of the conversation."""
+    """One turn of the conversation. What is about tools is for a policy behind HTTP."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Annotated[TextPart, BeforeValidator(_text_part)]]
+    tool_calls: Annotated[list[ToolCall] | None, _belongs("assistant")] = None
+    tool_call_id: Annotated[str | None, _belongs("tool")] = None
+    content: Annotated[
+        str | list[Annotated[TextPart, BeforeValidator(_text_part)]] | None, BeforeValidator(_not_missing)
+    ] = Field(default=None, validate_default=True)
     name: str | None = None
     refusal: Nothing = None
     annotations: list[Any] | None = Field(default=None, max_length=0)
     audio: Nothing = None
     function_call: Nothing = None
-    tool_calls: Annotated[Nothing, BeforeValidator(_no_calls)] = None
 
     @property
-    def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def message(self) -> Message:
+        """The turn with its content as one string."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        calls = tuple(call.model_dump() for call in self.tool_calls or ())
+        return Message(self.role, text, calls, self.tool_call_id)
 
 
 class StreamOptions(_Body):
@@ -113,7 +155,7 @@ class BestOfNOptions(_Body):
     return_candidates: bool = Field(default=False, description="Return, or stream, every candidate with its score.")
     deadline_s: float | None = Field(default=None, gt=0, description="Seconds after which the best so far is returned.")
     instruction: str | None = Field(
-        default=None, min_length=1, description="The part of the last message that is the instruction proper."
+        default=None, min_length=1, description="The part of the last user message that is the instruction proper."
     )
 
 
@@ -178,6 +220,14 @@ class ChatRequest(_Common):
     modalities: list[Literal["text"]] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def about_tools(self) -> dict[str, Any]:
+        """Path -> value of what the messages hold that only a policy behind HTTP can read."""
+        turns = [
+            (f"messages[{i}].{k}", v) for i, m in enumerate(self.messages) for k, v in m.message.about_tools.items()
+        ]
+        return dict(turns)
 
     @property
     def length(self) -> int | None:
