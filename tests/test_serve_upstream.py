@@ -87,6 +87,7 @@ def test_one_request_that_upstream_refuses_does_not_take_the_server_out_of_servi
             model="m", messages=[{"role": "user", "content": "bad words"}]
         )
     assert (refused.value.status_code, refused.value.code) == (502, "refused_upstream")
+    assert "http" not in refused.value.message
     asked = len([seen for seen in upstream.posts if "bad" in str(seen.body)])
     assert asked <= 4, "the official client does not repeat it"
     until(lambda: any("Say yes" in str(seen.body) for seen in upstream.posts))
@@ -134,6 +135,8 @@ def test_a_fault_upstream_is_a_503_that_says_so_and_heals_by_itself(site, upstre
     with pytest.raises(openai.InternalServerError) as failed:
         site.openai().chat.completions.create(model="m", messages=MESSAGES)
     assert (failed.value.status_code, failed.value.code) == (503, "engine_error")
+    assert "the model's server" in failed.value.message
+    assert "http" not in failed.value.message, "where that is, is none of the client's business"
     assert site.http.get("/ready").status_code == 503
     upstream.refuse = lambda seen: None
     until(lambda: site.http.get("/ready").status_code == 200, 15)

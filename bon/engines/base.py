@@ -231,6 +231,15 @@ class WritesJSON(Protocol):
         """What to put into ``Sampling.extra`` for completions that are JSON of this schema and nothing else."""
 
 
+@runtime_checkable
+class Batches(Protocol):
+    """An engine that knows how many requests run together."""
+
+    @property
+    def full(self) -> bool:
+        """Whether its batch is full: then a token that is read takes as much of it as one that is decoded."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """Where an engine lives, and what to type when it cannot be imported."""

@@ -99,6 +99,7 @@ class VLLMEngine:
             self._finalizer()
             raise
         self._ids = itertools.count()
+        self._under_way = 0
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
@@ -142,6 +143,13 @@ class VLLMEngine:
 
         return await background.there(rate_all())
 
+    @property
+    def full(self) -> bool:
+        """See ``bon.engines.base.Batches``."""
+        return (
+            self._engine is not None and self._under_way >= self._engine.llm.vllm_config.scheduler_config.max_num_seqs
+        )
+
     def json_options(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         """See ``bon.engines.base.WritesJSON``."""
         return {"structured_outputs": {"json": dict(schema)}}
@@ -155,7 +163,7 @@ class VLLMEngine:
 
     async def _together(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
         """Run requests at the same time and yield each completion as it comes; leaving aborts the rest."""
-        running = [asyncio.create_task(request.run()) for request in requests]
+        running = [asyncio.create_task(self._counted(request)) for request in requests]
         try:
             for finished in asyncio.as_completed(running):
                 yield await finished
@@ -163,6 +171,13 @@ class VLLMEngine:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+
+    async def _counted(self, request: Request) -> Completion:
+        self._under_way += 1
+        try:
+            return await request.run()
+        finally:
+            self._under_way -= 1
 
     async def _rate(self, context: Sequence[int], target: Sequence[int]) -> Loglikelihood:
         if not target:

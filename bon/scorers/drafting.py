@@ -3,7 +3,8 @@
 A good candidate's reconstruction begins with the very words of the instruction, and often is the instruction. An engine
 that reads those words along with the response (``Prompt.draft``) has them in one pass instead of one for each token,
 and knows at once which candidates are perfect; the outcome is the same. Where a scorer rarely finds the words, reading
-them costs more than it saves: whether they are found is learnt from the reconstructions as they come.
+them costs more than it saves: whether they are found is learnt from the reconstructions as they come. An engine whose
+batch is full (``bon.engines.base.Batches``) is handed no drafts: it has nothing idle to read them with.
 """
 
 from __future__ import annotations

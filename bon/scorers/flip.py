@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bon.engines.base import Engine, Keep, Loglikelihood, WritesJSON
+from bon.engines.base import Batches, Engine, Keep, Loglikelihood, WritesJSON
 from bon.errors import InputError, PromptTooLongError, UnknownNameError
 from bon.prompts import Style, load_style
 from bon.scorers.base import Item, Scored, no_response
@@ -111,13 +111,15 @@ class Flip:
     async def score(self, items: Sequence[Item]) -> AsyncIterator[Scored]:
         """Score every item once; scores come as they are known, rewards reach the boards at once."""
         runs = []
+        engine = self._model.engine
+        full = isinstance(engine, Batches) and engine.full
         for index, item in enumerate(items):
             response = response_piece(item.candidate)
             if response is None:
                 yield no_response(index, item)
             else:
                 prompt = self.style.prompt(item.task, response, self.template)
-                if self._drafting.pays():
+                if not full and self._drafting.pays():
                     prompt = replace(prompt, draft=item.task.instruction.strip())
                 runs.append(Reconstruction(index, item, prompt, self.parser, self.similarity, self.samples))
         finished: list[Reconstruction] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from bon.errors import (
 # Not the client's fault, and no model answers until somebody has done something about it.
 BROKEN = (EngineError, UserCodeError, ModelNotFoundError, MissingExtraError)
 RETRY_AFTER_S = 5  # where the model's server does not say
+_ADDRESS = re.compile(r"https?://[^\s,;)'\"]*[^\s,;:.)'\"]")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -83,10 +85,9 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
     if isinstance(error, RefusedError):  # official clients do not repeat what carries this header
-        said = f"the model's server refuses this: {error}"
-        return ApiError(502, said, "refused_upstream", headers={"x-should-retry": "false"})
+        return ApiError(502, _unplaced(error), "refused_upstream", headers={"x-should-retry": "false"})
     if isinstance(error, BROKEN):
-        about = f": {error}" if isinstance(error, EngineError) else "; the log has the details."
+        about = f": {_unplaced(error)}" if isinstance(error, EngineError) else "; the log has the details."
         wait = error.retry_after if isinstance(error, UnavailableError) else None
         headers = {"retry-after": str(math.ceil(RETRY_AFTER_S if wait is None else max(wait, 1)))}
         return ApiError(503, f"a model of this server failed{about}", "engine_error", headers=headers)
@@ -97,5 +98,10 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
             return ApiError(400, f"{name}: the policy cannot honour this field: {error}", "unsupported_parameter", name)
         return ApiError(400, str(error), "invalid_value", name)
     if isinstance(error, BonError):
-        return ApiError(503 if error.retryable else 500, str(error), "failed")
+        return ApiError(503 if error.retryable else 500, _unplaced(error), "failed")
     return ApiError(500, "the server failed on this request; its log has the details.", "internal_error")
+
+
+def _unplaced(error: BonError) -> str:
+    """What an error says, without the addresses of servers behind this one: they are none of the client's business."""
+    return _ADDRESS.sub("the model's server", str(error))
