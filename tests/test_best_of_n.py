@@ -310,15 +310,18 @@ def test_what_was_scored_before_a_scorer_died_is_kept():
 
 
 def test_prompts_that_take_their_time_do_not_hold_up_what_is_running():
+    finished = [threading.Event() for _ in range(3)]
+
     def slow():
         memory = sqlite3.connect(":memory:")  # wants to be used on one thread only
         for i in range(3):
             yield memory.execute(f"select 'Say {i}'").fetchone()[0]
-            time.sleep(0.2)
+            assert finished[i].wait(10), "the next prompt is not needed to finish this one"
+            time.sleep(0.1)
         memory.close()
 
     async def collect():
-        begun, seen, ticks = time.perf_counter(), [], 0
+        seen, ticks = [], 0
 
         async def tick():
             nonlocal ticks
@@ -328,14 +331,14 @@ def test_prompts_that_take_their_time_do_not_hold_up_what_is_running():
 
         ticking = asyncio.create_task(tick())
         async for position, _ in BestOfN(ScriptedEngine(), n=2).stream(slow()):
-            seen.append((position, time.perf_counter() - begun))
+            seen.append(position)
+            finished[position].set()
         ticking.cancel()
         return seen, ticks
 
     seen, ticks = asyncio.run(collect())
-    assert [position for position, _ in seen] == [0, 1, 2]
-    assert seen[0][1] < 0.2 <= seen[1][1], "the first is done before the second is there"
-    assert ticks > 10
+    assert seen == [0, 1, 2]
+    assert ticks > 1, "the loop goes on while the source sleeps"
 
 
 def test_prompts_that_cannot_be_read_on_end_the_run_with_their_own_error():

@@ -3,7 +3,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -41,9 +40,8 @@ def test_a_deadline_returns_the_best_so_far_and_stops_the_rest(overlaps):
     flip = ScriptedEngine(step_seconds=0.0)
     flip.overlaps = policy.overlaps = overlaps
     bon = BestOfN(policy, flip, n=4)
-    start = time.perf_counter()
     result = asyncio.run(bon.run(PROMPT, deadline=0.3))
-    assert time.perf_counter() - start < 0.5
+    assert policy.decoded < 400, "of the 700 words of all answers"
     assert [s.status for s in result.scores[2:]] == ["late", "late"]
     assert "0.3 s passed before it was finished" in result.scores[3].reason
     assert policy.running == flip.running == 0, "nothing goes on after the deadline"
