@@ -65,7 +65,11 @@ class FunctionEngine:
         first = await self._call(prompt)
         if not isinstance(first, str):
             return self._check(first, n)
-        return self._check([first, *await asyncio.gather(*(self._call(prompt) for _ in range(n - 1)))], n)
+        if _is_async(self.function):
+            rest = await asyncio.gather(*(self._call(prompt) for _ in range(n - 1)))
+        else:  # one call at a time, and the samples in the order of the calls
+            rest = [await self._call(prompt) for _ in range(n - 1)]
+        return self._check([first, *rest], n)
 
     async def _call(self, prompt: Prompt, *args: Any) -> Any:
         argument: Any = [turn.to_dict() for turn in prompt.turns]
