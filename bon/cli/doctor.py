@@ -13,7 +13,7 @@ import typer
 
 from bon.errors import BonError
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "vllm", "openai", "fastapi", "ray")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "vllm", "openai", "fastapi")
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,8 @@ from bon.serve.job import Job, unless_gone
 from bon.serve.metrics import Metrics
 from bon.serve.plan import Plan, Planner, default_scorers
 from bon.serve.playground import PAGE, POLICY
-from bon.serve.protocol import (
-    ChatRequest,
-    ChatResponse,
-    CompletionRequest,
-    CompletionResponse,
-    ErrorResponse,
-    ModelBody,
-    ModelList,
-    StateBody,
-    parse,
-)
+from bon.serve.protocol import ChatRequest, CompletionRequest, parse
+from bon.serve.responses import ChatResponse, CompletionResponse, ErrorResponse, ModelBody, ModelList, StateBody
 from bon.serve.settings import Settings
 from bon.serve.stream import EventStream, disconnected
 from bon.types import Result

@@ -1,0 +1,202 @@
+"""What is sent back, as the OpenAPI document describes it; ``answers.py`` makes it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class ErrorBody(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Any error."""
+
+    error: ErrorBody
+
+
+class PartUsage(BaseModel):
+    """Tokens of the policy, or of the scorer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class CachedTokens(BaseModel):
+    """Tokens that were not computed."""
+
+    cached_tokens: int
+
+
+class UsageBody(BaseModel):
+    """Tokens of all candidates and all scores, in sum and separately; cached ones are part of the prompt's."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    policy: PartUsage
+    scorer: PartUsage
+
+
+class ScoreBody(BaseModel):
+    """What is known of one candidate."""
+
+    index: int
+    finish_reason: str | None
+    reward: float | None
+    status: str
+    inferred: str | None = Field(description="The instruction that was inferred from the candidate.")
+    matched: list[tuple[int, int]] = Field(description="Spans of ``inferred`` whose words are in the instruction.")
+    precision: float | None
+    recall: float | None
+    upper_bound: float | None = Field(description="The reward of a pruned candidate could not have exceeded this.")
+    reason: str | None = Field(description="Why there is no reward.")
+    same_as: int | None = Field(description="An identical candidate, whose score this is.")
+    text: str | None = Field(default=None, description="With return_candidates.")
+    completion_tokens: int | None = None
+    sampled_s: float = Field(description="When it was finished, from the start of the run.")
+    scored_s: tuple[float, float] | None = Field(description="When its score was started and finished.")
+
+
+class TimingBody(BaseModel):
+    """Seconds."""
+
+    queue_s: float
+    sample_s: float
+    score_s: float
+    overlap_s: float
+    total_s: float
+
+
+class BestOfNBody(BaseModel):
+    """The evidence."""
+
+    n: int
+    scorer: str
+    instruction: str
+    best: int | None = Field(description="Index of the winner, null when no candidate has a sufficient reward.")
+    reward: float | None
+    mean_reward: float | None
+    reason: str | None = Field(description="Why there is no winner, or why no more was done.")
+    deadline_passed: bool
+    statuses: dict[str, int]
+    choices: list[ScoreBody] = Field(description="Scores of the returned choices, in their order.")
+    candidates: list[ScoreBody] | None = Field(default=None, description="All of them, with return_candidates.")
+    timing: TimingBody
+
+
+class MessageBody(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class TokenLogprob(BaseModel):
+    """A token of the answer."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[Any] = Field(max_length=0)
+
+
+class ChatLogprobs(BaseModel):
+    """The tokens of the answer, when they were asked for."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(BaseModel):
+    """The tokens of the answer, when they were asked for."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: None
+    text_offset: list[int]
+
+
+class ChatChoice(BaseModel):
+    """One of the best."""
+
+    index: int
+    message: MessageBody
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class ChatResponse(BaseModel):
+    """OpenAI's chat completion."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageBody
+    best_of_n: BestOfNBody
+
+
+class TextChoice(BaseModel):
+    """One of the best."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionResponse(BaseModel):
+    """OpenAI's text completion."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: UsageBody
+    best_of_n: BestOfNBody
+
+
+class ModelDefaults(BaseModel):
+    """What a client may ask for."""
+
+    n: int
+    max_n: int
+    scorers: list[str]
+    scorer: str
+
+
+class ModelBody(BaseModel):
+    """One model name."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    best_of_n: ModelDefaults
+
+
+class ModelList(BaseModel):
+    """What ``model`` may be."""
+
+    object: Literal["list"]
+    data: list[ModelBody]
+
+
+class StateBody(BaseModel):
+    """Whether the server is well."""
+
+    status: str
+    reason: str | None = None
