@@ -61,7 +61,7 @@ def test_urls_go_over_http_and_the_mini_model_to_torch() -> None:
     ("installed", "gpu", "name", "reason"),
     [
         (True, True, "vllm", "there is a CUDA GPU; engine='torch' avoids it"),
-        (True, False, "torch", "there is no CUDA GPU; engine='vllm' runs it on the CPU"),
+        (True, False, "torch", "there is no CUDA GPU; engine='vllm' takes its CPU build"),
         (False, True, "torch", "vLLM is not installed"),
     ],
 )

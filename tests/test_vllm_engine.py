@@ -213,6 +213,16 @@ def test_what_cannot_start_says_why(model: Any, options: dict[str, Any], error: 
         load(model, **options)
 
 
+def test_a_build_for_cuda_without_a_gpu_says_so() -> None:
+    """It can be imported, and then failed with "Device string must not be empty"."""
+    code = (
+        "import vllm.platforms as p; from vllm.platforms.interface import UnspecifiedPlatform as U;"
+        "p._current_platform = U(); from bon import load_engine; load_engine(engine='vllm')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "bon.errors.EngineError: this vLLM is not built for any device that is here" in done.stderr
+
+
 def test_two_models_by_name_start_at_the_same_time_and_work_together(engine: Any, tmp_path: Path) -> None:
     copy = shutil.copytree(WEIGHTS, tmp_path / "copy")
     with BestOfN(str(WEIGHTS), str(copy), n=4, sampling={"seed": 1}, engine="vllm") as bon:

@@ -100,7 +100,7 @@ def explain(models: str, vllm: EngineReport, gpus: int) -> str:
         return f"{seen}. vLLM runs them on the CPU: --engine vllm"
     if gpus:
         return f"{seen}, and vLLM is not installed. To run them on it, type: pip install 'bon[vllm]'"
-    return f"{seen}, and vLLM cannot run (see above). Once it can, it runs them on the CPU: --engine vllm"
+    return f"{seen}, and vLLM cannot run (see above). Its CPU build would run them on the CPU: --engine vllm"
 
 
 def _version(package: str) -> str | None:

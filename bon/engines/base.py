@@ -301,7 +301,7 @@ def _local_engine() -> str:
     if find_spec("vllm") is None:
         name, reason = "torch", "vLLM is not installed"
     elif not _has_cuda():
-        name, reason = "torch", "vLLM is installed, and there is no CUDA GPU; engine='vllm' runs it on the CPU"
+        name, reason = "torch", "vLLM is installed, and there is no CUDA GPU; engine='vllm' takes its CPU build"
     else:
         name, reason = "vllm", "vLLM is installed and there is a CUDA GPU; engine='torch' avoids it"
     log.info("models run on %s: %s", name, reason)

