@@ -22,7 +22,7 @@ from typing import Any
 from bon import background
 from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt
 from bon.engines.render import Renderer
-from bon.engines.vllm_request import KEEP_EVERY, Request, chosen
+from bon.engines.vllm_request import KEEP_EVERY, Request, last
 from bon.engines.vllm_start import (
     EngineDeadError,
     LoRARequest,
@@ -183,8 +183,8 @@ class VLLMEngine:
         if not target:
             return Loglikelihood(0.0, 0, len(context))
         output = await self.prefill(context, target)
-        logprobs = chosen(output.prompt_logprobs)[len(context) :]
-        return Loglikelihood(math.fsum(logprobs), len(logprobs), len(context), output.num_cached_tokens)
+        total = math.fsum(logprob for logprob, _ in last(output.prompt_logprobs, len(target)))
+        return Loglikelihood(total, len(target), len(context), output.num_cached_tokens)
 
     async def prefill(self, context: Sequence[int], target: Sequence[int]) -> Any:
         """vLLM's output for context and target, with log-probabilities of the target's tokens, and one more token."""

@@ -79,12 +79,10 @@ class Request:
         """Read the draft along with the prompt and keep the tokens that are the model's first choice."""
         output = await self.engine.prefill(self.prompt, self.draft)
         self.cached = output.num_cached_tokens
-        ranked, at = output.prompt_logprobs, len(self.prompt)
-        for token in self.draft:
-            first = ranked.start_indices[at + self.drafted]
-            if ranked.ranks[first] != 1:
+        for token, (logprob, rank) in zip(self.draft, last(output.prompt_logprobs, len(self.draft)), strict=True):
+            if rank != 1:
                 break
-            self._add(token, ranked.logprobs[first])
+            self._add(token, logprob)
             self.drafted += 1
         else:
             [sample] = output.outputs
@@ -165,3 +163,13 @@ def chosen(logprobs: Any) -> list[float]:
     values = logprobs.logprobs
     spans = zip(logprobs.start_indices, logprobs.end_indices, strict=True)
     return [float(values[begin]) if begin < end else 0.0 for begin, end in spans]
+
+
+def last(logprobs: Any, count: int) -> list[tuple[float, int]]:
+    """Log-probability and rank of the last ``count`` tokens of a prompt.
+
+    Counted from the end: for tokens that came from the cache one of vLLM's model runners lists nothing (the usual one
+    on a GPU), the other uninitialised memory (on a CPU).
+    """
+    starts = logprobs.start_indices[len(logprobs.start_indices) - count :]
+    return [(float(logprobs.logprobs[start]), int(logprobs.ranks[start])) for start in starts]

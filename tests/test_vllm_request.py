@@ -1,0 +1,55 @@
+"""What vLLM's outputs say, in the shapes of both of its model runners; no vLLM is needed to read them."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from tiny import tokenizer
+
+from bon.engines.render import Renderer
+from bon.engines.vllm_request import Request, last
+
+PROMPT, DRAFT = (5, 6, 7, 8, 9), (10, 11, 12)
+RATED = [(-0.1, 1), (-0.2, 1), (-3.0, 4)]  # the last token of the draft is not the model's first choice
+
+
+def flat(rows):
+    """vLLM's ``FlatLogprobs``: one entry for each position but the first, which has none."""
+    starts = [0, *range(len(rows))]
+    return SimpleNamespace(
+        start_indices=starts,
+        end_indices=[0, *range(1, len(rows) + 1)],
+        logprobs=[logprob for logprob, _ in rows],
+        ranks=[rank for _, rank in rows],
+    )
+
+
+# Four tokens of the prompt came from the cache.
+SHAPES = {"nothing is listed for them": [], "uninitialised memory": [(7.7, 0)] * 4}
+
+
+@pytest.mark.parametrize("cached", SHAPES.values(), ids=SHAPES)
+def test_numbers_of_the_last_tokens_are_found_whatever_came_from_the_cache(cached):
+    """Counting from the start took others' numbers on a GPU, whose model runner leaves out what was cached."""
+    assert last(flat([*cached, *RATED]), 3) == RATED
+    assert last(flat([*cached, *RATED]), 0) == []
+
+
+@pytest.mark.parametrize("cached", SHAPES.values(), ids=SHAPES)
+def test_a_draft_is_taken_up_to_where_the_model_departs(cached):
+    class Host:
+        name, renderer = "host", Renderer(tokenizer("chatml"))
+
+        async def prefill(self, context, target):
+            return SimpleNamespace(num_cached_tokens=4, prompt_logprobs=flat([*cached, *RATED]), outputs=[])
+
+        async def stream(self, ids, params):
+            assert ids == (*PROMPT, 10, 11)
+            sampled = SimpleNamespace(token_ids=[13], logprobs=flat([(-0.5, 1)]), finish_reason="length")
+            sampled.logprobs.start_indices, sampled.logprobs.end_indices = [0], [1]
+            yield SimpleNamespace(outputs=[sampled], num_cached_tokens=0)
+
+    params = SimpleNamespace(stop_token_ids=[], max_tokens=3, clone=lambda: SimpleNamespace(max_tokens=3))
+    done = asyncio.run(Request(Host(), 0, 0, PROMPT, params, (), None, DRAFT).run())
+    assert (done.completion_tokens, done.drafted_tokens, done.cached_tokens) == (3, 2, 4)
+    assert done.logprobs == pytest.approx((-0.1, -0.2, -0.5))
