@@ -32,6 +32,8 @@ class Sampling:
         max_tokens: tokens of one completion at most; the room left in the context bounds it as well.
         stop: strings at which a completion ends; they are not part of its text.
         seed: the same seed, prompt and sample index give the same completion, whatever else is in the batch.
+        logprobs: whether the log-probability of each sampled token is wanted. Where it costs something (vLLM, HTTP)
+            it is left out otherwise; the torch engine has it in any case.
         extra: options of one engine under that engine's own names; an engine refuses those it does not know.
     """
 
@@ -42,6 +44,7 @@ class Sampling:
     max_tokens: int = 1024
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    logprobs: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class Sampling:
             raise InputError(f"stop must be a tuple of non-empty strings, got {self.stop!r}.")
         if self.seed is not None:
             _require("seed", self.seed, int, lambda v: v >= 0, "a whole number >= 0")
+        if not isinstance(self.logprobs, bool):
+            raise InputError(f"logprobs must be True or False, got {self.logprobs!r}.")
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | Sampling | None) -> Sampling:
@@ -112,7 +117,7 @@ class Candidate:
         finish_reason: "stop" when it ended by itself, "length" when it was cut off, "pruned" when it was not needed,
             "error" when it could not be made.
         tokens: the same text as token ids, when the policy's engine has them.
-        cumulative_logprob: sum of log p of its tokens under the policy, when known.
+        cumulative_logprob: sum of log p of its tokens under the policy, when known (see ``Sampling.logprobs``).
         logprobs: text and log p of each sampled token, when known; special tokens have no text.
         completion_tokens: tokens sampled, counting the end token; None for callables.
         started, finished: seconds since the run began.

@@ -99,7 +99,8 @@ PROMPTS = [prompt(text) for text in TEXTS]
 
 def generate(engine: Engine, prompts: list[Prompt], n: int = 1, keep: Any = None, **sampling: Any) -> list[Completion]:
     async def collect() -> list[Completion]:
-        return [c async for c in engine.generate(prompts, Sampling(**{"max_tokens": 12, **sampling}), n, keep=keep)]
+        options = Sampling(**{"max_tokens": 12, "logprobs": True, **sampling})
+        return [c async for c in engine.generate(prompts, options, n, keep=keep)]
 
     return sorted(asyncio.run(collect()), key=lambda c: (c.prompt_index, c.sample_index))
 
@@ -119,17 +120,28 @@ def test_counts_and_logprobs_fit_together(engine: Engine) -> None:
         assert completion.completion_tokens > 0
         assert completion.prompt_tokens > 0
         assert 0 <= completion.cached_tokens < completion.prompt_tokens
-        if completion.logprobs is not None:
-            assert len(completion.logprobs) == completion.completion_tokens
-            assert max(completion.logprobs) <= 0
-            assert completion.cumulative_logprob == pytest.approx(math.fsum(completion.logprobs), abs=1e-4)
+        assert completion.logprobs is not None
+        assert len(completion.logprobs) == completion.completion_tokens
+        assert max(completion.logprobs) <= 0
+        assert completion.cumulative_logprob == pytest.approx(math.fsum(completion.logprobs), abs=1e-4)
         if completion.pieces is not None:
-            assert completion.logprobs is not None
             assert len(completion.pieces) == len(completion.logprobs)
             said = "".join(completion.pieces)
             assert said.startswith(completion.text) or "\ufffd" in said, "the texts of the tokens make the text"
         if completion.tokens is not None:
             assert completion.tokens.text == completion.text
+
+
+def test_logprobs_that_nobody_asked_for_change_nothing_but_what_is_told(engine: Engine) -> None:
+    asked, not_asked = (generate(engine, PROMPTS, n=2, seed=1, stop=("e",), logprobs=flag) for flag in (True, False))
+    for got, expected in zip(not_asked, asked, strict=True):
+        assert (got.text, got.finish_reason, got.completion_tokens) == (
+            expected.text,
+            expected.finish_reason,
+            expected.completion_tokens,
+        )
+        assert got.logprobs in (None, expected.logprobs)
+        assert (got.logprobs is None) == (got.cumulative_logprob is None)
 
 
 def test_the_same_seed_gives_the_same_completions(engine: Engine) -> None:
@@ -166,8 +178,7 @@ def test_a_draft_changes_no_completion(engine: Engine, options: dict[str, Any]) 
             assert got.completion_tokens == expected.completion_tokens
             assert got.prompt_tokens == expected.prompt_tokens
             assert 0 <= got.drafted_tokens <= got.completion_tokens
-            if expected.logprobs is not None:
-                assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+            assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
 def test_max_tokens_cuts_with_reason_length(engine: Engine) -> None:

@@ -192,8 +192,8 @@ def test_the_status_of_several_samples_is_the_worst():
 
 
 def test_several_samples_are_drawn_at_temperature_1_and_one_is_greedy():
-    assert Flip(answers(X)).sampling == Sampling(temperature=0, max_tokens=512)
-    assert Flip(answers(X), samples=2).sampling == Sampling(temperature=1, max_tokens=512)
+    assert Flip(answers(X)).sampling == Sampling(temperature=0, max_tokens=512, logprobs=True)
+    assert Flip(answers(X), samples=2).sampling == Sampling(temperature=1, max_tokens=512, logprobs=True)
     assert Flip(answers(X), sampling=Sampling(max_tokens=7)).sampling.max_tokens == 7
 
 

@@ -82,7 +82,7 @@ def waits(check, seconds=10.0):
 
 def test_a_url_is_enough_and_the_server_says_which_model_it_has(server):
     engine = load_engine(server.url)
-    [done] = generate(engine)
+    [done] = generate(engine, logprobs=True)
     assert (done.text, done.finish_reason) == ("answer 0", "stop")
     assert done.logprobs == (-0.5,) * 3
     assert done.cumulative_logprob == -1.5
@@ -109,7 +109,7 @@ def test_only_options_that_are_set_are_sent_under_the_servers_names(server):
         extra={"repetition_penalty": 1.2, "presence_penalty": 0.5},
     )
     plain, first, second = sorted((p.body for p in server.posts), key=lambda b: b.get("seed", 0))
-    assert plain.keys() == {"model", "messages", "temperature", "max_tokens", "logprobs"}
+    assert plain.keys() == {"model", "messages", "temperature", "max_tokens"}
     assert first == second | {"seed": 40}
     assert second["seed"] == 41, "each sample has a seed of its own"
     options = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "stop": ["\n"], "max_tokens": 1024}
@@ -214,7 +214,7 @@ def test_a_field_that_bon_can_do_without_is_dropped_where_it_is_refused(server, 
 
     async def twice():
         for _ in range(2):
-            [done] = [c async for c in engine.generate([prompt], Sampling())]
+            [done] = [c async for c in engine.generate([prompt], Sampling(logprobs=True))]
             assert done.text
         await engine.aclose()
 
@@ -291,7 +291,7 @@ def test_nothing_is_streamed_without_keep(server):
 def test_keep_sees_the_text_grow_and_the_whole_is_what_a_plain_request_gives(server):
     server.text = lambda seen, draw: "one two three"
     seen = []
-    [done] = generate(OpenAIEngine(server.url), keep=lambda p: seen.append(p.text) or True)
+    [done] = generate(OpenAIEngine(server.url), keep=lambda p: seen.append(p.text) or True, logprobs=True)
     assert seen == ["one", "one two", "one two three"]
     assert (done.text, done.finish_reason, done.cumulative_logprob) == ("one two three", "stop", -1.5)
     assert (done.prompt_tokens, done.completion_tokens) == (7, 4)

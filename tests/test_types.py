@@ -67,6 +67,7 @@ def test_a_bad_prompt_is_refused_with_its_reason(prompt, complaint):
         ("max_tokens", 0),
         ("stop", ("",)),
         ("seed", -1),
+        ("logprobs", 5),
     ],
 )
 def test_a_sampling_option_out_of_range_is_refused_by_name(option, value):

@@ -67,7 +67,7 @@ def rate(engine: Any, prompts: list[Prompt], texts: list[str]) -> list[Any]:
 
 def test_greedy_tokens_of_the_mini_model_are_those_of_transformers(engine: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
-    for prompt, completion in zip(PROMPTS, generate(engine, PROMPTS, temperature=0.0), strict=True):
+    for prompt, completion in zip(PROMPTS, generate(engine, PROMPTS, temperature=0.0, logprobs=True), strict=True):
         ids = torch.tensor([engine.renderer.render(prompt)])
         with torch.inference_mode():
             whole = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=list(engine.renderer.end_ids))

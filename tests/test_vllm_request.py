@@ -49,7 +49,7 @@ def test_a_draft_is_taken_up_to_where_the_model_departs(cached):
             sampled.logprobs.start_indices, sampled.logprobs.end_indices = [0], [1]
             yield SimpleNamespace(outputs=[sampled], num_cached_tokens=0)
 
-    params = SimpleNamespace(stop_token_ids=[], max_tokens=3, clone=lambda: SimpleNamespace(max_tokens=3))
+    params = SimpleNamespace(stop_token_ids=[], max_tokens=3, logprobs=0, clone=lambda: SimpleNamespace(max_tokens=3))
     done = asyncio.run(Request(Host(), 0, 0, PROMPT, params, (), None, DRAFT).run())
     assert (done.completion_tokens, done.drafted_tokens, done.cached_tokens) == (3, 2, 4)
     assert done.logprobs == pytest.approx((-0.1, -0.2, -0.5))

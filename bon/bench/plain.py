@@ -175,7 +175,7 @@ def _total(sampled: Outcome, scored: Sequence[Outcome]) -> Outcome:
 
 def _plain(params: Any) -> Any:
     """The same tokens, without the log-probabilities that bon reports."""
-    params.logprobs = None
+    params.logprobs, params.flat_logprobs = None, False
     params.output_kind = RequestOutputKind.FINAL_ONLY
     return params
 

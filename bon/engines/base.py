@@ -120,7 +120,7 @@ class Completion:
         tokens: the text's own token ids (special tokens and anything past a stop string removed), when the engine has
             them and they decode to the text.
         cumulative_logprob: sum of log p of the sampled tokens, the end token included, under the model itself
-            (temperature 1, before top-p and the like), when the engine knows it.
+            (temperature 1, before top-p and the like), when the engine knows it; see ``Sampling.logprobs``.
         logprobs: the same, per sampled token.
         pieces: the text of each of these tokens, when the engine knows it; "" for special ones.
         prompt_tokens: tokens of the prompt.

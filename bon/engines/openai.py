@@ -60,7 +60,6 @@ class OpenAIEngine:
         tokenizer: folder or Hugging Face name of the model's tokenizer; prompts are then sent as token ids.
         extra_body: fields sent with every request, such as vLLM's ``{"repetition_penalty": 1.1}``;
             ``Sampling.extra`` may override them and name none but these and OpenAI's own.
-        logprobs: ask for the log-probability of each token, which FLIP uses to break ties.
         n_per_request: samples to ask for with one request; with ``keep`` always one.
         max_concurrency: requests under way at each address.
         timeout_s: seconds for one request.
@@ -85,7 +84,6 @@ class OpenAIEngine:
         api_key: str | None = None,
         tokenizer: str | Path | None = None,
         extra_body: Mapping[str, Any] | None = None,
-        logprobs: bool = True,
         n_per_request: int = 1,
         max_concurrency: int = 256,
         timeout_s: float = 600.0,
@@ -106,7 +104,7 @@ class OpenAIEngine:
         wire.check_extra(self.extra_body, self.extra_body)
         self._optional = wire.OPTIONAL - self.extra_body.keys()
         self._model = model or next((name for url in urls if (name := urlsplit(str(url)).fragment)), None)
-        self.logprobs, self._n_per_request, self._deadline_s = logprobs, n_per_request, deadline_s
+        self._n_per_request, self._deadline_s = n_per_request, deadline_s
         self._tokenizer = tokenizer
         self.endpoints = Endpoints(
             urls,

@@ -132,14 +132,14 @@ class Samples:
             body |= self.job.content
             if template:
                 body["chat_template_kwargs"] = template
-            if engine.logprobs:
+            if self.sampling.logprobs:
                 body["logprobs"] = True
         else:
             ids = self.job.ids or ()
             body |= {"prompt": list(ids), "return_token_ids": True}
             if max_model_len is not None:
                 body["max_tokens"] = min(self.sampling.max_tokens, max_model_len - len(ids))
-            if engine.logprobs:
+            if self.sampling.logprobs:
                 body["logprobs"] = 0
         return body
 

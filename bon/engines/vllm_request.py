@@ -59,6 +59,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self._text = TextStream(self.engine.renderer)
+        self._rated = self.params.logprobs is not None
         self._ends = {*self.engine.renderer.end_ids, *self.params.stop_token_ids}
 
     async def run(self) -> Completion:
@@ -107,7 +108,8 @@ class Request:
         if self.cached is None:
             self.cached = output.num_cached_tokens
         reason: str | None = sample.finish_reason
-        fresh = list(zip(sample.token_ids, chosen(sample.logprobs), strict=True))
+        values = chosen(sample.logprobs) if self._rated else [0.0] * len(sample.token_ids)
+        fresh = list(zip(sample.token_ids, values, strict=True))
         for position, (token, logprob) in enumerate(fresh, 1):
             self._add(token, logprob)
             if self.stop or self.keep:
@@ -146,9 +148,9 @@ class Request:
             text,
             reason,
             tokens=renderer.as_tokens(ids, text),
-            cumulative_logprob=math.fsum(self.logprobs),
-            logprobs=tuple(self.logprobs),
-            pieces=renderer.pieces(self.ids),
+            cumulative_logprob=math.fsum(self.logprobs) if self._rated else None,
+            logprobs=tuple(self.logprobs) if self._rated else None,
+            pieces=renderer.pieces(self.ids) if self._rated else None,
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.ids),
             cached_tokens=self.cached or 0,

@@ -80,7 +80,8 @@ class Flip:
         self.style = load_style(prompt)
         self.parser = Parser(parser, self.style.output, thinking)
         self.similarity = as_similarity(similarity)
-        self.sampling = sampling or Sampling(temperature=0.0 if samples == 1 else 1.0, max_tokens=MAX_TOKENS)
+        sampling = sampling or Sampling(temperature=0.0 if samples == 1 else 1.0, max_tokens=MAX_TOKENS)
+        self.sampling = sampling.replace(logprobs=sampling.logprobs or tie_break == "logprob")
         self.tie_break: TieBreak = tie_break
         self.template = {"enable_thinking": thinking}
         greedy = self.samples == 1 and self.sampling.temperature == 0

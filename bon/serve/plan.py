@@ -156,6 +156,7 @@ class Planner:
             "seed": request.seed,
         }
         sampling = replace(self.bon.sampling, **{k: v for k, v in given.items() if v is not None})
+        sampling = sampling.replace(logprobs=_wants_logprobs(request))
         return sampling.replace(extra={**sampling.extra, **request.passed})
 
     def _deadline(self, asked: float | None) -> float | None:
