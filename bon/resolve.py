@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,33 @@ OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """What names something of the user's own: "package.module:name"."""
 
 
-def load_both(policy: Any, flip: Any, engine: str | None = None) -> tuple[Any, Any]:
+def load_both(
+    policy: Any, flip: Any, engine: str | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
     """Load two models that are both given by name at the same time, where vLLM runs them; else hand back what came.
 
-    They share the GPU by the rule of ``bon.engines.placement``.
+    They share the GPU by the rule of ``bon.engines.placement``. A scorer of bon's that only names its model so far gets
+    it here.
+
+    Args:
+        policy, flip: see ``BestOfN``.
+        engine: which back end loads models given by name; None chooses.
+        options: for both, where they are bare names.
     """
-    models = [WEIGHTS if policy is None and engine == "vllm" else policy, flip]
-    named = all(isinstance(model, (str, Path)) and not OBJECT.fullmatch(str(model)) for model in models)
-    if not named or policy == flip or {engine or choose_engine(model) for model in models} != {"vllm"}:
+    lazy = flip._model if isinstance(flip, (Flip, BackwardLikelihood)) else None
+    scoring, own = (flip, options or {}) if lazy is None else lazy.unloaded or (None, {})
+    first = WEIGHTS if policy is None and engine == "vllm" else policy
+    models: list[tuple[Any, dict[str, Any]]] = [(first, dict(options or {})), (scoring, dict(own))]
+    named = all(isinstance(model, (str, Path)) and not OBJECT.fullmatch(str(model)) for model, _ in models)
+    if not named or policy == scoring:
         return policy, flip
-    loaded = load_together([(model, {}) for model in models])
-    return loaded[0], loaded[1]
+    if {given.pop("engine", None) or engine or choose_engine(model) for model, given in models} != {"vllm"}:
+        return policy, flip
+    loaded = load_together(models)
+    if lazy is None:
+        return loaded[0], loaded[1]
+    lazy.adopt(loaded[1])
+    return loaded[0], flip
 
 
 def as_policy(policy: Any, engine: str | None = None) -> Engine:
@@ -60,15 +77,18 @@ def as_scorer(flip: Any, policy: Any, policy_engine: Engine, engine: str | None 
 
     Args:
         flip: see ``BestOfN``.
-        policy: what the user passed as policy; the same name means the same engine.
+        policy: what the user passed as policy; the same name, bare or in a scorer of bon's, means the same engine.
         policy_engine: the engine that it became.
         engine: which back end loads a model given by name.
 
     Raises:
         InputError: not a model, an engine, a function or a scorer; or nothing, and the policy is a function.
     """
-    if isinstance(flip, (Flip, BackwardLikelihood)) and flip.engine is None:
-        return flip.on(_own_engine(policy_engine))
+    if isinstance(flip, (Flip, BackwardLikelihood)):
+        if flip._model.unloaded == (policy, {}):
+            return flip.on(policy_engine)
+        if flip.engine is None:
+            return flip.on(_own_engine(policy_engine))
     if isinstance(flip, Scorer):
         return flip
     if flip is None:

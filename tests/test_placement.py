@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import save
 
+from bon import BackwardLikelihood, BestOfN, Flip
+from bon.cli.build import Options, build
 from bon.engines import base
 from bon.engines.base import choose_engine
 from bon.engines.placement import LEAST_TOKENS, SHARE, WORKSPACE, Need, load_together, place, weight_bytes
+from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, ModelNotFoundError
 from bon.mini import WEIGHTS
 
@@ -50,6 +55,39 @@ def test_models_that_load_together_come_in_order_with_their_own_options(tmp_path
     assert [e.max_model_len for e in engines] == [64, 128]
     with pytest.raises(ModelNotFoundError, match="no model folder"):
         load_together([(first, {}), (tmp_path / "missing", {})], engine="torch")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda policy, flip: BestOfN(policy, flip),
+        lambda policy, flip: BestOfN(policy, Flip(flip, prompt="json")),
+        lambda policy, flip: BestOfN(policy, BackwardLikelihood(flip)),
+        lambda policy, flip: build(Options(policy=policy, flip=flip)).bon,
+    ],
+    ids=["names", "flip", "likelihood", "command line"],
+)
+def test_two_models_that_vllm_runs_are_placed_together_however_they_are_named(
+    build: Callable[[str, str], BestOfN], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded one after the other, the first took the GPU and the second did not fit."""
+    asked = []
+
+    def load(models: Sequence[tuple[Any, Any]]) -> list[ScriptedEngine]:
+        asked.append([model for model, _ in models])
+        return [ScriptedEngine(name=str(model)) for model, _ in models]
+
+    monkeypatch.setattr("bon.resolve.choose_engine", lambda model: "vllm")
+    monkeypatch.setattr("bon.resolve.load_together", load)
+    bon = build("big/policy", "small/scorer")
+    assert asked == [["big/policy", "small/scorer"]]
+    assert (bon.policy.name, bon.scorer.engine.name) == ("big/policy", "small/scorer")  # type: ignore[attr-defined]
+
+
+def test_a_scorer_that_names_the_policys_model_runs_on_the_policys_engine(tmp_path: Path) -> None:
+    folder = str(save(tmp_path / "model"))
+    with BestOfN(folder, Flip(folder)) as bon:
+        assert bon.scorer.engine is bon.policy  # type: ignore[attr-defined]
 
 
 def test_urls_go_over_http_and_the_mini_model_to_torch() -> None:

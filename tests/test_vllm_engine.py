@@ -223,9 +223,10 @@ def test_a_build_for_cuda_without_a_gpu_says_so() -> None:
     assert "bon.errors.EngineError: this vLLM is not built for any device that is here" in done.stderr
 
 
-def test_two_models_by_name_start_at_the_same_time_and_work_together(engine: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flip", [str, Flip], ids=["bare", "in a scorer"])
+def test_two_models_by_name_start_at_the_same_time_and_work_together(engine: Any, tmp_path: Path, flip: Any) -> None:
     copy = shutil.copytree(WEIGHTS, tmp_path / "copy")
-    with BestOfN(str(WEIGHTS), str(copy), n=4, sampling={"seed": 1}, engine="vllm") as bon:
+    with BestOfN(str(WEIGHTS), flip(str(copy)), n=4, sampling={"seed": 1}, engine="vllm") as bon:
         loaded = time.time()
         pair = (bon.policy, bon.scorer.engine)  # type: ignore[attr-defined]
         begun = [psutil.Process(made._engine.processes[0].pid).create_time() for made in pair]  # type: ignore[union-attr]
@@ -288,7 +289,7 @@ def test_an_engine_whose_process_is_killed_does_not_hang() -> None:
 # A script without ``if __name__ == "__main__"``: a spawned process must not run it again.
 SCRIPT = """
     import signal, sys
-    from bon import BestOfN
+    from bon import BestOfN, Flip
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     bon = BestOfN(engine="vllm", n=2, sampling={"max_tokens": 16})
     result = bon("Write a slogan for a bakery called Sunrise.")

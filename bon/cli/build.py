@@ -14,10 +14,8 @@ from bon.best_of_n import BestOfN
 from bon.cli.console import one_thread, quiet_libraries
 from bon.engines.base import ENGINES, Engine, choose_engine, engine_class, load_engine
 from bon.engines.function import FunctionEngine
-from bon.engines.placement import load_together
 from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
-from bon.mini import WEIGHTS
-from bon.resolve import OBJECT, as_policy, import_object
+from bon.resolve import OBJECT, as_policy, import_object, load_both
 from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip
 from bon.scorers.function import RewardFunction
@@ -198,10 +196,9 @@ class _Loader:
 
     def together(self, policy: str | None, flip: str | None) -> None:
         """Start two vLLM models at the same time, each with its part of the GPU."""
-        if self.engine != "vllm" or flip in (None, policy) or any(OBJECT.fullmatch(s) for s in (policy, flip) if s):
-            return
-        named = [(WEIGHTS if policy is None else policy, self.options), (flip, self.options)]
-        self.loaded.update(zip((policy, flip), load_together(named), strict=True))
+        loaded = load_both(policy, flip, self.engine, self.options)
+        if loaded != (policy, flip):
+            self.loaded.update(zip((policy, flip), loaded, strict=True))
 
     def __call__(self, spec: str | None) -> Engine:
         if spec not in self.loaded:

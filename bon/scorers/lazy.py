@@ -48,6 +48,17 @@ class LazyEngine:
         """The engine, or None when nobody said which."""
         return None if self._engine is None and self._name is None else self.engine
 
+    @property
+    def unloaded(self) -> tuple[str | Path, dict[str, Any]] | None:
+        """Name and options of a model that is still to be loaded; None where there is nothing to load."""
+        if self._engine is not None or not isinstance(self._name, str | Path):
+            return None
+        return self._name, self._options
+
+    def adopt(self, engine: Engine) -> None:
+        """Take the engine that was loaded for ``unloaded`` elsewhere; it is freed like one that was loaded here."""
+        self._engine = engine
+
     @staticmethod
     def moved(scorer: S, engine: Engine) -> S:
         """Return a copy of a scorer whose ``_model`` is another engine."""
