@@ -258,6 +258,15 @@ def test_equal_rewards_are_decided_by_the_tie_break(tie_break):
     assert selection.best == ties.index(max(ties))
 
 
+def test_without_a_tie_break_the_shorter_reconstruction_wins_and_no_logprobs_are_asked_for():
+    things = items("0 zzz", "1 yyy", "2 xxx")
+    flip = Flip(answers(f"the {X}", X, X), tie_break="none")
+    assert not flip.sampling.logprobs
+    scored = score(flip, things)
+    assert [(s.score.reward, s.score.tie_break) for s in scored] == [(1.0, None)] * 3
+    assert select(as_selector("best"), [s.score for s in scored], [i.candidate for i in things]).best == 1
+
+
 def test_the_likelihood_tie_break_is_one_more_call_and_spares_the_pruned():
     engine = answers(X, "q q q q q q q q")
     first, second = score(Flip(engine, tie_break="likelihood"), items("0", "1"))
