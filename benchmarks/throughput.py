@@ -7,8 +7,8 @@ On the torch engine: 200 prompts with n=8 go through bon at least five times as 
 
 With `--engine vllm`: 500 prompts with n=8 go through bon at nine tenths of the tokens a second of vLLM's own offline
 `LLM.generate`, which gets the same token ids in two calls, all candidates and then all scoring prompts, and decodes the
-same number of tokens for each (`offline_throughput`). A further side leaves out the log-probabilities with which bon decides
-between equal rewards (`offline_throughput_no_tie_break`).
+same number of tokens for each (`offline_throughput`). A further side leaves out the log-probabilities with which bon
+decides between equal rewards (`offline_throughput_no_tie_break`).
 """
 
 from __future__ import annotations

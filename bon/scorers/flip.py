@@ -46,7 +46,8 @@ class Flip:
         sampling: how reconstructions are sampled. Greedy for one sample, temperature 1 for several, 512 tokens.
         tie_break: between equal rewards, "logprob" prefers the likelier reconstruction, "likelihood" the higher mean
             log p(instruction | response), which costs one more prefill. "none" leaves it to the number of tokens and
-            the index, and asks for no log-probabilities, which cost up to a tenth of the time where vLLM's batch is full.
+            the index, and asks for no log-probabilities: they cost up to a tenth of the time where vLLM's batch is
+            full (``benchmarks/throughput.py --engine vllm``).
         retries: how often candidates none of whose reconstructions could be parsed are tried again, at temperature 0.7
             at least.
         thinking: whether the model may think before it answers. Off, templates that know ``enable_thinking`` are told
