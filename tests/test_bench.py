@@ -380,9 +380,9 @@ def test_throughput_of_a_dummy_runs_to_its_last_line(capsys: pytest.CaptureFixtu
     arguments = ["--engine", "vllm", "--quick", "--prompts", "2", "--n", "2", "--max-tokens", "8"]
     script("throughput").main([*arguments, "--dummy", "llama-4.7m", "--out", str(tmp_path / "throughput.json")])
     result = last_line(capsys.readouterr().out)
-    assert set(result["ratios"]) == {"offline_throughput"}
+    assert set(result["ratios"]) == {"offline_throughput", "offline_throughput_no_tie_break"}
     tokens = [row["tokens"] for row in result["rows"] if row["case"] == "side"]
-    assert tokens == [2 * 2 * (8 + 8)] * 2
+    assert tokens == [2 * 2 * (8 + 8)] * 3
     assert result["conditions"]["model"]["model"] == "dummy llama-4.7m"
     draw(tmp_path / "throughput.json")
 
