@@ -103,5 +103,6 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
 
 
 def _unplaced(error: BonError) -> str:
-    """What an error says, without the addresses of servers behind this one: they are none of the client's business."""
-    return _ADDRESS.sub("the model's server", str(error))
+    """What an error says, without the address of a server behind this one: that is none of the client's business."""
+    about_server = isinstance(error, UnavailableError | RefusedError)
+    return _ADDRESS.sub("the model's server", str(error)) if about_server else str(error)
