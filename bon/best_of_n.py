@@ -116,7 +116,7 @@ class BestOfN:
 
         Args:
             prompt: text, or a list of messages that ends with the user's.
-            instruction: the part of the last message that is the instruction; the rest of it is context.
+            instruction: the part of the last user message that is the instruction; the rest of it is context.
         """
         return background.run(self.run(prompt, instruction=instruction))
 
