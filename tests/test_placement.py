@@ -49,6 +49,17 @@ def test_the_size_of_a_model_is_that_of_its_weight_files(tmp_path: Path) -> None
     assert weight_bytes(str(folder)) == (folder / "model.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize("missing", ["no/such-model", "/no/such/folder"])
+def test_a_model_whose_size_cannot_be_looked_up_is_not_found(
+    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On one GPU sizes are looked up before anything is loaded, where a wrong name used to end in a traceback."""
+    monkeypatch.setattr("bon.engines.placement._gpus", lambda: [80 * GIB])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelNotFoundError, match=f"{missing}.*({missing}|Check the path)"):
+        load_together([(save(tmp_path / "model"), {}), (missing, {})])
+
+
 def test_models_that_load_together_come_in_order_with_their_own_options(tmp_path: Path) -> None:
     first, second = save(tmp_path / "first"), save(tmp_path / "second", "Qwen3")
     engines = load_together([(first, {"max_model_len": 64}), (second, {"max_model_len": 128})], engine="torch")

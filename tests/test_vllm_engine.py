@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from bon import BestOfN
 from bon.conversation import Message
 from bon.engines.base import Completion, Prompt
-from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
+from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.mini import WEIGHTS
 from bon.scorers import Flip
 from bon.types import Sampling
@@ -205,12 +205,58 @@ def test_more_samples_than_fit_at_a_time_wait_their_turn(engine: Any) -> None:
         (WEIGHTS, {"tensor_paralel_size": 2}, UnknownNameError, "Did you mean 'tensor_parallel_size'"),
         (WEIGHTS, {"max_model_len": 5000}, InputError, "max_model_len.*5000"),
         (WEIGHTS, {"dtype": "float31"}, InputError, "float31"),
-        (WEIGHTS, {"kv_cache_memory_bytes": 1 << 20}, EngineError, "KV cache.*max_model_len"),
+        (
+            WEIGHTS,
+            {"kv_cache_memory_bytes": 1 << 20},
+            EngineError,
+            r"\(KV cache\) holds \d+ tokens, .* 1024\. .*max_model_len",
+        ),
+        (WEIGHTS, {"kv_cache_memory_bytes": 1 << 20, "max_model_len": 512}, EngineError, "KV cache.*max_model_len"),
     ],
 )
 def test_what_cannot_start_says_why(model: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load(model, **options)
+
+
+def test_a_context_that_the_memory_does_not_hold_is_cut_to_what_it_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model with a context of 262,144 tokens did not start at all on a GPU that it shared with its scorer."""
+    folder = save(tmp_path / "model", "Qwen3", "ascii", head_dim=32, max_position_embeddings=8192)
+    per_token = 2 * 3 * 2 * 32 * 4
+    with caplog.at_level("INFO", "bon"):
+        engine = load(folder, kv_cache_memory_bytes=3100 * per_token)
+    limit = engine.max_model_len
+    assert 3000 < limit < 3100
+    assert f"prompt and completion may have {limit} tokens together" in caplog.text
+    with pytest.raises(PromptTooLongError, match=f"than the {limit - 1} that fit"):
+        generate(engine, [Prompt.of([Message("user", "x" * 3100)])])
+    prompt = Prompt.of([Message("user", "x" * (limit - 100))])
+    [completion] = generate(engine, [prompt], max_tokens=1000, extra={"ignore_eos": True})
+    assert completion.finish_reason == "length"
+    assert completion.prompt_tokens + completion.completion_tokens == limit
+    asyncio.run(engine.aclose())
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each of two workers")
+def test_a_model_on_two_devices_says_the_same_and_its_workers_end_is_named(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    wide = load(WEIGHTS, tensor_parallel_size=2)
+    texts = [c.text for c in generate(engine, PROMPTS, temperature=0.0)]
+    assert [c.text for c in generate(wide, PROMPTS, temperature=0.0)] == texts
+    core = psutil.Process(wide._engine.processes[0].pid)
+    workers = [child for child in core.children() if "Worker" in child.name()]
+    assert len(workers) == 2
+    workers[0].kill()
+    with pytest.raises(EngineError, match=r"died: Worker proc \S+ died unexpectedly \(exit code: \S+\)"):
+        generate(wide, PROMPTS, max_tokens=400, extra={"ignore_eos": True})
+    asyncio.run(wide.aclose())
+    _, alive = psutil.wait_procs([core, *workers], timeout=10)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive), alive
 
 
 def test_a_build_for_cuda_without_a_gpu_says_so() -> None:

@@ -6,6 +6,8 @@ import json
 import logging
 import logging.config
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,25 @@ def test_the_last_words_are_the_last_exception_and_not_its_echo(tmp_path: Path) 
         "more\nTraceback (most recent call last):\n  File y\nvllm.v1.engine.exceptions.EngineDeadError: see above\n"
     )
     assert last_words(diary) == "RuntimeError: no head_dim=16"
+    diary.write_text(
+        "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.\n"
+        "EngineCore failed\nTraceback (most recent call last):\n  File x\nRuntimeError: cancelled\n"
+    )
+    assert last_words(diary) == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
+
+
+def test_vllm_is_told_to_spawn_its_processes_unless_the_user_says_otherwise() -> None:
+    """A CPU build spawns anyway; on a GPU its default is to fork, beside bon's threads and other engines' sockets."""
+    name = "VLLM_WORKER_MULTIPROC_METHOD"
+    code = (
+        "import os, sys; sys.modules['vllm'] = None\n"
+        "try: import bon.engines.vllm_start\n"
+        f"except ModuleNotFoundError: print(os.environ['{name}'])"
+    )
+    env = {key: value for key, value in os.environ.items() if key != name}
+    for given, expected in (({}, "spawn"), ({name: "fork"}, "fork")):
+        done = subprocess.run([sys.executable, "-c", code], env={**env, **given}, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_a_logger_whose_file_is_gone_says_nothing(tmp_path: Path) -> None:

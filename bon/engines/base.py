@@ -309,7 +309,7 @@ def _local_engine() -> str:
 
 
 def _has_cuda() -> bool:
-    """Ask the driver: initialising CUDA here would keep vLLM from forking its processes."""
+    """Ask the driver: CUDA is not to be initialised in this process, which may not use it."""
     import torch
 
     name = "PYTORCH_NVML_BASED_CUDA_CHECK"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bon.errors import EngineError, InputError, ModelNotFoundError
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 10.0  # for the one question whether a model can be fetched at all
 
@@ -41,36 +43,54 @@ def load(
         InputError: not a decoder-only language model, or no such device or dtype.
     """
     place, number = _device(device), _dtype(dtype, _device(device))
-    source = _folder(model)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _quiet():
-        if source is not None:
-            return _load(source, {**shared, "local_files_only": True}, number, place)
-        name = str(model)
-        try:
-            return _load(name, {**shared, "local_files_only": True}, number, place)
-        except ModelNotFoundError:
-            _check_reachable(name, revision)
-        return _load(name, shared, number, place)
 
-
-def _load(source: str, options: dict[str, Any], dtype: Any, device: torch.device) -> tuple[Any, Any]:
-    try:
+    def read(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(source, **options)
         if getattr(config, "is_encoder_decoder", False):
             raise InputError(
                 f"{source!r} is an encoder-decoder model ({config.model_type}); bon needs a decoder-only one."
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except OSError as error:
-        raise ModelNotFoundError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
-    except (ValueError, KeyError, ImportError) as error:
-        raise InputError(f"cannot load {source!r} as a language model: {_first_line(error)}") from error
+        return AutoModelForCausalLM.from_pretrained(source, dtype=number, **options), tokenizer
+
+    loaded, tokenizer = _found(model, shared, read)
     try:
-        return model.to(device).eval(), tokenizer
+        return loaded.to(place).eval(), tokenizer
     except torch.OutOfMemoryError as error:
-        raise EngineError(f"{source!r} does not fit into the memory of {device}; try a smaller model.") from error
+        raise EngineError(f"{str(model)!r} does not fit into the memory of {place}; try a smaller model.") from error
+
+
+def load_config(model: str | Path) -> Any:
+    """A model's transformers configuration; nothing else of it is loaded.
+
+    Raises:
+        ModelNotFoundError, InputError: as ``load``.
+    """
+    return _found(model, {}, lambda source, options: AutoConfig.from_pretrained(source, **options))
+
+
+def _found(model: str | Path, options: Mapping[str, Any], read: Callable[[str, dict[str, Any]], T]) -> T:
+    """What ``read`` makes of a model's files: those on this machine, else those that the network has."""
+
+    def attempt(source: str, options: dict[str, Any]) -> T:
+        try:
+            return read(source, options)
+        except OSError as error:
+            raise ModelNotFoundError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
+        except (ValueError, KeyError, ImportError) as error:
+            raise InputError(f"cannot load {source!r} as a language model: {_first_line(error)}") from error
+
+    source = _folder(model)
+    with _quiet():
+        if source is not None:
+            return attempt(source, {**options, "local_files_only": True})
+        name = str(model)
+        try:
+            return attempt(name, {**options, "local_files_only": True})
+        except ModelNotFoundError:
+            look_up(name, options.get("revision"))
+        return attempt(name, dict(options))
 
 
 def _folder(model: str | Path) -> str | None:
@@ -86,7 +106,12 @@ def _folder(model: str | Path) -> str | None:
     return None
 
 
-def _check_reachable(name: str, revision: str | None) -> None:
+def look_up(name: str, revision: str | None = None, *, files: bool = False) -> Any:
+    """What the hub says of a model, with the sizes of its ``files`` where asked.
+
+    Raises:
+        ModelNotFoundError: it knows none of that name, or cannot be asked.
+    """
     missing = f"{name!r} is neither a folder nor a model on this machine"
     remedy = "Pass the path of a model folder, or fetch it where there is a network: hf download " + name
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -94,7 +119,7 @@ def _check_reachable(name: str, revision: str | None) -> None:
     from huggingface_hub import HfApi
 
     try:
-        HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_S)
+        return HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_S, files_metadata=files)
     except Exception as error:  # every way in which the hub can say no, or not be there
         raise ModelNotFoundError(f"{missing}, and it could not be fetched ({_first_line(error)}). {remedy}") from error
 

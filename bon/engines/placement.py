@@ -132,10 +132,14 @@ def _gpus() -> list[int]:
 
 
 def _need(model: str) -> Need:
-    """Look up a model's size without loading it."""
-    from transformers import AutoConfig
+    """Look up a model's size without loading it.
 
-    config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    Raises:
+        ModelNotFoundError: neither on disk nor can it be fetched.
+    """
+    from bon.engines.loading import load_config
+
+    config = load_config(model).get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Need(model, weight_bytes(model), 2 * config.num_hidden_layers * heads * width * 2)
@@ -145,12 +149,14 @@ def weight_bytes(model: str) -> int:
     """Size of a model's weight files: in its folder, in the local cache, or as the hub lists them."""
     import huggingface_hub
 
+    from bon.engines.loading import look_up
+
     folder = Path(model).expanduser()
     if not folder.is_dir():
         try:
             folder = Path(huggingface_hub.snapshot_download(model, local_files_only=True))
         except Exception:  # not in the cache, or only a part of it
-            listed = huggingface_hub.model_info(model, files_metadata=True).siblings or []
+            listed = look_up(model, files=True).siblings or []
             return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors"))
     sizes = {suffix: sum(f.stat().st_size for f in folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin")}
     return sizes[".safetensors"] or sizes[".bin"]

@@ -53,7 +53,8 @@ class VLLMEngine:
     """A language model on vLLM.
 
     On a CPU bon chooses float32, no compilation, blocks of 32 tokens, at most 64 sequences at a time, and keys and
-    values for those within a quarter of the memory; on a GPU vLLM's own defaults hold. Any of it can be overridden.
+    values for those within a quarter of the memory; on a GPU vLLM's own defaults hold. The context is the model's own,
+    or what the memory holds where that is less. Any of it can be overridden.
 
     Args:
         model: a folder or a Hugging Face name.

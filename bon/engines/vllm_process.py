@@ -97,7 +97,7 @@ def write_config(folder: Path, level: str | None) -> tuple[Path, Path]:
 
 
 def last_words(diary: Path) -> str | None:
-    """The last exception in a diary as "Type: message", or None where there is none."""
+    """The last exception in a diary as "Type: message", or the end of a worker; None where there is neither."""
     try:
         with diary.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS))
@@ -107,7 +107,9 @@ def last_words(diary: Path) -> str | None:
     found = None
     inside = False
     for line in lines:
-        if line.startswith("Traceback (most recent call last)"):
+        if line.startswith("Worker proc ") and " died" in line:
+            found = line.removesuffix(", shutting down executor.")
+        elif line.startswith("Traceback (most recent call last)"):
             inside = True
         elif inside and line and not line[0].isspace():
             inside = False
@@ -121,8 +123,8 @@ def hush() -> None:
     logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
 
 
-# Errors that only say that another one happened.
-_ECHOES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt")
+# Errors that only say that another one happened; "cancelled" is what the engine says whose worker is gone.
+_ECHOES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt", "RuntimeError: cancelled")
 
 if __name__ == "__mp_main__":  # a process that was spawned starts here: bon.engines.vllm_start sees to it
     hush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing.spawn
 import os
 import re
@@ -23,10 +24,14 @@ from typing import Any
 from bon.engines.vllm_process import hush, last_words, write_config
 from bon.errors import EngineError, InputError, MissingExtraError, ModelNotFoundError, UnknownNameError
 
+log = logging.getLogger(__name__)
+
 _VERBOSITY = os.environ.get("VLLM_LOGGING_LEVEL")  # None: the user did not ask to hear of it
 # Standard output belongs to results. vLLM reads both when it is imported, here and in its own processes.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+# Threads run here: a fork could copy a lock that one of them holds, and gets the sockets of every engine before it.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 hush()
 
 try:
@@ -67,6 +72,7 @@ CPU_SEQUENCES = 64  # that run together on a CPU, unless max_num_seqs says other
 CPU_BATCH_TOKENS = 2048  # prefilled in one step at least
 CPU_MEMORY_SHARE = 0.25  # of main memory, for keys and values at most
 BLOCK = 32  # tokens of a cache block on a CPU: only whole blocks are shared, and 32 is the smallest that works
+LEAST_CONTEXT = 2048  # tokens that a model which can do as many should at least be able to hold
 
 OWN_OPTIONS = ("chat_template_kwargs", "lora", "threads")
 
@@ -139,10 +145,31 @@ def start(model: str | Path, options: Mapping[str, Any], threads: int | None = N
         arguments = _arguments(source, options, config)
         with _errors(str(model), diary), _environment(threads), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Started(_without_loop(lambda: AsyncLLM.from_engine_args(arguments)), folder, diary)
+            started = Started(_without_loop(lambda: AsyncLLM.from_engine_args(arguments)), folder, diary)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    try:
+        _check_context(str(model), started.llm.model_config)
+    except BaseException:
+        started.stop()
+        raise
+    return started
+
+
+def _check_context(model: str, config: Any) -> None:
+    """Say it where the memory holds less than the model's own context, and refuse what is too little to work with."""
+    if config.original_max_model_len != -1:
+        return
+    own, fits = config.get_and_verify_max_len(-1), config.max_model_len
+    if fits < min(own, LEAST_CONTEXT):
+        raise EngineError(
+            f"vLLM could not start {model!r}: its memory for keys and values (KV cache) holds {fits} tokens, and the "
+            f"model's context is {own}. Give it more (gpu_memory_utilization or kv_cache_memory_bytes), or say that "
+            f"so little is enough: max_model_len={fits}."
+        )
+    if fits < own:
+        log.info("%s: prompt and completion may have %d tokens together, which is what the memory holds", model, fits)
 
 
 def _source(model: str | Path) -> str:
@@ -160,6 +187,7 @@ def _source(model: str | Path) -> str:
 def _arguments(source: str, options: Mapping[str, Any], logging_config: Path) -> Any:
     """Bon's defaults under the user's options."""
     defaults: dict[str, Any] = {
+        "max_model_len": -1,  # as much of the model's context as the memory holds
         "disable_log_stats": True,
         "enable_log_requests": False,
         "use_tqdm_on_load": False,
