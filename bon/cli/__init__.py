@@ -16,6 +16,7 @@ import typer
 
 from bon import __version__
 from bon.cli import bench, doctor, evaluate, run, serve, tasks
+from bon.cli.console import say, sentence, shown_log
 from bon.cli.interrupt import INTERRUPTED, StoppedError
 from bon.errors import BonError, InputError
 
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(arguments or ["--help"], prog_name="bon", standalone_mode=False)
+        with shown_log():
+            code = app(arguments or ["--help"], prog_name="bon", standalone_mode=False)
         sys.stdout.flush()
         if code == INTERRUPTED:  # newer versions of typer turn KeyboardInterrupt into this number
             raise StoppedError
@@ -81,8 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: BaseException) -> int:
     """Print one line about an error, and return the exit code it stands for."""
-    from bon.cli.console import say, sentence
-
     if isinstance(error, BonError):
         say(f"error: {sentence(error)}")
         return 2 if isinstance(error, InputError) else 1

@@ -218,7 +218,7 @@ class _Loader:
             )
         if spec is None:
             one_thread()
-        if choose_engine(spec) == "openai" and self.options:
+        if (self.engine or choose_engine(spec)) == "openai" and self.options:
             raise InputError(f"--{next(iter(self.options))} is for models on this machine, and {spec} is a URL.")
         return load_engine(spec, engine=self.engine, **self.options)
 

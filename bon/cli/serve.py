@@ -96,12 +96,14 @@ def serve(
     from bon.cli.build import Options, build
 
     try:
+        from bon.serve.logs import log_json
         from bon.serve.process import serve
         from bon.serve.settings import Settings
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"the server needs the package {error.name!r}, which", "pip install 'bon[serve]'"
         ) from error
+    log_json()
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
         raise InputError(f"--port must be from 0 to 65535, got {port}.")

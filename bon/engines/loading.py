@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +15,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bon.errors import EngineError, InputError, ModelNotFoundError
+
+log = logging.getLogger("bon")
 
 T = TypeVar("T")
 
@@ -54,7 +58,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         return AutoModelForCausalLM.from_pretrained(source, dtype=number, **options), tokenizer
 
-    loaded, tokenizer = _found(model, shared, read)
+    loaded, tokenizer = _found(model, shared, read, fetch)
     try:
         return loaded.to(place).eval(), tokenizer
     except torch.OutOfMemoryError as error:
@@ -67,11 +71,16 @@ def load_config(model: str | Path) -> Any:
     Raises:
         ModelNotFoundError, InputError: as ``load``.
     """
-    return _found(model, {}, lambda source, options: AutoConfig.from_pretrained(source, **options))
+    return _found(model, {}, lambda source, options: AutoConfig.from_pretrained(source, **options), look_up)
 
 
-def _found(model: str | Path, options: Mapping[str, Any], read: Callable[[str, dict[str, Any]], T]) -> T:
-    """What ``read`` makes of a model's files: those on this machine, else those that the network has."""
+def _found(
+    model: str | Path,
+    options: Mapping[str, Any],
+    read: Callable[[str, dict[str, Any]], T],
+    prepare: Callable[[str, str | None], Any],
+) -> T:
+    """What ``read`` makes of a model's files: those on this machine, else, after ``prepare``, those of the hub."""
 
     def attempt(source: str, options: dict[str, Any]) -> T:
         try:
@@ -81,20 +90,85 @@ def _found(model: str | Path, options: Mapping[str, Any], read: Callable[[str, d
         except (ValueError, KeyError, ImportError) as error:
             raise InputError(f"cannot load {source!r} as a language model: {_first_line(error)}") from error
 
-    source = _folder(model)
+    source = local_folder(model)
     with _quiet():
-        if source is not None:
-            return attempt(source, {**options, "local_files_only": True})
-        name = str(model)
         try:
-            return attempt(name, {**options, "local_files_only": True})
+            return attempt(source or str(model), {**options, "local_files_only": True})
         except ModelNotFoundError:
-            look_up(name, options.get("revision"))
-        return attempt(name, dict(options))
+            if source is not None:
+                raise
+    prepare(str(model), options.get("revision"))
+    with _quiet():
+        return attempt(str(model), dict(options))
 
 
-def _folder(model: str | Path) -> str | None:
-    """The folder that ``model`` names, or None for a name to look up."""
+def fetch(name: str, revision: str | None = None) -> None:
+    """Fetch what is missing of a model from the hub, and show how far it is: it may take long.
+
+    Args:
+        name: a Hugging Face name; nothing is done where all of its weights are on this machine.
+        revision: branch, tag or commit.
+
+    Raises:
+        ModelNotFoundError: the hub knows none of that name, or the files did not come.
+    """
+    from huggingface_hub import snapshot_download
+
+    if cached_weights(name, revision):
+        return
+    wanted = files_to_load(look_up(name, revision))
+    log.info("fetching %s, %.1f GB", name, sum(wanted.values()) / 1e9)
+    try:
+        snapshot_download(name, revision=revision, allow_patterns=list(wanted))
+    except Exception as error:  # the network has as many
+        raise ModelNotFoundError(
+            f"{name!r} could not be fetched ({_first_line(error)}). What came is kept; run it again to go on."
+        ) from error
+
+
+def files_to_load(info: Any) -> dict[str, int]:
+    """What a model needs of its repository, in bytes: one set of weights, and the small files beside them."""
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if "/" not in file.rfilename}
+    small = {name for name in sizes if Path(name).suffix in _SMALL}
+    weights = {name for name in sizes if name.startswith("model") and name.endswith(".safetensors")} or {
+        name for name in sizes if name.startswith("pytorch_model") and name.endswith(".bin")
+    }
+    return {name: sizes[name] for name in sorted(small | weights)}
+
+
+_SMALL = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"})
+
+
+def cached_weights(name: str, revision: str | None = None) -> list[Path]:
+    """A model's weight files in the local cache; none where one of them is missing."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return weight_files(Path(snapshot_download(name, revision=revision, local_files_only=True)))
+    except Exception:  # not there at all, or no such name
+        return []
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model's folder; none where one of them is missing."""
+    for index, suffix in (("model.safetensors.index.json", ".safetensors"), ("pytorch_model.bin.index.json", ".bin")):
+        if (folder / index).is_file():
+            shards = json.loads((folder / index).read_text())["weight_map"].values()
+            files = [folder / name for name in sorted(set(shards))]
+        else:
+            files = sorted(folder.glob(f"*{suffix}"))
+        if files:
+            complete = all(file.is_file() for file in files)
+            return files if complete and ((folder / index).is_file() or "-of-" not in files[0].name) else []
+    return []
+
+
+def local_folder(model: str | Path) -> str | None:
+    """The folder that ``model`` names, or None for a name to look up.
+
+    Raises:
+        ModelNotFoundError: a file, or what is clearly a path and not there.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path)
@@ -106,8 +180,8 @@ def _folder(model: str | Path) -> str | None:
     return None
 
 
-def look_up(name: str, revision: str | None = None, *, files: bool = False) -> Any:
-    """What the hub says of a model, with the sizes of its ``files`` where asked.
+def look_up(name: str, revision: str | None = None) -> Any:
+    """What the hub says of a model, with the sizes of its files.
 
     Raises:
         ModelNotFoundError: it knows none of that name, or cannot be asked.
@@ -119,7 +193,7 @@ def look_up(name: str, revision: str | None = None, *, files: bool = False) -> A
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_S, files_metadata=files)
+        return HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_S, files_metadata=True)
     except Exception as error:  # every way in which the hub can say no, or not be there
         raise ModelNotFoundError(f"{missing}, and it could not be fetched ({_first_line(error)}). {remedy}") from error
 
@@ -152,7 +226,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers while a model loads; stderr belongs to the caller."""
+    """No progress bars and no advice from transformers while a model loads; ``fetch`` shows what takes long."""
     logging = transformers.utils.logging
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -147,19 +147,15 @@ def _need(model: str) -> Need:
 
 def weight_bytes(model: str) -> int:
     """Size of a model's weight files: in its folder, in the local cache, or as the hub lists them."""
-    import huggingface_hub
-
-    from bon.engines.loading import look_up
+    from bon.engines.loading import cached_weights, files_to_load, look_up, weight_files
 
     folder = Path(model).expanduser()
-    if not folder.is_dir():
-        try:
-            folder = Path(huggingface_hub.snapshot_download(model, local_files_only=True))
-        except Exception:  # not in the cache, or only a part of it
-            listed = look_up(model, files=True).siblings or []
-            return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors"))
-    sizes = {suffix: sum(f.stat().st_size for f in folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin")}
-    return sizes[".safetensors"] or sizes[".bin"]
+    if files := weight_files(folder) if folder.is_dir() else cached_weights(model):
+        return sum(file.stat().st_size for file in files)
+    if folder.is_dir():
+        return 0
+    listed = files_to_load(look_up(model))
+    return sum(size for name, size in listed.items() if name.endswith((".safetensors", ".bin")))
 
 
 def _gib(size: int) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bon.engines.loading import fetch, local_folder
 from bon.engines.vllm_process import hush, last_words, write_config
 from bon.errors import EngineError, InputError, MissingExtraError, ModelNotFoundError, UnknownNameError
 
@@ -74,6 +75,7 @@ CPU_MEMORY_SHARE = 0.25  # of main memory, for keys and values at most
 BLOCK = 32  # tokens of a cache block on a CPU: only whole blocks are shared, and 32 is the smallest that works
 LEAST_CONTEXT = 2048  # tokens that a model which can do as many should at least be able to hold
 
+_ELSEWHERE = frozenset({"load_format", "download_dir"})  # options under which weights are not those in the hub's cache
 OWN_OPTIONS = ("chat_template_kwargs", "lora", "threads")
 
 
@@ -138,7 +140,11 @@ def start(model: str | Path, options: Mapping[str, Any], threads: int | None = N
     for option in options:
         if option not in known or option in OWN_OPTIONS:
             raise UnknownNameError("option of the vllm engine", option, known)
-    source = _source(model)
+    source = local_folder(model)
+    if source is None:
+        source = str(model)
+        if not _ELSEWHERE & options.keys() and not os.environ.get("VLLM_USE_MODELSCOPE"):
+            fetch(source, options.get("revision"))  # vLLM's own process would say nothing for as long as it takes
     folder = Path(tempfile.mkdtemp(prefix="bon-vllm-"))
     try:
         config, diary = write_config(folder, _VERBOSITY)
@@ -170,18 +176,6 @@ def _check_context(model: str, config: Any) -> None:
         )
     if fits < own:
         log.info("%s: prompt and completion may have %d tokens together, which is what the memory holds", model, fits)
-
-
-def _source(model: str | Path) -> str:
-    path = Path(model).expanduser()
-    text = str(model)
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise ModelNotFoundError(f"{text!r} is a file; a model is a folder in Hugging Face format.")
-    if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise ModelNotFoundError(f"there is no model folder at {text!r}. Check the path.")
-    return text
 
 
 def _arguments(source: str, options: Mapping[str, Any], logging_config: Path) -> Any:

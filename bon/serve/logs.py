@@ -27,10 +27,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_json(stream: TextIO = sys.stderr) -> None:
-    """Send the log of the server and of uvicorn to ``stream``."""
+    """Send bon's log and that of uvicorn to ``stream``."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
-    for name in ("bon.serve", "uvicorn"):
+    for name in ("bon", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
