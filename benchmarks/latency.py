@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bon.bench.harness import Report, conditions, parser
+from bon.bench.harness import Report, conditions, parser, script
 from bon.bench.latency import latency_table, measure_latency
 from bon.bench.lengths import real_lengths
 from bon.bench.models import Filler
@@ -177,4 +177,4 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 import psutil
 
-from bon.bench.harness import Report, Spread, conditions, parser, table
+from bon.bench.harness import Report, Spread, conditions, parser, script, table
 from bon.bench.models import describe
 from bon.mini.tasks import sample_instructions
 
@@ -72,4 +72,4 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

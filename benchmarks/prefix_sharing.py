@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bon.bench.harness import Pairs, Report, conditions, milliseconds, parser, table
+from bon.bench.harness import Pairs, Report, conditions, milliseconds, parser, script, table
 from bon.bench.models import Filler, describe, open_engine, random_model
 from bon.bench.sharing import (
     FUSED,
@@ -151,4 +151,4 @@ def _size(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

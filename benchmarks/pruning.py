@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from bon.bench.harness import Report, conditions, parser
+from bon.bench.harness import Report, conditions, parser, script
 from bon.bench.opening import forced, model_options, open_models
 from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
 from bon.conversation import Task
@@ -62,4 +62,4 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from bon import BestOfN
-from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, parser, table
+from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, parser, script, table
 from bon.bench.opening import forced, forget, model_options, open_models
 from bon.conversation import Task
 from bon.engines.loading import load
@@ -217,4 +217,4 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

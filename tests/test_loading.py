@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command import in_process_of_its_own
+from command import in_process_of_its_own, process
 from fake_hub import FakeHub
 from tiny import save
 
@@ -54,6 +54,19 @@ def test_a_model_by_name_is_fetched_once_and_without_what_is_not_needed(
     again = in_process_of_its_own(*arguments, cwd=tmp_path, env={**online, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert again[0] == 0, again[2]
     assert again[2] == ""
+
+
+def test_the_log_of_a_server_is_json_from_the_fetching_of_its_model_on(online: dict[str, str], tmp_path: Path) -> None:
+    server = process("serve", "someone/mini", "--port", 0, "--engine", "torch", cwd=tmp_path, env=online)
+    assert server.stderr is not None
+    lines = []
+    for line in server.stderr:
+        lines.append(json.loads(line))
+        if "http://" in lines[-1]["message"]:
+            break
+    server.terminate()
+    server.communicate(timeout=60)
+    assert lines[0]["message"] == "fetching someone/mini, 0.0 GB"
 
 
 @pytest.mark.vllm

@@ -237,9 +237,7 @@ import sys
 from bon import BestOfN
 from bon.engines.scripted import ScriptedEngine
 from bon.serve import Settings
-from bon.serve.logs import log_json
 from bon.serve.process import serve
-log_json()
 policy = ScriptedEngine(step_seconds=0.02)
 serve(BestOfN(policy, ScriptedEngine(), n=2), Settings(port=0, drain_s=float(sys.argv[1])))
 print("RUNNING AT THE END", policy.running, file=sys.stderr)

@@ -26,6 +26,7 @@ import orjson
 from tqdm import tqdm
 
 import bon
+from bon.errors import BonError
 
 T = TypeVar("T")
 
@@ -224,6 +225,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--device", default=None, help="torch device; chosen when not given")
     options.add_argument("--dtype", default="float32", help="torch dtype of the models")
     return options
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a script's ``main``; an error of bon's ends it with a sentence in place of a traceback."""
+    try:
+        main()
+    except BonError as error:
+        sys.exit(f"error: {error}")
 
 
 def _card(facts: Mapping[str, Any]) -> list[str]:

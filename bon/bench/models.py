@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from bon.engines.base import Engine, load_engine
+from bon.engines.loading import load_config
 from bon.errors import InputError, UnknownNameError
 
 CONTEXT = 8192
@@ -147,7 +148,7 @@ def describe(model: str | Path | None) -> dict[str, Any]:
     from bon.mini import WEIGHTS
 
     name = "bon's mini model" if model is None else Path(model).name
-    return {"model": name, **shape_of(AutoConfig.from_pretrained(model or WEIGHTS))}
+    return {"model": name, **shape_of(load_config(model or WEIGHTS))}
 
 
 def shape_of(config: Any) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def serve(
         raise MissingExtraError(
             f"the server needs the package {error.name!r}, which", "pip install 'bon[serve]'"
         ) from error
-    log_json()
+    log_json()  # before the model loads: what there is to say of that is a line of the log, too
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
         raise InputError(f"--port must be from 0 to 65535, got {port}.")

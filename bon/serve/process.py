@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from bon.best_of_n import BestOfN
 from bon.serve.app import Server, create_app
+from bon.serve.logs import log_json
 from bon.serve.settings import Settings
 
 log = logging.getLogger("bon.serve")
@@ -70,4 +71,5 @@ def build(app: FastAPI) -> DrainingServer:
 
 def serve(bon: BestOfN, settings: Settings) -> None:
     """Serve until told to stop; blocks."""
+    log_json()
     build(create_app(bon, settings)).run()
