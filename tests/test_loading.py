@@ -93,7 +93,7 @@ def test_the_size_of_a_model_is_known_before_its_weights_are_here(
     hub: FakeHub, online: dict[str, str], tmp_path: Path
 ) -> None:
     """Looking at the configuration puts a folder without weights into the cache: they counted as 0 bytes."""
-    code = "from bon.engines.placement import _need; print(_need('someone/mini').weights)"
+    code = "from bon.engines.placement import need_of; print(need_of('someone/mini').weights)"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **online}, capture_output=True, text=True)
     assert done.stdout.strip() == str((WEIGHTS / "model.safetensors").stat().st_size), done.stderr
     assert hub.fetched == ["config.json"]

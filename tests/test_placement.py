@@ -14,7 +14,7 @@ from bon import BackwardLikelihood, BestOfN, Flip
 from bon.cli.build import Options, build
 from bon.engines import base
 from bon.engines.base import choose_engine
-from bon.engines.placement import LEAST_TOKENS, SHARE, WORKSPACE, Need, load_together, place, weight_bytes
+from bon.engines.placement import LEAST_TOKENS, SHARE, WORKSPACE, Need, load_together, need_of, place, weight_bytes
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, ModelNotFoundError
 from bon.mini import WEIGHTS
@@ -49,12 +49,22 @@ def test_the_size_of_a_model_is_that_of_its_weight_files(tmp_path: Path) -> None
     assert weight_bytes(str(folder)) == (folder / "model.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(None, 2), ("bfloat16", 2), ("float32", 4)])
+def test_what_a_model_takes_depends_on_what_its_numbers_are_held_in(
+    tmp_path: Path, dtype: str | None, size: int
+) -> None:
+    folder = save(tmp_path / "model")  # stored in float32
+    need = need_of(str(folder), dtype)
+    assert need.per_token == 2 * 3 * 2 * 16 * size
+    assert need.weights == (folder / "model.safetensors").stat().st_size * size // 4
+
+
 @pytest.mark.parametrize("missing", ["no/such-model", "/no/such/folder"])
 def test_a_model_whose_size_cannot_be_looked_up_is_not_found(
     missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On one GPU sizes are looked up before anything is loaded, where a wrong name used to end in a traceback."""
-    monkeypatch.setattr("bon.engines.placement._gpus", lambda: [80 * GIB])
+    monkeypatch.setattr("bon.engines.placement.visible_gpus", lambda: [80 * GIB])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelNotFoundError, match=f"{missing}.*({missing}|Check the path)"):
         load_together([(save(tmp_path / "model"), {}), (missing, {})])

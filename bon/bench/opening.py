@@ -13,7 +13,7 @@ from typing import Any
 from bon import background
 from bon.bench.models import SHAPES, describe, dummy_model, open_engine, word_ids
 from bon.engines.base import Engine, load_engine
-from bon.engines.placement import _gpus, _need, load_together, place
+from bon.engines.placement import bytes_of, load_together, need_of, place, visible_gpus
 from bon.errors import EngineError, InputError
 from bon.mini import WEIGHTS
 
@@ -97,18 +97,19 @@ def _open_dummies(options: argparse.Namespace) -> Models:
     if len(folders) == 1:
         engines: list[Engine] = [load_engine(folders[0], engine="vllm", **made)]
     else:
-        placed = _placed(folders, [f["parameters"] for f in facts])
+        placed = _placed(folders, [f["parameters"] for f in facts], options.dtype)
         engines = load_together([(f, {**made, **where}) for f, where in zip(folders, placed, strict=True)])
     return Models(engines[0], engines[-1], {"policy": facts[0], "scorer": facts[-1]}, True, folder)
 
 
-def _placed(folders: Sequence[Path], parameters: Sequence[int]) -> list[dict[str, Any]]:
+def _placed(folders: Sequence[Path], parameters: Sequence[int], dtype: str) -> list[dict[str, Any]]:
     """Where dummies go on a single GPU: bon's rule counts the bytes of weight files, and these have none."""
-    gpus = _gpus()
+    gpus = visible_gpus()
     if len(gpus) != 1:
         return [{} for _ in folders]
-    needs = [_need(str(folder)) for folder in folders]
-    return place([replace(need, weights=2 * count) for need, count in zip(needs, parameters, strict=True)], gpus)
+    sizes = [bytes_of(dtype) * count for count in parameters]
+    needs = [need_of(str(folder), dtype) for folder in folders]
+    return place([replace(need, weights=size) for need, size in zip(needs, sizes, strict=True)], gpus)
 
 
 def forced(engine: Engine) -> dict[str, Any]:

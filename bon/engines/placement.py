@@ -92,7 +92,7 @@ def load_together(models: Sequence[tuple[str | Path, Mapping[str, Any]]], engine
     """
     options = [dict(given) for _, given in models]
     if engine == "vllm" and not any(PLACED_BY & given.keys() for given in options):
-        placed = _placed([str(model) for model, _ in models])
+        placed = _placed([(str(model), given) for model, given in models])
         options = [{**place, **given} for place, given in zip(placed, options, strict=True)]
 
     def loader(model: str | Path, given: dict[str, Any]) -> Callable[[], Engine]:
@@ -112,17 +112,17 @@ def load_together(models: Sequence[tuple[str | Path, Mapping[str, Any]]], engine
     return [load.result() for load in loading]
 
 
-def _placed(models: Sequence[str]) -> list[dict[str, Any]]:
-    gpus = _gpus()
+def _placed(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    gpus = visible_gpus()
     if not gpus:
         cores = len(os.sched_getaffinity(0))
         return [{"threads": max(1, cores // len(models))} for _ in models]
     if len(gpus) >= len(models):
-        return place([Need(model, 0, 1) for model in models], gpus)
-    return place([_need(model) for model in models], gpus)
+        return place([Need(model, 0, 1) for model, _ in models], gpus)
+    return place([need_of(model, given.get("dtype")) for model, given in models], gpus)
 
 
-def _gpus() -> list[int]:
+def visible_gpus() -> list[int]:
     """Memory of each GPU that vLLM sees; asks the driver, and starts no CUDA in this process."""
     from bon.engines.vllm_start import current_platform
 
@@ -131,18 +131,32 @@ def _gpus() -> list[int]:
     return [int(current_platform.get_device_total_memory(i)) for i in range(current_platform.device_count())]
 
 
-def _need(model: str) -> Need:
-    """Look up a model's size without loading it.
+def need_of(model: str, dtype: Any = None) -> Need:
+    """Look up what a model takes on a GPU, without loading it.
+
+    Args:
+        model: a folder or a Hugging Face name.
+        dtype: vLLM's option: what numbers are held in, however they are stored.
 
     Raises:
         ModelNotFoundError: neither on disk nor can it be fetched.
     """
     from bon.engines.loading import load_config
 
-    config = load_config(model).get_text_config(decoder=True)
+    whole = load_config(model)
+    config = whole.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Need(model, weight_bytes(model), 2 * config.num_hidden_layers * heads * width * 2)
+    size = bytes_of(dtype)
+    weights = weight_bytes(model)
+    if getattr(whole, "quantization_config", None) is None and config.dtype is not None:
+        weights = weights * size // config.dtype.itemsize
+    return Need(model, weights, 2 * config.num_hidden_layers * heads * width * size)
+
+
+def bytes_of(dtype: Any) -> int:
+    """Bytes of a number on a GPU under vLLM's option ``dtype``: two unless it is float32."""
+    return 4 if str(dtype) in ("float", "float32", "torch.float32") else 2
 
 
 def weight_bytes(model: str) -> int:

@@ -149,6 +149,7 @@ def start(model: str | Path, options: Mapping[str, Any], threads: int | None = N
     try:
         config, diary = write_config(folder, _VERBOSITY)
         arguments = _arguments(source, options, config)
+        log.info("starting vLLM with %s, which may take minutes; VLLM_LOGGING_LEVEL=INFO shows how far it is", model)
         with _errors(str(model), diary), _environment(threads), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             started = Started(_without_loop(lambda: AsyncLLM.from_engine_args(arguments)), folder, diary)
