@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def process(*arguments: object, cwd: Path, **options: Any) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
     environment.pop("VLLM_LOGGING_LEVEL", None)  # set in this process where vLLM runs in it, by no user
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen([sys.executable, "-m", "bon", *map(str, arguments)], cwd=cwd, env=environment, **pipes)

@@ -324,4 +324,5 @@ def _reason(error: BaseException, diary: Path | None) -> str:
         # pydantic puts the field and the reason on lines of their own
         lines = [line.strip() for line in text.splitlines() if line.strip() and "For further information" not in line]
         words = " ".join(lines[1:3]) if len(lines) > 1 and "validation error" in lines[0] else lines[0]
+        words = re.sub(r"\s*\[type=\w+, input_value=.*", "", words).removeprefix("Value error, ")
     return re.sub(r"\s*See https?://\S+ for more details\.", "", words)
