@@ -183,22 +183,29 @@ class VLLMEngine:
     async def _rate(self, context: Sequence[int], target: Sequence[int]) -> Loglikelihood:
         if not target:
             return Loglikelihood(0.0, 0, len(context))
-        output = await self.prefill(context, target)
-        total = math.fsum(logprob for logprob, _ in last(output.prompt_logprobs, len(target)))
+        assert self._engine is not None
+        if self._engine.llm.vllm_config.use_v2_model_runner:  # on a GPU: logits of the target alone
+            rows = {"prompt_logprob_token_ids": [[token] for token in target], "prompt_logprob_start": len(context) - 1}
+            output = await self._prefill(context, target, **rows)
+            total = math.fsum(output.prompt_token_id_logprobs[:, 0].tolist())
+        else:
+            output = await self.prefill(context, target)
+            total = math.fsum(logprob for logprob, _ in last(output.prompt_logprobs, len(target)))
         return Loglikelihood(total, len(target), len(context), output.num_cached_tokens)
 
     async def prefill(self, context: Sequence[int], target: Sequence[int]) -> Any:
         """vLLM's output for context and target, with log-probabilities of the target's tokens, and one more token."""
+        return await self._prefill(context, target, logprobs=0, prompt_logprobs=0, flat_logprobs=True)
+
+    async def _prefill(self, context: Sequence[int], target: Sequence[int], **rated: Any) -> Any:
         for cached in (True, False):
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=1,
-                logprobs=0,
-                prompt_logprobs=0,
-                flat_logprobs=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 skip_reading_prefix_cache=not cached,
+                **rated,
             )
             async with aclosing(self.stream((*context, *target), params)) as outputs:  # type: ignore[type-var]
                 output = [output async for output in outputs][-1]
