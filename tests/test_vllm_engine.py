@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from bon import BestOfN
 from bon.conversation import Message
 from bon.engines.base import Completion, Prompt
+from bon.engines.placement import SHARE, WORKSPACE, need_of
 from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.mini import WEIGHTS
 from bon.scorers import Flip
@@ -282,6 +283,24 @@ def test_two_models_by_name_start_at_the_same_time_and_work_together(engine: Any
         assert pair[0] is not pair[1]
     assert "TORCHDYNAMO_DISABLE" not in os.environ
     assert BestOfN(engine, n=4, sampling={"seed": 1})(TEXTS[0]).text == result.text
+
+
+def test_two_models_on_what_is_said_to_be_one_gpu_get_what_the_rule_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = 7 << 30
+    monkeypatch.setattr("bon.engines.placement.visible_gpus", lambda: [gpu])
+    small = save(tmp_path / "scorer", "Qwen3", "ascii", head_dim=32, max_position_embeddings=4096)
+    with BestOfN(str(WEIGHTS), str(small), n=4, sampling={"seed": 1}, engine="vllm") as bon:
+        pair = (bon.policy, bon.scorer.engine)  # type: ignore[attr-defined]
+        caches = [made._engine.llm.vllm_config.cache_config for made in pair]  # type: ignore[union-attr]
+        needs = [need_of(str(WEIGHTS)), need_of(str(small))]
+        assert [cache.kv_cache_memory_bytes // need.per_token for cache, need in zip(caches, needs, strict=True)] == [
+            (int(SHARE * gpu) - sum(need.weights + WORKSPACE for need in needs))
+            // sum(need.per_token for need in needs)
+        ] * 2
+        assert sum(cache.gpu_memory_utilization for cache in caches) <= SHARE
+        assert len(bon(TEXTS[0]).candidates) == 4
 
 
 def test_a_lora_adapter_changes_what_the_model_says(engine: Any, tmp_path: Path) -> None:

@@ -102,24 +102,28 @@ def _found(
         return attempt(str(model), dict(options))
 
 
-def fetch(name: str, revision: str | None = None) -> None:
+def fetch(name: str, revision: str | None = None) -> Path:
     """Fetch what is missing of a model from the hub, and show how far it is: it may take long.
 
     Args:
-        name: a Hugging Face name; nothing is done where all of its weights are on this machine.
+        name: a Hugging Face name; the hub is not asked where the model is on this machine already.
         revision: branch, tag or commit.
+
+    Returns:
+        Its folder in the local cache.
 
     Raises:
         ModelNotFoundError: the hub knows none of that name, or the files did not come.
     """
     from huggingface_hub import snapshot_download
 
-    if cached_weights(name, revision):
-        return
+    folder = cached(name, revision)
+    if folder is not None and any((folder / file).is_file() for file in _TOKENIZERS):
+        return folder
     wanted = files_to_load(look_up(name, revision))
     log.info("fetching %s, %.1f GB", name, sum(wanted.values()) / 1e9)
     try:
-        snapshot_download(name, revision=revision, allow_patterns=list(wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except Exception as error:  # the network has as many
         raise ModelNotFoundError(
             f"{name!r} could not be fetched ({_first_line(error)}). What came is kept; run it again to go on."
@@ -137,16 +141,18 @@ def files_to_load(info: Any) -> dict[str, int]:
 
 
 _SMALL = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"})
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
 
-def cached_weights(name: str, revision: str | None = None) -> list[Path]:
-    """A model's weight files in the local cache; none where one of them is missing."""
+def cached(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model in the local cache, if all of its weights are there."""
     from huggingface_hub import snapshot_download
 
     try:
-        return weight_files(Path(snapshot_download(name, revision=revision, local_files_only=True)))
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:  # not there at all, or no such name
-        return []
+        return None
+    return folder if weight_files(folder) else None
 
 
 def weight_files(folder: Path) -> list[Path]:

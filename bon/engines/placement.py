@@ -161,13 +161,12 @@ def bytes_of(dtype: Any) -> int:
 
 def weight_bytes(model: str) -> int:
     """Size of a model's weight files: in its folder, in the local cache, or as the hub lists them."""
-    from bon.engines.loading import cached_weights, files_to_load, look_up, weight_files
+    from bon.engines.loading import cached, files_to_load, look_up, weight_files
 
-    folder = Path(model).expanduser()
-    if files := weight_files(folder) if folder.is_dir() else cached_weights(model):
-        return sum(file.stat().st_size for file in files)
-    if folder.is_dir():
-        return 0
+    path = Path(model).expanduser()
+    folder = path if path.is_dir() else cached(model)
+    if folder is not None:
+        return sum(file.stat().st_size for file in weight_files(folder))
     listed = files_to_load(look_up(model))
     return sum(size for name, size in listed.items() if name.endswith((".safetensors", ".bin")))
 

@@ -144,7 +144,8 @@ def start(model: str | Path, options: Mapping[str, Any], threads: int | None = N
     if source is None:
         source = str(model)
         if not _ELSEWHERE & options.keys() and not os.environ.get("VLLM_USE_MODELSCOPE"):
-            fetch(source, options.get("revision"))  # vLLM's own process would say nothing for as long as it takes
+            # vLLM's own process would say nothing for as long as it takes, and may take more than it needs.
+            source = str(fetch(source, options.get("revision")))
     folder = Path(tempfile.mkdtemp(prefix="bon-vllm-"))
     try:
         config, diary = write_config(folder, _VERBOSITY)
@@ -324,5 +325,11 @@ def _reason(error: BaseException, diary: Path | None) -> str:
         # pydantic puts the field and the reason on lines of their own
         lines = [line.strip() for line in text.splitlines() if line.strip() and "For further information" not in line]
         words = " ".join(lines[1:3]) if len(lines) > 1 and "validation error" in lines[0] else lines[0]
-        words = re.sub(r"\s*\[type=\w+, input_value=.*", "", words).removeprefix("Value error, ")
+        words = re.sub(r"\s*\[type=\w+, input_value=(.*?), input_type=\w+\]", _got, words).removeprefix("Value error, ")
     return re.sub(r"\s*See https?://\S+ for more details\.", "", words)
+
+
+def _got(tail: re.Match[str]) -> str:
+    """What pydantic says of a value that it refuses, in fewer words; a whole object says nothing."""
+    value = tail[1]
+    return "" if value.startswith("ArgsKwargs") else f", got {value}"
