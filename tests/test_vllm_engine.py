@@ -241,15 +241,32 @@ def test_a_context_that_the_memory_does_not_hold_is_cut_to_what_it_holds(
     asyncio.run(engine.aclose())
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each of two workers")
-def test_a_model_on_two_devices_says_the_same_and_its_workers_end_is_named(
-    engine: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Path]]:
+    """What was in shared memory before a model was spread over two cores; what then is left by a kill is removed."""
     cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("a core for each of two workers")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    before = set(Path("/dev/shm").glob("vllm_dist_*"))
+    yield before
+    for left in set(Path("/dev/shm").glob("vllm_dist_*")) - before:
+        left.unlink()
+
+
+def test_a_model_on_two_devices_says_the_same_and_leaves_no_memory(engine: Any, shared_memory: set[Path]) -> None:
+    """Workers that did not take their interpreter apart left 4 MiB each in /dev/shm."""
     wide = load(WEIGHTS, tensor_parallel_size=2)
     texts = [c.text for c in generate(engine, PROMPTS, temperature=0.0)]
     assert [c.text for c in generate(wide, PROMPTS, temperature=0.0)] == texts
+    assert len(set(Path("/dev/shm").glob("vllm_dist_*")) - shared_memory) == 2
+    asyncio.run(wide.aclose())
+    assert set(Path("/dev/shm").glob("vllm_dist_*")) == shared_memory
+
+
+def test_the_end_of_a_worker_is_named_and_ends_the_others(shared_memory: set[Path]) -> None:
+    wide = load(WEIGHTS, tensor_parallel_size=2)
+    assert generate(wide, PROMPTS[:1])
     core = psutil.Process(wide._engine.processes[0].pid)
     workers = [child for child in core.children() if "Worker" in child.name()]
     assert len(workers) == 2

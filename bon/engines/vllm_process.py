@@ -62,8 +62,10 @@ class Diary(logging.FileHandler):
         if os.getpid() == owner:
             return
         os.setpgid(0, 0)
-        # Taking an interpreter with torch in it apart costs seconds, and nobody needs the pieces.
-        atexit.register(os._exit, 0)
+        if os.getppid() == owner:
+            # Taking an interpreter with torch in it apart costs seconds, and nobody needs the pieces. Workers of this
+            # process are another matter: they hold shared memory that outlives them.
+            atexit.register(os._exit, 0)
         if quiet:
             log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(log, 1)
