@@ -18,9 +18,10 @@ class FakeHub:
 
     Args:
         repositories: folders by "owner/name".
+        gated: whether files are for those only who accepted some terms.
     """
 
-    def __init__(self, repositories: Mapping[str, Path]) -> None:
+    def __init__(self, repositories: Mapping[str, Path], *, gated: bool = False) -> None:
         hub = self
         self.repositories = repositories
         self.fetched: list[str] = []
@@ -42,6 +43,8 @@ class FakeHub:
                 path = hub.repositories[name] / file if name in hub.repositories and parts[2:3] == ["resolve"] else None
                 if path is None or not path.is_file():
                     return self.send(404, b"", {"X-Error-Code": "RepoNotFound" if path is None else "EntryNotFound"})
+                if gated:
+                    return self.send(403, b"", {"X-Error-Code": "GatedRepo"})
                 content = path.read_bytes()
                 if body:
                     hub.fetched.append(file)

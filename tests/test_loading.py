@@ -85,8 +85,23 @@ def test_vllm_gets_a_model_that_was_fetched_before_its_process_starts(
 def test_a_name_that_the_hub_does_not_know_is_said_to_be_unknown(online: dict[str, str], tmp_path: Path) -> None:
     code, _, err = in_process_of_its_own("run", PROMPT, "--policy", "someone/else", cwd=tmp_path, env=online)
     assert code == 2
-    assert "'someone/else' is neither a folder nor a model on this machine, and it could not be fetched" in err
-    assert "hf download someone/else" in err
+    assert "'someone/else' is neither a folder nor a model on this machine, and the hub knows none of that name" in err
+
+
+def test_a_model_with_terms_to_accept_says_where(online: dict[str, str], tmp_path: Path) -> None:
+    with FakeHub({"someone/gated": WEIGHTS}, gated=True) as hub:
+        env = {**online, "HF_ENDPOINT": hub.url}
+        code, _, err = in_process_of_its_own("run", PROMPT, "--policy", "someone/gated", cwd=tmp_path, env=env)
+    assert code == 2
+    assert "do that at https://huggingface.co/someone/gated, then type: hf auth login" in err
+
+
+def test_a_hub_that_cannot_be_reached_is_said_with_the_way_around(online: dict[str, str], tmp_path: Path) -> None:
+    env = {**online, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    code, _, err = in_process_of_its_own("run", PROMPT, "--policy", "someone/mini", cwd=tmp_path, env=env)
+    assert code == 2
+    assert "and it could not be fetched" in err
+    assert "hf download someone/mini" in err
 
 
 def test_the_size_of_a_model_is_known_before_its_weights_are_here(

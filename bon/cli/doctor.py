@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -57,6 +58,7 @@ def examine() -> dict[str, Any]:
     from bon.mini import WEIGHTS
 
     quiet_libraries(False)
+    logging.getLogger("bon").setLevel(logging.WARNING)  # the choice of the engine is part of the answer
     engines = {name: _engine(name) for name in ENGINES}
     models = choose_engine("a model")
     versions = {"bon": __version__, "python": platform.python_version()}

@@ -116,6 +116,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
         ModelNotFoundError: the hub knows none of that name, or the files did not come.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     folder = cached(name, revision)
     if folder is not None and any((folder / file).is_file() for file in _TOKENIZERS):
@@ -124,7 +125,12 @@ def fetch(name: str, revision: str | None = None) -> Path:
     log.info("fetching %s, %.1f GB", name, sum(wanted.values()) / 1e9)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
-    except Exception as error:  # the network has as many
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{name!r} is only for those who accept its terms: do that at https://huggingface.co/{name}, then type: "
+            "hf auth login"
+        ) from error
+    except Exception as error:  # every way in which a transfer can end
         raise ModelNotFoundError(
             f"{name!r} could not be fetched ({_first_line(error)}). What came is kept; run it again to go on."
         ) from error
@@ -197,9 +203,14 @@ def look_up(name: str, revision: str | None = None) -> Any:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ModelNotFoundError(f"{missing}, and HF_HUB_OFFLINE forbids fetching it. {remedy}")
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         return HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_S, files_metadata=True)
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{missing}, and the hub knows none of that name. Check the spelling; for a private one: hf auth login"
+        ) from error
     except Exception as error:  # every way in which the hub can say no, or not be there
         raise ModelNotFoundError(f"{missing}, and it could not be fetched ({_first_line(error)}). {remedy}") from error
 
