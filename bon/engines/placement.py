@@ -149,8 +149,9 @@ def need_of(model: str, dtype: Any = None) -> Need:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = bytes_of(dtype)
     weights = weight_bytes(model)
-    if getattr(whole, "quantization_config", None) is None and config.dtype is not None:
-        weights = weights * size // config.dtype.itemsize
+    stored = getattr(getattr(config, "dtype", None), "itemsize", None)
+    if stored and getattr(whole, "quantization_config", None) is None:
+        weights = weights * size // stored
     return Need(model, weights, 2 * config.num_hidden_layers * heads * width * size)
 
 
