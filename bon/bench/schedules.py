@@ -113,14 +113,15 @@ def measure_schedules(models: Models, workload: str, jobs: Sequence[Job], n: int
         sides: which of this module's names.
     """
     plain = Plain(models.policy)  # type: ignore[arg-type]
+    one_engine = models.policy is models.scorer
     ways: dict[str, Way] = {
         ALONE: lambda job: plain.sample(job, n),
         TOGETHER: lambda job: plain.sample_together(job, n),
         ONE_BY_ONE: lambda job: plain.one_by_one(job, n),
         GATHER: lambda job: plain.gather(job, n),
         BON: lambda job: _with_bon(models, job, n),
-        # What bon chooses where one engine does both and nothing can be skipped; drawn lengths hide that it is one.
-        EVERYTHING: lambda job: _with_bon(models, job, n, prune=False, schedule="all"),
+        # What bon chooses where nothing can be skipped; drawn lengths hide from it whether one engine does both.
+        EVERYTHING: lambda job: _with_bon(models, job, n, prune=False, schedule="all" if one_engine else "each"),
         STOPPING: lambda job: _with_bon(models, job, n, stop_at=1.0),
     }
 
