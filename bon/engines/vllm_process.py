@@ -125,8 +125,11 @@ def hush() -> None:
     logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
 
 
-# Errors that only say that another one happened; "cancelled" is what the engine says whose worker is gone.
-_ECHOES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt", "RuntimeError: cancelled")
+# Errors that only say that another one happened; the last two are what an engine says whose worker is gone.
+_ECHOES = (
+    *("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt"),
+    *("RuntimeError: cancelled", "RuntimeError: Executor failed"),
+)
 
 if __name__ == "__mp_main__":  # a process that was spawned starts here: bon.engines.vllm_start sees to it
     hush()
