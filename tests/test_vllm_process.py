@@ -23,12 +23,12 @@ def test_the_last_words_are_the_last_exception_and_not_its_echo(tmp_path: Path) 
         "more\nTraceback (most recent call last):\n  File y\nvllm.v1.engine.exceptions.EngineDeadError: see above\n"
     )
     assert last_words(diary) == "RuntimeError: no head_dim=16"
-    for echo in ("cancelled", "Executor failed."):
-        diary.write_text(
-            "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.\n"
-            f"EngineCore failed\nTraceback (most recent call last):\n  File x\nRuntimeError: {echo}\n"
-        )
-        assert last_words(diary) == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
+    end = "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
+    after = f"{end}, shutting down executor.\nTraceback (most recent call last):\n  File x\nRuntimeError: cancelled\n"
+    diary.write_text(after)
+    assert last_words(diary) == end
+    diary.write_text(f"Traceback (most recent call last):\n  File x\nValueError: out of memory\n{after}")
+    assert last_words(diary) == "ValueError: out of memory"
 
 
 def test_vllm_is_told_to_spawn_its_processes_unless_the_user_says_otherwise() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 _LOOK_EVERY_S = 0.5
 _GRACE_S = 5.0  # for vLLM to free its memory and stop its workers
-_LAST_WORDS = 20_000  # bytes of a log in which its last error is looked for
+_LAST_WORDS = 100_000  # bytes of a log in which its last error is looked for
 
 
 def logging_config(diary: Path, level: str | None) -> dict[str, Any]:
@@ -99,7 +99,10 @@ def write_config(folder: Path, level: str | None) -> tuple[Path, Path]:
 
 
 def last_words(diary: Path) -> str | None:
-    """The last exception in a diary as "Type: message", or the end of a worker; None where there is neither."""
+    """The last exception in a diary as "Type: message", or the end of a worker; None where there is neither.
+
+    A worker that ended had its exception before that, or none.
+    """
     try:
         with diary.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS))
@@ -109,9 +112,9 @@ def last_words(diary: Path) -> str | None:
     found = None
     inside = False
     for line in lines:
-        if line.startswith("Worker proc ") and " died" in line:
-            found = line.removesuffix(", shutting down executor.")
-        elif line.startswith("Traceback (most recent call last)"):
+        if line.startswith("Worker proc ") and " died" in line:  # what follows only says so in other words
+            return found or line.removesuffix(", shutting down executor.")
+        if line.startswith("Traceback (most recent call last)"):
             inside = True
         elif inside and line and not line[0].isspace():
             inside = False
@@ -125,11 +128,8 @@ def hush() -> None:
     logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
 
 
-# Errors that only say that another one happened; the last two are what an engine says whose worker is gone.
-_ECHOES = (
-    *("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt"),
-    *("RuntimeError: cancelled", "RuntimeError: Executor failed"),
-)
+# Errors that only say that another one happened.
+_ECHOES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt")
 
 if __name__ == "__mp_main__":  # a process that was spawned starts here: bon.engines.vllm_start sees to it
     hush()
