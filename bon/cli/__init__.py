@@ -16,8 +16,8 @@ import typer
 
 from bon import __version__
 from bon.cli import bench, doctor, evaluate, run, serve, tasks
-from bon.cli.console import say, sentence, shown_log
 from bon.cli.interrupt import INTERRUPTED, StoppedError
+from bon.cli.log import shown_log
 from bon.errors import BonError, InputError
 
 app = typer.Typer(
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: BaseException) -> int:
     """Print one line about an error, and return the exit code it stands for."""
+    from bon.cli.console import say, sentence
+
     if isinstance(error, BonError):
         say(f"error: {sentence(error)}")
         return 2 if isinstance(error, InputError) else 1

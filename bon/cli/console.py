@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
 
 from rich.console import Console
 from tqdm import tqdm
@@ -38,27 +35,6 @@ def sentence(error: BonError) -> str:
 def say(text: str) -> None:
     """Print a line on standard error, above a progress bar if there is one."""
     tqdm.write(f"bon: {one_line(text)}", file=sys.stderr)
-
-
-class _Log(logging.Handler):
-    """Shows what bon has to tell of its work: which engine was chosen, that a model is being fetched."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
-
-
-@contextlib.contextmanager
-def shown_log() -> Iterator[None]:
-    """Show bon's log as lines on standard error meanwhile."""
-    logger, handler = logging.getLogger("bon"), _Log()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def stdout_console() -> Console:

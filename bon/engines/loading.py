@@ -151,27 +151,29 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "te
 
 
 def cached(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a model in the local cache, if all of its weights are there."""
-    from huggingface_hub import snapshot_download
+    """The folder of a model in the local cache, if all of its weights are there, whatever else of it is not."""
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:  # not there at all, or no such name
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no such name is possible
         return None
-    return folder if weight_files(folder) else None
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder is not None and weight_files(folder) else None
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model's folder; none where one of them is missing."""
     for index, suffix in (("model.safetensors.index.json", ".safetensors"), ("pytorch_model.bin.index.json", ".bin")):
-        if (folder / index).is_file():
+        indexed = (folder / index).is_file()
+        if indexed:
             shards = json.loads((folder / index).read_text())["weight_map"].values()
             files = [folder / name for name in sorted(set(shards))]
         else:
             files = sorted(folder.glob(f"*{suffix}"))
         if files:
-            complete = all(file.is_file() for file in files)
-            return files if complete and ((folder / index).is_file() or "-of-" not in files[0].name) else []
+            known = indexed or "-of-" not in files[0].name  # without an index nobody knows how many shards there are
+            return files if known and all(file.is_file() for file in files) else []
     return []
 
 

@@ -1,6 +1,6 @@
 """Lets vLLM's CPU build run the model runner that it uses on a GPU, its kernels interpreted by Triton.
 
-    export PYTHONPATH=tests/gpu_runner TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1
+    export PYTHONPATH=$PWD/tests/gpu_runner TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1
     pytest -m vllm tests/test_engine_contract.py
 
 That runner differs in what bon depends on: seeds, prompt log-probabilities, the cache, aborts. vLLM's CPU build turns
