@@ -25,10 +25,10 @@ from bon.bench.latency import latency_table, measure_latency
 from bon.bench.lengths import real_lengths
 from bon.bench.models import Filler
 from bon.bench.opening import Models, forced, model_options, open_models
-from bon.conversation import Message, Task
 from bon.mini import WEIGHTS
 from bon.mini.tasks import sample_instructions
 from bon.scorers import BackwardLikelihood, Flip
+from bon.task import Message, Task
 from bon.types import Sampling
 
 NS = (1, 2, 4, 8, 16, 32, 64)

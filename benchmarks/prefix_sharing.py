@@ -27,9 +27,9 @@ from bon.bench.sharing import (
     measure_forward,
     measure_scoring,
 )
-from bon.conversation import Message, Task
 from bon.engines.loading import load
 from bon.scorers import BackwardLikelihood, Flip
+from bon.task import Message, Task
 from bon.types import Sampling
 
 PREFIXES = (64, 128, 256, 512, 1024, 2048, 4096)  # at 32 rows

@@ -17,9 +17,9 @@ import argparse
 from bon.bench.harness import Report, conditions, parser, script
 from bon.bench.opening import forced, model_options, open_models
 from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
-from bon.conversation import Task
 from bon.mini.tasks import sample_instructions
 from bon.scorers import Flip
+from bon.task import Task
 from bon.types import Sampling
 
 

@@ -25,13 +25,13 @@ import torch
 from bon import BestOfN
 from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, parser, script, table
 from bon.bench.opening import forced, forget, model_options, open_models
-from bon.conversation import Task
 from bon.engines.loading import load
 from bon.mini import WEIGHTS
 from bon.mini.tasks import sample_instructions
 from bon.prompts import load_style
 from bon.scorers import Flip
 from bon.similarity import WordF1
+from bon.task import Task
 from bon.types import Result, Sampling
 
 BON, VLLM = "bon", "vLLM's generate"

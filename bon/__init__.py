@@ -17,8 +17,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bon.best_of_n import BestOfN as BestOfN
-    from bon.conversation import Message as Message
-    from bon.conversation import Task as Task
     from bon.engines.base import Engine as Engine
     from bon.engines.base import load_engine as load_engine
     from bon.errors import BonError as BonError
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from bon.selectors import Softmax as Softmax
     from bon.selectors import TopK as TopK
     from bon.selectors import WeightedVote as WeightedVote
+    from bon.task import Message as Message
+    from bon.task import Task as Task
     from bon.types import Candidate as Candidate
     from bon.types import Result as Result
     from bon.types import Sampling as Sampling
@@ -49,11 +49,11 @@ _HOMES = {
     "TopK": "bon.selectors",
     "WeightedVote": "bon.selectors",
     "Candidate": "bon.types",
-    "Message": "bon.conversation",
+    "Message": "bon.task",
     "Result": "bon.types",
     "Sampling": "bon.types",
     "Score": "bon.types",
-    "Task": "bon.conversation",
+    "Task": "bon.task",
 }
 
 __all__ = ["__version__", *_HOMES]

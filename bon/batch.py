@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bon.best_of_n import BestOfN, in_order
-from bon.conversation import Message, Task, as_messages
 from bon.errors import BonError, InputError
+from bon.task import Message, Task, as_messages
 from bon.types import Result
 
 Key = tuple[str, str | int]

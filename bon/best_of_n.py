@@ -12,8 +12,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from bon import background
-from bon.conversation import Conversation, Task
+from bon import portal
 from bon.engines.base import Engine, Partial
 from bon.errors import BonError, InputError, UnknownNameError
 from bon.resolve import as_policy, as_scorer, load_both
@@ -21,6 +20,7 @@ from bon.run import Run, Watch
 from bon.sampler import SCHEDULES, Failed, Sampled, Schedule, given, in_batches, sample
 from bon.scorers.base import Board, Scorer
 from bon.selectors import Selector, as_selector, only_the_best_counts
+from bon.task import Conversation, Task
 from bon.types import Candidate, Result, Sampling, Score
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class BestOfN:
             prompt: text, or a list of messages that ends with the user's.
             instruction: the part of the last user message that is the instruction; the rest of it is context.
         """
-        return background.run(self.run(prompt, instruction=instruction))
+        return portal.run(self.run(prompt, instruction=instruction))
 
     def map(self, prompts: Iterable[Conversation | Task]) -> Iterator[Result]:
         """Yield one result for each prompt, in order; prompts run together where the engines allow it.
@@ -126,7 +126,7 @@ class BestOfN:
         Raises:
             BonError: of the first prompt that fails; results before it have been yielded.
         """
-        for _, outcome in background.iterate(in_order(self.stream(prompts))):
+        for _, outcome in portal.iterate(in_order(self.stream(prompts))):
             if isinstance(outcome, BonError):
                 raise outcome
             yield outcome
@@ -135,7 +135,7 @@ class BestOfN:
         self, prompt: Conversation, candidates: Sequence[str | Candidate], *, instruction: str | None = None
     ) -> Result:
         """Score and rank responses that came from elsewhere; blocks."""
-        return background.run(self.run_rerank(Task.of(prompt, instruction), candidates))
+        return portal.run(self.run_rerank(Task.of(prompt, instruction), candidates))
 
     async def run(
         self,
@@ -191,7 +191,7 @@ class BestOfN:
         reading: set[asyncio.Future[Any]] = set()
         more = True
         waves = _chunks(enumerate(asked), 1 if overlaps else WAVE, size)
-        async with aclosing(background.pull(waves)) as chunks:  # type: ignore[type-var]
+        async with aclosing(portal.pull(waves)) as chunks:  # type: ignore[type-var]
             try:
                 while more or running:
                     if more and not reading and sum(running.values()) < (WAVE if overlaps else 1):
@@ -291,7 +291,7 @@ class BestOfN:
 
     def close(self) -> None:
         """Free the models; blocks."""
-        background.run(self.aclose())
+        portal.run(self.aclose())
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ A message says what happened, with the offending value, and what to type next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 class BonError(Exception):
@@ -48,15 +48,14 @@ class PromptTooLongError(InputError):
         tokens: length of the rendered prompt, in tokens.
         limit: tokens that the prompt may have (the model's context less one token for the answer).
         where: which prompt, for the message.
-        indices: all prompts of the call that do not fit, so that the others can be tried without them.
     """
 
-    def __init__(self, tokens: int, limit: int, where: str = "the prompt", indices: Sequence[int] = ()) -> None:
+    def __init__(self, tokens: int, limit: int, where: str = "the prompt") -> None:
         super().__init__(
             f"{where} has {tokens} tokens, {tokens - limit} more than the {limit} that fit this model's context. "
             "Shorten it, or use a model with a longer context."
         )
-        self.tokens, self.limit, self.indices = tokens, limit, tuple(indices)
+        self.tokens, self.limit = tokens, limit
 
 
 class ModelNotFoundError(InputError):

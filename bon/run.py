@@ -15,11 +15,11 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from time import perf_counter, time
 
-from bon.conversation import Task
 from bon.errors import BonError, EngineError, InputError
 from bon.sampler import Failed, Sampled
 from bon.scorers.base import Board, Item, Scorer
 from bon.selectors import Selector, select
+from bon.task import Task
 from bon.types import Candidate, Result, Score, Timing, Usage
 
 Watch = Callable[[int, Candidate | Score], None]

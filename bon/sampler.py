@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal, TypeVar
 
-from bon.conversation import Task
 from bon.engines.base import Completion, Engine, Keep, Partial, Prompt
 from bon.errors import BonError, EngineError, InputError, PromptTooLongError
+from bon.task import Task
 from bon.types import Candidate, Sampling, Usage
 
 T = TypeVar("T")

@@ -243,7 +243,7 @@ def select(selector: Selector, scores: Sequence[Score], candidates: Sequence[Can
         selection,
         best=None if selection.best is None else names[selection.best],
         ranking=tuple(names[i] for i in selection.ranking),
-        chosen=tuple(names[i] for i in selection.chosen),
+        picked=tuple(names[i] for i in selection.picked),
     )
 
 

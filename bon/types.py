@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bon.conversation import Task
 from bon.errors import InputError, UnknownNameError
+from bon.task import Task
 
-FinishReason = Literal["stop", "length", "pruned", "error"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
 
 
@@ -114,8 +114,8 @@ class Candidate:
     Args:
         index: position among the n candidates of its task.
         text: the response as the policy gave it.
-        finish_reason: "stop" when it ended by itself, "length" when it was cut off, "pruned" when it was not needed,
-            "error" when it could not be made.
+        finish_reason: "stop" when it ended by itself, "length" when it was cut off, "abort" when it was stopped because
+            it was not needed, "error" when it could not be made.
         tokens: the same text as token ids, when the policy's engine has them.
         cumulative_logprob: sum of log p of its tokens under the policy, when known (see ``Sampling.logprobs``).
         logprobs: text and log p of each sampled token, when known; special tokens have no text.
@@ -139,42 +139,84 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """What a scorer found out about one candidate.
+class Usage:
+    """Tokens that were read and written, by which model.
 
     Args:
-        candidate: index of the candidate.
+        policy_prompt_tokens, policy_completion_tokens: the policy's. A prompt counts as often as it was sent: once for
+            all samples on an engine in this process, once for each HTTP request.
+        scorer_prompt_tokens, scorer_completion_tokens: the scorer's.
+        cached_tokens: prompt tokens of both that a shared prefix saved from being computed.
+        drafted_tokens: of the scorer's completion tokens, those that were read as a draft in one pass, not decoded.
+    """
+
+    policy_prompt_tokens: int = 0
+    policy_completion_tokens: int = 0
+    scorer_prompt_tokens: int = 0
+    scorer_completion_tokens: int = 0
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Everything but what was cached."""
+        return (
+            self.policy_prompt_tokens
+            + self.policy_completion_tokens
+            + self.scorer_prompt_tokens
+            + self.scorer_completion_tokens
+            - self.cached_tokens
+        )
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Usage)))
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a scorer found out about one candidate. A scorer fills in what it knows; the group adds index and times.
+
+    Args:
         reward: the reward, comparable within one task only; None when there is none, and then ``reason`` says why.
-        status: "ok"; "repaired" and "fallback" when the reconstruction had to be salvaged; "failed" when it could
-            not be parsed; "empty" when the candidate has no text; "pruned" when it provably could not win; "late" when
-            a deadline passed first.
-        inferred: the instruction that backward inference arrived at (of several samples, the one nearest the mean).
-        precision, recall: the parts of the word F1.
+        status: "ok"; "repaired" and "fallback" when the scorer's answer had to be salvaged; "failed" when it could not
+            be parsed or had; "empty" when the candidate has no text; "pruned" when it provably could not win; "late"
+            when a deadline passed first.
+        reason: why there is no reward, or what is to be said about it.
+        explanation: what a reader is shown beside the reward: FLIP's inferred instruction, a judge's verdict.
+        parts: rewards that this one is made of, by name.
+        details: what this kind of scorer alone knows, a dataclass of its own (``FlipDetails``).
         tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
-        tokens: tokens of the reconstructions of this candidate.
-        drafted: those among them that were read as a draft in one pass and not decoded, see ``Flip``.
         upper_bound: for "pruned": the reward could not have exceeded this.
-        reason: why there is no reward.
+        usage: tokens that this score cost.
+        candidate: index of the candidate.
         same_as: index of an identical candidate whose score this is.
-        samples: rewards of the single reconstructions, when there are several.
         started, finished: seconds since the run began.
     """
 
-    candidate: int
     reward: float | None
     status: ScoreStatus = "ok"
-    inferred: str | None = None
-    precision: float | None = None
-    recall: float | None = None
-    tie_break: float | None = None
-    tokens: int = 0
-    drafted: int = 0
-    upper_bound: float | None = None
     reason: str | None = None
+    explanation: str | None = None
+    parts: Mapping[str, float | None] = field(default_factory=dict, hash=False)
+    details: Any = None
+    tie_break: float | None = None
+    upper_bound: float | None = None
+    usage: Usage = field(default_factory=Usage)
+    candidate: int = -1
     same_as: int | None = None
-    samples: tuple[float, ...] = ()
     started: float = 0.0
     finished: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the scorer wrote for this score."""
+        return self.usage.scorer_completion_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything a reader of JSON needs; the fields of ``details`` stand beside the others."""
+        values = _drop(dataclasses.asdict(self), "details", "usage")
+        details = {} if self.details is None else dataclasses.asdict(self.details)
+        return {**values, **details, "tokens": self.tokens, "drafted": self.usage.drafted_tokens}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +226,14 @@ class Selection:
     Args:
         best: index of the winner, or None when the selector abstains.
         ranking: all candidate indices, best first; those without a reward come last.
-        chosen: the picked candidates (one, k of them, or none when it abstains).
+        picked: the picked candidates (one, k of them, or none when it abstains).
         weights: one number per candidate where the selector works with weights (softmax, vote).
         reason: why it abstained.
     """
 
     best: int | None
     ranking: tuple[int, ...]
-    chosen: tuple[int, ...] = ()
+    picked: tuple[int, ...] = ()
     weights: tuple[float, ...] | None = None
     reason: str | None = None
 
@@ -218,46 +260,6 @@ class Timing:
     def overlap(self) -> float:
         """Seconds in which sampling and scoring went on at the same time."""
         return max(0.0, self.sample + self.score - self.total)
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens that were computed, by who computed them.
-
-    Args:
-        policy_prompt_tokens, policy_completion_tokens: the policy's; a prompt sampled n times counts once.
-        scorer_prompt_tokens, scorer_completion_tokens: the scorer's.
-        cached_tokens: prompt tokens of both that a shared prefix saved from being computed.
-        drafted_tokens: of the scorer's completion tokens, those that were read as a draft in one pass, not decoded.
-    """
-
-    policy_prompt_tokens: int = 0
-    policy_completion_tokens: int = 0
-    scorer_prompt_tokens: int = 0
-    scorer_completion_tokens: int = 0
-    cached_tokens: int = 0
-    drafted_tokens: int = 0
-
-    @property
-    def total_tokens(self) -> int:
-        """Everything but what was cached."""
-        return (
-            self.policy_prompt_tokens
-            + self.policy_completion_tokens
-            + self.scorer_prompt_tokens
-            + self.scorer_completion_tokens
-            - self.cached_tokens
-        )
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.policy_prompt_tokens + other.policy_prompt_tokens,
-            self.policy_completion_tokens + other.policy_completion_tokens,
-            self.scorer_prompt_tokens + other.scorer_prompt_tokens,
-            self.scorer_completion_tokens + other.scorer_completion_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.drafted_tokens + other.drafted_tokens,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +294,9 @@ class Saved:
         ended = [score.tokens for score in scored if score.tokens and score.status not in ("pruned", "late")]
         usual = sum(ended) / len(ended) if ended else 0.0
         unsampled = {
-            c.index for c, s in zip(candidates, scores, strict=True) if c.finish_reason == s.status == "pruned"
+            c.index
+            for c, s in zip(candidates, scores, strict=True)
+            if c.finish_reason == "abort" and s.status == "pruned"
         }
         pruned = [score for score in scored if score.status == "pruned" and score.candidate not in unsampled]
         copies = [score for score in scores if score.same_as is not None]
@@ -302,8 +306,8 @@ class Saved:
             unsampled=len(unsampled),
             pruned=len(pruned),
             copies=len(copies),
-            decoded=sum(score.tokens - score.drafted for score in scored),
-            drafted=sum(score.drafted for score in scored),
+            decoded=sum(score.tokens - score.usage.drafted_tokens for score in scored),
+            drafted=sum(score.usage.drafted_tokens for score in scored),
             spent_pruned=sum(score.tokens for score in pruned),
             estimate=round(missing),
         )
@@ -338,9 +342,19 @@ class Result:
         return self.selection.best
 
     @property
+    def best_candidate(self) -> Candidate | None:
+        """The winner; None when the selector abstained."""
+        return None if self.best is None else self.candidates[self.best]
+
+    @property
     def text(self) -> str | None:
         """The winner's text; None when the selector abstained."""
         return None if self.best is None else self.candidates[self.best].text
+
+    @property
+    def picked(self) -> tuple[Candidate, ...]:
+        """The candidates that the selector picked, best first: one, or k for ``TopK``."""
+        return tuple(self.candidates[i] for i in self.selection.picked)
 
     @property
     def reward(self) -> float | None:
@@ -370,11 +384,11 @@ class Result:
             "reward": self.reward,
             "best": self.best,
             "ranking": list(self.selection.ranking),
-            "chosen": list(self.selection.chosen),
+            "picked": list(self.selection.picked),
             "reason": self.selection.reason,
             "instruction": self.task.instruction,
             "candidates": [_drop(dataclasses.asdict(c), "tokens", "logprobs") for c in self.candidates],
-            "scores": [dataclasses.asdict(s) for s in self.scores],
+            "scores": [score.to_dict() for score in self.scores],
             "timing": {**dataclasses.asdict(self.timing), "overlap": self.timing.overlap},
             "usage": {**dataclasses.asdict(self.usage), "total_tokens": self.usage.total_tokens},
             "saved": {**dataclasses.asdict(self.saved), "share": self.saved.share},

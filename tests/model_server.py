@@ -10,7 +10,7 @@ import torch
 from fake_openai import FakeServer, Reply, Seen, send, send_event, start_stream
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from bon.engines.rows import cache_argument
+from bon.engines.torch.rows import cache_argument
 
 
 class ModelServer(FakeServer):

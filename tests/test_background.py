@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import pytest
 
-from bon import background
+from bon import portal
 
 
 async def numbers(closed: list[str], upto: int = 3) -> AsyncIterator[int]:
@@ -25,13 +25,13 @@ async def numbers(closed: list[str], upto: int = 3) -> AsyncIterator[int]:
 
 
 async def collect(closed: list[str], upto: int = 3) -> list[int]:
-    return [n async for n in background.across(numbers(closed, upto))]
+    return [n async for n in portal.across(numbers(closed, upto))]
 
 
 def test_items_come_from_the_background_loop_in_order() -> None:
     closed: list[str] = []
     assert asyncio.run(collect(closed)) == [0, 1, 2]
-    assert background.run(collect(closed)) == [0, 1, 2]
+    assert portal.run(collect(closed)) == [0, 1, 2]
     assert closed == ["bon", "bon"]
 
 
@@ -46,7 +46,7 @@ def test_leaving_waits_until_the_source_has_cleaned_up() -> None:
     closed: list[str] = []
 
     async def leave() -> int:
-        async with aclosing(background.across(numbers(closed, 1000))) as items:  # type: ignore[type-var]
+        async with aclosing(portal.across(numbers(closed, 1000))) as items:  # type: ignore[type-var]
             async for item in items:
                 return item
         raise AssertionError("nothing came")
@@ -74,6 +74,6 @@ def test_a_coroutine_runs_on_the_background_loop_from_anywhere() -> None:
         return threading.current_thread().name
 
     async def ask() -> str:
-        return await background.there(where())
+        return await portal.there(where())
 
-    assert asyncio.run(ask()) == background.run(ask()) == "bon"
+    assert asyncio.run(ask()) == portal.run(ask()) == "bon"

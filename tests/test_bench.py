@@ -15,7 +15,7 @@ import tiny
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
-from bon import background
+from bon import portal
 from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, table
 from bon.bench.latency import measure_latency
 from bon.bench.lengths import LONGEST_INSTRUCTION, Lengths, real_lengths
@@ -24,12 +24,12 @@ from bon.bench.opening import Models, forced, forget, open_models
 from bon.bench.pruning import EVERYTHING, PRUNED, Pruning, WinnerChangedError, measure_pruning
 from bon.bench.sharing import DifferentTokensError, cache_bytes, measure_forward, plain_forward
 from bon.cli import main as bon_main
-from bon.conversation import Task
 from bon.engines.base import load_engine
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, UnknownNameError
 from bon.mini.tasks import sample_instructions
 from bon.scorers import Flip
+from bon.task import Task
 from bon.types import Sampling
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
@@ -346,9 +346,9 @@ def test_a_cache_that_was_emptied_serves_nothing(on_vllm: Models) -> None:
     job = Job(Task.of("Write a reminder. " * 20), Sampling(max_tokens=2, seed=0), scorer)
     plain = Plain(on_vllm.policy)  # type: ignore[arg-type]
     forget(on_vllm.policy)
-    first, again = (background.run(plain.sample(job, 1)) for _ in range(2))
+    first, again = (portal.run(plain.sample(job, 1)) for _ in range(2))
     on_vllm.forget()
-    fresh = background.run(plain.sample(job, 1))
+    fresh = portal.run(plain.sample(job, 1))
     assert (first.cached_tokens, fresh.cached_tokens) == (0, 0)
     assert again.cached_tokens >= 32
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from bon.conversation import Task
 from bon.engines.base import Completion, load_engine
 from bon.engines.scripted import ScriptedEngine
 from bon.mini.tasks import sample_instructions
 from bon.sampler import sample
 from bon.scorers import Board, Flip, Item
 from bon.scorers.drafting import Drafting
+from bon.task import Task
 from bon.types import Candidate, Sampling
 
 

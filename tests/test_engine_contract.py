@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from tiny import save
 
-from bon.conversation import Message
 from bon.engines.base import Completion, Engine, Loglikelihood, Partial, Prompt
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, PromptTooLongError, UnknownNameError
 from bon.mini import WEIGHTS
+from bon.task import Message
 from bon.types import Sampling
 
 CONTEXT = 256
@@ -31,20 +31,20 @@ TEXTS = (
 
 
 def torch_engine(folder: Any, family: str, **options: Any) -> Engine:
-    from bon.engines.torch import TorchEngine
+    from bon.engines.torch.engine import TorchEngine
 
     return TorchEngine(save(folder / family, family, "ascii"), max_model_len=CONTEXT, **options)
 
 
 def vllm_engine(folder: Any) -> Engine:
-    from bon.engines.vllm import VLLMEngine
+    from bon.engines.vllm.engine import VLLMEngine
 
     # vLLM's CPU attention knows no heads narrower than 32.
     return VLLMEngine(save(folder / "vllm", "Qwen3", "ascii", head_dim=32), max_model_len=CONTEXT)
 
 
 def mini_engine() -> Engine:
-    from bon.engines.torch import TorchEngine
+    from bon.engines.torch.engine import TorchEngine
 
     return TorchEngine(WEIGHTS, max_model_len=CONTEXT)
 
@@ -52,7 +52,7 @@ def mini_engine() -> Engine:
 def http_engine(folder: Any) -> Engine:
     from model_server import ModelServer
 
-    from bon.engines.openai import OpenAIEngine
+    from bon.engines.http.engine import OpenAIEngine
 
     save(folder, "Llama", "ascii")
     server = ModelServer(folder, CONTEXT)

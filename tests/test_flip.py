@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from bon.conversation import Message, Task
 from bon.engines.base import Completion
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import EngineError, InputError, UnknownNameError
@@ -13,6 +12,7 @@ from bon.prompts import from_files, load_style
 from bon.scorers import Board, Flip, Item, Scorer
 from bon.scorers.reconstruction import before_stop
 from bon.selectors import as_selector, select
+from bon.task import Message, Task
 from bon.types import Candidate, Sampling
 
 X = "Write one short haiku"

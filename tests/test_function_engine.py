@@ -3,10 +3,10 @@ import threading
 
 import pytest
 
-from bon.conversation import as_messages
 from bon.engines.base import Engine, Prompt
 from bon.engines.function import FunctionEngine
 from bon.errors import InputError, UserCodeError
+from bon.task import as_messages
 from bon.types import Sampling
 
 HI = Prompt.of(as_messages("hi"))

@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
-from bon.conversation import Task
 from bon.engines.base import Loglikelihood
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 from bon.scorers import BackwardLikelihood, Board, Item, Scorer
+from bon.task import Task
 from bon.types import Candidate
 
 TASK = Task.of(" Write one haiku \n")

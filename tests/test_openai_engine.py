@@ -11,12 +11,11 @@ pytest.importorskip("openai")
 
 from fake_openai import FakeServer, Reply, error
 
-from bon import BackwardLikelihood, BestOfN, Flip, Sampling, background
-from bon.conversation import Message, as_messages
+from bon import BackwardLikelihood, BestOfN, Flip, Sampling
 from bon.engines import wire
 from bon.engines.base import ENGINES, Prompt, load_engine
-from bon.engines.endpoints import Endpoint, base_url, pause, retry_after
-from bon.engines.openai import OpenAIEngine
+from bon.engines.http.endpoints import Endpoint, base_url, pause, retry_after
+from bon.engines.http.engine import OpenAIEngine
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import (
     EngineError,
@@ -28,13 +27,14 @@ from bon.errors import (
     UnknownNameError,
 )
 from bon.mini import WEIGHTS
+from bon.task import Message, as_messages
 
 PROMPT = Prompt.of([Message("user", "Name a colour.")])
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr("bon.engines.endpoints.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("bon.engines.http.endpoints.FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def http():
 
     yield make
     for engine in made:
-        background.run(engine.aclose())
+        portal.run(engine.aclose())
 
 
 def waits(check, seconds=10.0):
@@ -92,7 +92,7 @@ def test_a_url_is_enough_and_the_server_says_which_model_it_has(server):
 
 
 def test_the_registry_names_this_engine():
-    assert ENGINES["openai"].target == "bon.engines.openai:OpenAIEngine"
+    assert ENGINES["openai"].target == "bon.engines.http.engine:OpenAIEngine"
 
 
 def test_only_options_that_are_set_are_sent_under_the_servers_names(server):

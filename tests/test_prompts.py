@@ -2,9 +2,9 @@
 
 import pytest
 
-from bon.conversation import Message, Task
 from bon.errors import InputError, UnknownNameError
 from bon.prompts import from_files, load_style
+from bon.task import Message, Task
 from bon.types import Tokens
 
 TASK = Task.of("Write a haiku.")

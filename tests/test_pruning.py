@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bon.conversation import Task
 from bon.engines.base import Completion, Partial
 from bon.engines.scripted import ScriptedEngine
 from bon.scorers import Board, Flip, Item
 from bon.selectors import as_selector, select
 from bon.similarity import as_similarity
+from bon.task import Task
 from bon.types import Candidate
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tokenizer
 
-from bon.conversation import Message
 from bon.engines.base import Prompt, Turn
-from bon.engines.render import Renderer, TextStream
+from bon.engines.text.render import Renderer, TextStream
 from bon.errors import InputError, UnknownNameError
+from bon.task import Message
 from bon.types import Tokens
 
 KINDS = ("chatml", "llama3", "gemma", "mistral", "metaspace")

@@ -7,7 +7,7 @@ from fake_openai import FakeServer, error
 from serving import openai, served, until
 
 from bon import BestOfN
-from bon.engines.openai import OpenAIEngine
+from bon.engines.http.engine import OpenAIEngine
 from bon.engines.scripted import ScriptedEngine
 
 MESSAGES = [{"role": "user", "content": "What is the weather in Rome?"}]

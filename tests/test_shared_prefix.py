@@ -18,12 +18,12 @@ from tiny import model, save, tokenizer
 
 from bon.engines import prefix_attention
 from bon.engines.base import Completion, Prompt, Turn
-from bon.engines.paths import check
-from bon.engines.prefix_attention import NAME, merge, part
-from bon.engines.prefix_tree import MIN_SHARED, arrange, common, preamble, tree
-from bon.engines.rows import PlainRows, Rows, Stats
-from bon.engines.shared_prefix import Preamble, SharedRows
-from bon.engines.torch import TorchEngine
+from bon.engines.torch.engine import TorchEngine
+from bon.engines.torch.paths import check
+from bon.engines.torch.prefix.attention import NAME, merge, part
+from bon.engines.torch.prefix.shared import Preamble, SharedRows
+from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, preamble, tree
+from bon.engines.torch.rows import PlainRows, Rows, Stats
 from bon.types import Sampling
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX", "Phi3")

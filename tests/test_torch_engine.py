@@ -13,12 +13,12 @@ import pytest
 import torch
 from tiny import model, save, tokenizer
 
-from bon.conversation import Message
 from bon.engines.base import Completion, Prompt
-from bon.engines.decode import MAX_ROWS, Job, batches
-from bon.engines.sampling import Uniforms, choose, row_key
-from bon.engines.torch import TorchEngine
+from bon.engines.torch.decode import MAX_ROWS, Job, batches
+from bon.engines.torch.engine import TorchEngine
+from bon.engines.torch.sampling import Uniforms, choose, row_key
 from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
+from bon.task import Message
 from bon.types import Sampling
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX")

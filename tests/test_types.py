@@ -4,8 +4,8 @@ import sys
 import pytest
 
 import bon
-from bon.conversation import Message, Task, as_messages
 from bon.errors import InputError, UnknownNameError
+from bon.task import Message, Task, as_messages
 from bon.types import Candidate, Sampling, Saved, Score, Usage
 
 

@@ -24,12 +24,12 @@ from tiny import save
 from transformers import AutoModelForCausalLM
 
 from bon import BestOfN
-from bon.conversation import Message
 from bon.engines.base import Completion, Prompt
 from bon.engines.placement import SHARE, WORKSPACE, need_of
 from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.mini import WEIGHTS
 from bon.scorers import Flip
+from bon.task import Message
 from bon.types import Sampling
 
 pytestmark = pytest.mark.vllm
@@ -43,7 +43,7 @@ PROMPTS = [Prompt.of([Message("user", text)]) for text in TEXTS]
 
 
 def load(model: Any, **options: Any) -> Any:
-    from bon.engines.vllm import VLLMEngine
+    from bon.engines.vllm.engine import VLLMEngine
 
     return VLLMEngine(model, **options)
 
@@ -84,7 +84,7 @@ def test_greedy_tokens_of_the_mini_model_are_those_of_transformers(engine: Any) 
 
 
 def test_the_torch_engine_says_the_same(engine: Any) -> None:
-    from bon.engines.torch import TorchEngine
+    from bon.engines.torch.engine import TorchEngine
 
     other = TorchEngine(WEIGHTS, device="cpu")
     ours, theirs = generate(engine, PROMPTS, temperature=0.0), generate(other, PROMPTS, temperature=0.0)

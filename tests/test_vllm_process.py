@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bon.engines.vllm_process import Diary, last_words, write_config
+from bon.engines.vllm.process import Diary, last_words, write_config
 
 
 def test_the_last_words_are_the_last_exception_and_not_its_echo(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_vllm_is_told_to_spawn_its_processes_unless_the_user_says_otherwise() ->
     name = "VLLM_WORKER_MULTIPROC_METHOD"
     code = (
         "import os, sys; sys.modules['vllm'] = None\n"
-        "try: import bon.engines.vllm_start\n"
+        "try: import bon.engines.vllm.start\n"
         f"except ModuleNotFoundError: print(os.environ['{name}'])"
     )
     env = {key: value for key, value in os.environ.items() if key != name}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from tiny import tokenizer
 
-from bon.engines.render import Renderer
-from bon.engines.vllm_request import Request, last
+from bon.engines.text.render import Renderer
+from bon.engines.vllm.request import Request, last
 
 PROMPT, DRAFT = (5, 6, 7, 8, 9), (10, 11, 12)
 RATED = [(-0.1, 1), (-0.2, 1), (-3.0, 4)]  # the last token of the draft is not the model's first choice

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bon import background
+from bon import portal
 from bon.bench.harness import Report, conditions
 from bon.bench.latency import latency_table, measure_latency
 from bon.bench.models import shape_of
 from bon.bench.opening import forget
 from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
 from bon.bench.sharing import forward_table, measure_forward
-from bon.conversation import Task
 from bon.engines.base import Engine
 from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip
 from bon.scorers.likelihood import BackwardLikelihood
+from bon.task import Task
 from bon.types import Sampling
 
 FLIP, LIKELIHOOD = "FLIP direct", "likelihood"
@@ -43,7 +43,7 @@ def bench(
         seed: of the sampling.
         quick: few rounds and sizes.
     """
-    from bon.engines.torch import TorchEngine
+    from bon.engines.torch.engine import TorchEngine
 
     tasks = tasks[:3] if quick else tasks
     sampling = Sampling(max_tokens=max_tokens, seed=seed)
@@ -77,7 +77,7 @@ def bench(
 
 def _sharing(report: Report, model: Any, n: int, seed: int, quick: bool) -> None:
     """Bare forward passes of the policy with n rows."""
-    from bon.engines.prefix_attention import NAME
+    from bon.engines.torch.prefix.attention import NAME
 
     report.conditions["policy_shape"] = shape_of(model.config)
     if model.config._attn_implementation != NAME:  # what the engine chose when it ran a moment ago
@@ -97,12 +97,12 @@ def _numbers(n: int, quick: bool) -> list[int]:
 
 def _rates(engine: Engine) -> bool:
     """Whether an engine gives likelihoods."""
-    from bon.conversation import Message
     from bon.engines.base import Prompt
     from bon.errors import BonError
+    from bon.task import Message
 
     try:
-        background.run(engine.loglikelihood([Prompt.of([Message("user", "a")])], ["b"]))
+        portal.run(engine.loglikelihood([Prompt.of([Message("user", "a")])], ["b"]))
     except BonError:
         return False
     return True

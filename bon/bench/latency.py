@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from bon import background
+from bon import portal
 from bon.bench.harness import Pairs, Spread, Timed, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
-from bon.conversation import Task
 from bon.engines.base import Engine
 from bon.sampler import sample
 from bon.scorers.base import Scorer
+from bon.task import Task
 from bon.types import Result, Sampling
 
 ALONE = "sampling alone"
@@ -102,11 +102,11 @@ def _measure(
     before: Callable[[], object] | None,
 ) -> Latency:
     def alone(round_: int) -> None:
-        background.run(_sample_only(policy, tasks[max(round_, 0)], sampling, n))
+        portal.run(_sample_only(policy, tasks[max(round_, 0)], sampling, n))
 
     def best_of(scorer: Scorer) -> Callable[[int], Result]:
         bon = BestOfN(policy, scorer, n=n, sampling=sampling)
-        return lambda round_: background.run(bon.run(tasks[max(round_, 0)]))
+        return lambda round_: portal.run(bon.run(tasks[max(round_, 0)]))
 
     sides = {ALONE: alone, **{name: best_of(scorer) for name, scorer in scorers.items()}}
     timed: dict[str, list[Timed[Any]]] = interleave(sides, len(tasks), label=f"latency n={n}", before=before)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bon.engines.base import Prompt
-from bon.engines.vllm import VLLMEngine
-from bon.engines.vllm_start import SamplingParams
+from bon.engines.vllm.engine import VLLMEngine
+from bon.engines.vllm.start import SamplingParams
 from bon.scorers.flip import Flip
 from bon.scorers.parsing import response_piece
 from bon.types import Result, Sampling

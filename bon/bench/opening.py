@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bon import background
+from bon import portal
 from bon.bench.models import SHAPES, describe, dummy_model, open_engine, word_ids
 from bon.engines.base import Engine, load_engine
 from bon.engines.placement import bytes_of, load_together, need_of, place, visible_gpus
@@ -59,7 +59,7 @@ class Models:
     def close(self) -> None:
         """Free the models."""
         for engine in {id(engine): engine for engine in (self.policy, self.scorer)}.values():
-            background.run(engine.aclose())
+            portal.run(engine.aclose())
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -133,7 +133,7 @@ def forget(*engines: Engine) -> None:
     for engine in engines:
         llm = getattr(getattr(engine, "_engine", None), "llm", None)
         if llm is not None:
-            background.run(_reset(llm))
+            portal.run(_reset(llm))
 
 
 async def _reset(llm: Any) -> None:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from bon.conversation import Task
 from bon.engines.base import Keep, Prompt
-from bon.engines.vllm import VLLMEngine
-from bon.engines.vllm_start import RequestOutputKind, SamplingParams
+from bon.engines.vllm.engine import VLLMEngine
+from bon.engines.vllm.start import RequestOutputKind, SamplingParams
 from bon.scorers.flip import Flip
 from bon.scorers.parsing import response_piece
+from bon.task import Task
 from bon.types import Candidate, Result, Sampling
 
 

@@ -15,15 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bon import background
+from bon import portal
 from bon.bench.harness import Pairs, Spread, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
-from bon.conversation import Task
 from bon.engines.base import Engine
 from bon.errors import BonError
 from bon.scorers.base import Board, Item, Scorer
 from bon.scorers.drafting import Drafting
 from bon.scorers.flip import Flip
+from bon.task import Task
 from bon.types import Result, Sampling, Usage
 
 EVERYTHING, DRAFTED = "everything", "drafts"
@@ -194,7 +194,7 @@ def measure_pruning(
     def side(bon: BestOfN) -> Callable[[int], Result]:
         def run(round_: int) -> Result:
             at = max(round_, 0)
-            return background.run(bon.run(tasks[at]) if overlapped else bon.run_rerank(tasks[at], given[at]))
+            return portal.run(bon.run(tasks[at]) if overlapped else bon.run_rerank(tasks[at], given[at]))
 
         return run
 
@@ -203,7 +203,7 @@ def measure_pruning(
         n,
         {name: [t.value for t in ts] for name, ts in timed.items()},
         {name: [t.seconds for t in ts] for name, ts in timed.items()},
-        background.run(_informed(scorer, [t.value for t in timed[EVERYTHING]])),
+        portal.run(_informed(scorer, [t.value for t in timed[EVERYTHING]])),
         overlapped,
     )
     if exact:

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bon import background
+from bon import portal
 from bon.bench.harness import Pairs, Timed, interleave
 from bon.bench.opening import Models
 from bon.best_of_n import BestOfN
-from bon.conversation import Task
 from bon.engines.base import Engine, engine_class, load_engine
 from bon.engines.placement import load_together
 from bon.sampler import Sampled, sample
 from bon.scorers.flip import Flip
 from bon.scorers.parsing import response_piece
+from bon.task import Task
 from bon.types import Candidate, Sampling
 
 ONE, TWO = "one engine", "two engines"
@@ -38,9 +38,9 @@ def measure_cached_share(models: Models, tasks: Sequence[Task], scorer: Flip, n:
     bon = BestOfN(models.policy, scorer, n=n, sampling=sampling, prune=False)
     served, possible = [], []
     for task in tasks:
-        candidates = background.run(_sampled(models.policy, task, sampling, n))
+        candidates = portal.run(_sampled(models.policy, task, sampling, n))
         models.forget()
-        result = background.run(bon.run_rerank(task, candidates))
+        result = portal.run(bon.run_rerank(task, candidates))
         scored = [candidates[s.candidate] for s in result.scores if s.same_as is None and s.status != "empty"]
         served.append(float(result.usage.cached_tokens))
         possible.append(float((len(scored) - 1) * _common(models.scorer, scorer, task, scored)))
@@ -73,7 +73,7 @@ def measure_start(model: str | Path, rounds: int, **options: Any) -> Pairs:
 
     def free() -> None:
         while started:
-            background.run(started.pop().aclose())
+            portal.run(started.pop().aclose())
 
     def one(round_: int) -> None:
         started.append(load_engine(model, engine="vllm", **options))

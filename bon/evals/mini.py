@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bon import background
+from bon import portal
 from bon.best_of_n import BestOfN
-from bon.conversation import Task as Request
 from bon.engines.base import Engine
 from bon.errors import InputError
 from bon.mini.tasks import Split, Task, instruction, sample_tasks, verify
 from bon.resolve import as_policy, as_scorer
 from bon.sampler import Failed, sample
 from bon.scorers import BackwardLikelihood
+from bon.task import Task as Request
 from bon.types import Candidate, Sampling
 
 MAX_TOKENS = 96  # the longest right answer has about 50
@@ -155,7 +155,7 @@ def _greedy(engine: Engine, tasks: Sequence[Task]) -> list[str]:
             found[each.task] = each.candidate.text
         return [found[index] for index in range(len(tasks))]
 
-    return background.run(decode())
+    return portal.run(decode())
 
 
 def _bar(split: str, progress: bool, total: int) -> Callable[[Iterable[Any]], Iterable[Any]]:

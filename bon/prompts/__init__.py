@@ -13,9 +13,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from bon.conversation import Task
 from bon.engines.base import Piece, Prompt, Turn
 from bon.errors import InputError, UnknownNameError
+from bon.task import Task
 
 Output = Literal["text", "json"]
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from bon.conversation import Task
+from bon.task import Task
 from bon.types import Candidate, Score, Usage
 
 

@@ -8,9 +8,9 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from bon.conversation import Task
 from bon.errors import BonError, UserCodeError
 from bon.scorers.base import Item, Scored
+from bon.task import Task
 from bon.types import Score
 
 

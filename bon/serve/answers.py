@@ -15,10 +15,10 @@ from typing import Any
 
 import orjson
 
-from bon.conversation import canonical_calls
 from bon.serve.failures import ApiError, bad
 from bon.serve.plan import Plan
 from bon.similarity import matched_words
+from bon.task import canonical_calls
 from bon.types import Candidate, Result, Score, Usage
 
 DONE = b"data: [DONE]\n\n"

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bon.best_of_n import BestOfN
-from bon.conversation import Task
 from bon.errors import InputError
 from bon.scorers import BackwardLikelihood, Flip
 from bon.scorers.base import Scorer
 from bon.serve.failures import ApiError, bad
 from bon.serve.protocol import ChatRequest, CompletionRequest
 from bon.serve.settings import Settings
+from bon.task import Task
 from bon.types import Sampling
 
 

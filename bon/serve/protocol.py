@@ -25,8 +25,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from bon.conversation import Message
 from bon.serve.failures import ApiError, bad
+from bon.task import Message
 
 # Handed to the policy's engine when they say anything.
 POLICY_FIELDS = (

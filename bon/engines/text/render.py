@@ -21,7 +21,7 @@ import jinja2
 import jinja2.meta
 
 from bon.engines.base import Piece, Prompt, Turn
-from bon.engines.vocabulary import PlainEncoder
+from bon.engines.text.vocabulary import PlainEncoder
 from bon.errors import InputError, UnknownNameError
 from bon.types import Tokens
 

@@ -131,5 +131,5 @@ def hush() -> None:
 # Errors that only say that another one happened.
 _ECHOES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt")
 
-if __name__ == "__mp_main__":  # a process that was spawned starts here: bon.engines.vllm_start sees to it
+if __name__ == "__mp_main__":  # a process that was spawned starts here: bon.engines.vllm.start sees to it
     hush()

@@ -1,6 +1,6 @@
 """Addresses at which one model is served: which to ask next, when to ask again, and what each was found to refuse.
 
-It moves requests and answers and knows nothing of sampling (``bon.engines.wire`` has the bodies). A client belongs to
+It moves requests and answers and knows nothing of sampling (``bon.engines.http.wire`` has the bodies). A client belongs to
 the event loop that made it, so there is one for each loop and address.
 """
 
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import openai
 import orjson
 
-from bon.engines.wire import BadAnswerError, server_message
+from bon.engines.http.wire import BadAnswerError, server_message
 from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, RefusedError, UnavailableError
 
 T = TypeVar("T")

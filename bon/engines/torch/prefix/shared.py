@@ -2,11 +2,11 @@
 
 The rows of a batch form a tree: all share a preamble, some share a context, the samples of one prompt share that
 prompt, and each row has a tail of its own. Every node's keys and values exist once. Each row attends to the chain of
-nodes above it and to its own tail, see ``bon.engines.prefix_attention``. Prompts of different lengths run through the
+nodes above it and to its own tail, see ``bon.engines.torch.prefix.attention``. Prompts of different lengths run through the
 model one behind the other, without padding. Rows that leave make room for the last ones; nothing is padded on.
 
-It serves decoders whose layers all attend to the whole context; ``bon.engines.paths`` finds out which do, and
-everything else takes ``bon.engines.rows.PlainRows``.
+It serves decoders whose layers all attend to the whole context; ``bon.engines.torch.paths`` finds out which do, and
+everything else takes ``bon.engines.torch.rows.PlainRows``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bon.engines.prefix_attention import NAME, Index, Level, Pass, Prefill, Segments, Step
-from bon.engines.prefix_tree import Ids, Node, tree
-from bon.engines.rows import Stats, token_logprobs
+from bon.engines.torch.prefix.attention import NAME, Index, Level, Pass, Prefill, Segments, Step
+from bon.engines.torch.prefix.tree import Ids, Node, tree
+from bon.engines.torch.rows import Stats, token_logprobs
 
 __all__ = ["NAME", "Preamble", "SharedRows"]
 
@@ -40,10 +40,10 @@ class Preamble:
 
 
 class SharedRows:
-    """Rows whose common prefixes exist once; see ``bon.engines.rows.Rows``.
+    """Rows whose common prefixes exist once; see ``bon.engines.torch.rows.Rows``.
 
     Args:
-        model: a model that ``bon.engines.paths.check`` accepted, its attention implementation set to ``NAME``.
+        model: a model that ``bon.engines.torch.paths.check`` accepted, its attention implementation set to ``NAME``.
         root: the preamble of all prompts of the call; shared by the call's batches.
         stats: counts what is computed and stored.
     """

@@ -30,13 +30,13 @@ import openai
 
 from bon.engines import wire
 from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
-from bon.engines.endpoints import Endpoints, Link
-from bon.engines.samples import Job, Samples, cancel
+from bon.engines.http.endpoints import Endpoints, Link
+from bon.engines.http.samples import Job, Samples, cancel
 from bon.errors import InputError, ModelNotFoundError, PromptTooLongError
 from bon.types import Sampling
 
 if TYPE_CHECKING:
-    from bon.engines.render import Renderer
+    from bon.engines.text.render import Renderer
 
 T = TypeVar("T")
 
@@ -210,7 +210,7 @@ class OpenAIEngine:
         """What turns prompts into token ids; there is one only with a tokenizer."""
         from transformers import AutoTokenizer
 
-        from bon.engines.render import Renderer
+        from bon.engines.text.render import Renderer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self._tokenizer))

@@ -15,8 +15,8 @@ from typing import Any
 import openai
 import orjson
 
-from bon.conversation import canonical_calls
 from bon.errors import InputError, UnavailableError, UnknownNameError
+from bon.task import canonical_calls
 from bon.types import FinishReason, Sampling
 
 CHAT, PLAIN = "/chat/completions", "/completions"

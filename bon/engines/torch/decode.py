@@ -1,7 +1,7 @@
 """The decode loop: prompts in, completions out, each handed over the moment it ends.
 
 One batch of rows runs in step. Rows that end, reach their limit or are pruned leave the batch. How keys and values are
-kept is the business of ``bon.engines.rows``; which prompts run together is decided here, by length and by budget.
+kept is the business of ``bon.engines.torch.rows``; which prompts run together is decided here, by length and by budget.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from bon.engines.base import Completion, Keep, Partial
-from bon.engines.render import Renderer, TextStream
-from bon.engines.rows import Rows
-from bon.engines.sampling import Uniforms, choose, row_key
+from bon.engines.text.render import Renderer, TextStream
+from bon.engines.torch.rows import Rows
+from bon.engines.torch.sampling import Uniforms, choose, row_key
 from bon.types import FinishReason, Sampling
 
 KEEP_EVERY = 4  # steps between two calls of ``keep`` for one row

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bon.engines.loading import fetch, local_folder
-from bon.engines.vllm_process import hush, last_words, write_config
+from bon.engines.vllm.process import hush, last_words, write_config
 from bon.errors import EngineError, InputError, MissingExtraError, ModelNotFoundError, UnknownNameError
 
 log = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ def _prepare(name: str) -> dict[str, Any]:
     It runs a module of bon's instead.
     """
     data: dict[str, Any] = _preparation(name)
-    return {**data, "init_main_from_path": None, "init_main_from_name": "bon.engines.vllm_process"}
+    return {**data, "init_main_from_path": None, "init_main_from_name": "bon.engines.vllm.process"}
 
 
 @contextlib.contextmanager

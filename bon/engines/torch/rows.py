@@ -2,7 +2,7 @@
 
 A ``Rows`` holds keys and values for every row, computes the next logits, and lets rows leave. ``PlainRows`` is the
 ordinary way, through transformers' own cache, and works with every decoder that transformers can generate with;
-``bon.engines.shared_prefix`` is the fast one. Neither samples nor knows about text.
+``bon.engines.torch.prefix.shared`` is the fast one. Neither samples nor knows about text.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bon.engines.base import Completion, Keep, Partial
-from bon.engines.render import Renderer, TextStream
+from bon.engines.text.render import Renderer, TextStream
 from bon.errors import EngineError
 from bon.types import FinishReason
 

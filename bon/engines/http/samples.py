@@ -12,12 +12,12 @@ import openai
 
 from bon.engines import wire
 from bon.engines.base import Completion, Keep, Partial
-from bon.engines.endpoints import Link
+from bon.engines.http.endpoints import Link
 from bon.errors import BonError, PromptTooLongError, RefusedError
 from bon.types import Sampling
 
 if TYPE_CHECKING:
-    from bon.engines.openai import OpenAIEngine
+    from bon.engines.http.engine import OpenAIEngine
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from bon import background
+from bon import portal
 from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt
-from bon.engines.render import Renderer
-from bon.engines.vllm_request import KEEP_EVERY, Request, last
-from bon.engines.vllm_start import (
+from bon.engines.text.render import Renderer
+from bon.engines.vllm.request import KEEP_EVERY, Request, last
+from bon.engines.vllm.start import (
     EngineDeadError,
     LoRARequest,
     RequestOutputKind,
@@ -125,7 +125,7 @@ class VLLMEngine:
         if n == 1 and sampling.temperature == 0 and not sampling.stop and not sampling.extra:
             for request in requests:
                 request.draft = self._draft(prompts[request.prompt_index], request)
-        return background.across(self._together(requests))
+        return portal.across(self._together(requests))
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
@@ -142,7 +142,7 @@ class VLLMEngine:
         async def rate_all() -> list[Loglikelihood]:
             return list(await asyncio.gather(*map(self._rate, contexts, targets)))
 
-        return await background.there(rate_all())
+        return await portal.there(rate_all())
 
     @property
     def full(self) -> bool:

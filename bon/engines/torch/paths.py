@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bon.engines.prefix_attention import NAME
-from bon.engines.prefix_tree import Ids, arrange, preamble
-from bon.engines.rows import PlainRows, Rows, Stats
-from bon.engines.shared_prefix import Preamble, SharedRows
+from bon.engines.torch.prefix.attention import NAME
+from bon.engines.torch.prefix.shared import Preamble, SharedRows
+from bon.engines.torch.prefix.tree import Ids, arrange, preamble
+from bon.engines.torch.rows import PlainRows, Rows, Stats
 
 log = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt
-from bon.engines.decode import MAX_ROWS, Batch, Job, batches
 from bon.engines.loading import load
-from bon.engines.paths import Paths
-from bon.engines.render import Renderer
-from bon.engines.rows import Stats
+from bon.engines.text.render import Renderer
+from bon.engines.torch.decode import MAX_ROWS, Batch, Job, batches
+from bon.engines.torch.paths import Paths
+from bon.engines.torch.rows import Stats
 from bon.errors import BonError, EngineError, InputError, PromptTooLongError, UnknownNameError
 from bon.types import Sampling
 

@@ -1,0 +1,17 @@
+"""Bytes: what keys and values of a token take, and what memory this process may use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def kv_bytes_per_token(config: Any, itemsize: int) -> int:
+    """Bytes of keys and values of one token, over all layers.
+
+    Args:
+        config: a transformers text configuration.
+        itemsize: bytes of a number.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * itemsize)

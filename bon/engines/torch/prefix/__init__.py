@@ -1,0 +1,1 @@
+"""Keys and values of shared prefixes, computed and stored once."""
