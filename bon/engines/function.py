@@ -11,12 +11,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
-from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
-from bon.errors import BonError, InputError, UserCodeError
-from bon.types import Sampling
+from bon.engines.base import Completion, Keep, Prompt, Request
+from bon.errors import BonError, UserCodeError
 
 
 class FunctionEngine:
@@ -30,7 +29,7 @@ class FunctionEngine:
     """
 
     max_model_len: int | None = None
-    overlaps = True
+    concurrent = True
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
@@ -38,26 +37,14 @@ class FunctionEngine:
         self._takes_n = _takes_n(function)
         self._one_at_a_time = threading.Lock()
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
-    ) -> AsyncIterator[Completion]:
-        """Call the function for each prompt; see ``Engine.generate``. ``keep`` has nothing to stop."""
-        if n < 1:
-            raise InputError(f"n must be at least 1, got {n}.")
-        if sampling.extra:
-            raise InputError(f"{self.name!r} is a function and takes no sampling options: {', '.join(sampling.extra)}.")
-        return self._generate(prompts, n)
+    def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
+        return self._generate(requests)
 
-    async def _generate(self, prompts: Sequence[Prompt], n: int) -> AsyncIterator[Completion]:
-        calls = [asyncio.ensure_future(self._texts(prompt, n)) for prompt in prompts]
-        try:
-            for call in asyncio.as_completed([_tagged(i, call) for i, call in enumerate(calls)]):
-                prompt_index, texts = await call
-                for sample_index, text in enumerate(texts):
-                    yield Completion(prompt_index, sample_index, text, "stop")
-        finally:
-            for pending in calls:
-                pending.cancel()
+    async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[Completion, None]:
+        for index, request in enumerate(requests):
+            texts = await self._texts(request.prompt, request.n)
+            for sample, text in zip(request.samples, texts, strict=True):
+                yield Completion(index, sample, text, "stop")
 
     async def _texts(self, prompt: Prompt, n: int) -> list[str]:
         if self._takes_n:
@@ -65,7 +52,7 @@ class FunctionEngine:
         first = await self._call(prompt)
         if not isinstance(first, str):
             return self._check(first, n)
-        if _is_async(self.function):
+        if is_async(self.function):
             rest = await asyncio.gather(*(self._call(prompt) for _ in range(n - 1)))
         else:  # one call at a time, and the samples in the order of the calls
             rest = [await self._call(prompt) for _ in range(n - 1)]
@@ -76,7 +63,7 @@ class FunctionEngine:
         if len(argument) == 1:
             argument = argument[0]["content"]
         try:
-            if _is_async(self.function):
+            if is_async(self.function):
                 return await self.function(argument, *args)
             return await asyncio.to_thread(self._call_alone, argument, *args)
         except BonError:
@@ -98,21 +85,11 @@ class FunctionEngine:
                 raise UserCodeError(f"the function {self.name!r} must return texts, but returned {text!r:.80}.")
         return list(texts)
 
-    async def loglikelihood(
-        self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
-    ) -> list[Loglikelihood]:
-        """Refuse: a function returns texts, not probabilities."""
-        raise InputError(f"{self.name!r} is a function and gives no probabilities; this scorer needs a model.")
-
     async def aclose(self) -> None:
         """Nothing to free."""
 
 
-async def _tagged(index: int, call: asyncio.Future[list[str]]) -> tuple[int, list[str]]:
-    return index, await call
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
+def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
