@@ -1,4 +1,4 @@
-"""Configuration as data: what a ``BestOfN`` is made from, read from a file or the command line, printed, sent elsewhere.
+"""Configuration as data: what a ``BestOfN`` is made from, as it stands in a file or on the command line.
 
 policy = "Qwen/Qwen3-4B-Instruct-2507"
 scorer = "flip:Qwen/Qwen3-0.6B,samples=4"
@@ -22,7 +22,7 @@ from bon.budget import as_budget
 from bon.errors import InputError, UnknownNameError
 from bon.models import Model
 from bon.pipeline import Schedule
-from bon.selectors import as_selector
+from bon.selectors import MinReward, as_selector
 from bon.spec import BUDGETS, SCORERS, SELECTORS
 from bon.types import Sampling
 
@@ -101,7 +101,7 @@ class Config:
         if not isinstance(policy, str | Path | Model | None):
             raise InputError(f"the policy {bon.policy.name!r} is an object of its own, and has no spec.")
         selector, least = bon.selector, None
-        if hasattr(selector, "least"):
+        if isinstance(selector, MinReward):
             selector, least = selector.selector, selector.least
         default = Sampling()
         sampling = {f.name: getattr(bon.sampling, f.name) for f in dataclasses.fields(Sampling)}

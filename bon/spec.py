@@ -33,6 +33,7 @@ from typing import Any, Self
 from bon.errors import BonError, InputError, MissingExtraError, UnknownNameError, UserCodeError
 
 _OPTION = re.compile(r"([A-Za-z_]\w*)=")
+_QUOTED = re.compile(r'[\w-]+:"(?:[^"\\]|\\.)*"')
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -42,9 +43,11 @@ def split_spec(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: an option given twice.
     """
-    parts = re.split(r",\s*(?=[A-Za-z_]\w*=)", text.strip())
-    head, options = parts[0], dict[str, Any]()
-    if ":" in head and _OPTION.match(head.partition(":")[2]):  # NAME:key=value
+    quoted = _QUOTED.match(text.strip())  # NAME:"an argument, with=signs"
+    begun = quoted[0] if quoted else ""
+    parts = re.split(r",\s*(?=[A-Za-z_]\w*=)", text.strip()[len(begun) :])
+    head, options = begun + parts[0], dict[str, Any]()
+    if not quoted and _OPTION.match(head.partition(":")[2]):  # NAME:key=value
         head, _, first = head.partition(":")
         parts[1:1] = [first]
     while len(parts) > 1:
