@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import model, save, tokenizer
 
-from bon.engines import prefix_attention
-from bon.engines.base import Completion, Prompt, Turn
+from bon.engines.base import Completion, Prompt, Request, Turn
 from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.paths import check
+from bon.engines.torch.prefix import attention as prefix_attention
 from bon.engines.torch.prefix.attention import NAME, merge, part
 from bon.engines.torch.prefix.shared import Preamble, SharedRows
 from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, preamble, tree
@@ -250,9 +250,10 @@ def prompts(*candidates: str) -> list[Prompt]:
 
 def generate(engine: TorchEngine, asked: list[Prompt], n: int = 1, **sampling: Any) -> list[Completion]:
     async def collect() -> list[Completion]:
-        return [c async for c in engine.generate(asked, Sampling(**{"max_tokens": 16, **sampling}), n)]
+        options = Sampling(**{"max_tokens": 16, **sampling})
+        return [c async for c in engine.generate([Request(p, options, n) for p in asked])]
 
-    return sorted(asyncio.run(collect()), key=lambda c: (c.prompt_index, c.sample_index))
+    return sorted(asyncio.run(collect()), key=lambda c: (c.request_index, c.sample_index))
 
 
 @pytest.fixture(scope="module", params=["Llama", "Qwen3", "Gemma3"])
@@ -291,7 +292,7 @@ def test_one_changed_candidate_changes_no_other(folder: Path) -> None:
     before = generate(engine, prompts(*CANDIDATES), 2, seed=1)
     after = generate(engine, prompts(*CANDIDATES[:2], "something else altogether", *CANDIDATES[3:]), 2, seed=1)
     for a, b in zip(before, after, strict=True):
-        if a.prompt_index // 3 == 2:
+        if a.request_index // 3 == 2:
             assert a.logprobs != b.logprobs
         else:
             assert (a.text, b.logprobs) == (b.text, pytest.approx(a.logprobs, abs=1e-4))
@@ -319,8 +320,8 @@ def test_permuted_candidates_give_permuted_completions(folder: Path) -> None:
     straight = generate(engine, asked, 2, seed=1)
     turned = generate(engine, asked[::-1], 2, seed=1)
     last = len(asked) - 1
-    assert {(last - c.prompt_index, c.sample_index, c.text) for c in turned} == {
-        (c.prompt_index, c.sample_index, c.text) for c in straight
+    assert {(last - c.request_index, c.sample_index, c.text) for c in turned} == {
+        (c.request_index, c.sample_index, c.text) for c in straight
     }
 
 
