@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from tiny import model, save, tokenizer
 
 from bon.engines.base import Completion, Prompt, Request, Turn
+from bon.engines.torch import paths
 from bon.engines.torch.engine import TorchEngine
-from bon.engines.torch.paths import check
 from bon.engines.torch.prefix import attention as prefix_attention
 from bon.engines.torch.prefix.attention import NAME, merge, part
 from bon.engines.torch.prefix.shared import Preamble, SharedRows
 from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, preamble, tree
 from bon.engines.torch.rows import PlainRows, Rows, Stats
+from bon.errors import EngineError
 from bon.types import Sampling
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX", "Phi3")
@@ -392,9 +393,38 @@ def test_a_model_whose_logits_come_out_different_takes_the_plain_path(
     assert "standard deviations" in line
 
 
-def test_the_trial_run_leaves_the_model_as_it_was() -> None:
-    made = small("Llama")
-    before = made.config._attn_implementation
-    with torch.inference_mode():
-        check(made)
-    assert made.config._attn_implementation == before
+def failing_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The check of the first engine to be asked ends with an error."""
+    right, left = paths.check, [error]
+
+    def check_or_fail(model: Any) -> None:
+        if left:
+            raise left.pop()
+        right(model)
+
+    monkeypatch.setattr(paths, "check", check_or_fail)
+
+
+def test_running_out_of_memory_in_the_check_is_said_and_switches_nothing_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was logged as a model that cannot share prefixes, and every later call took twice as long."""
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    failing_once(monkeypatch, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    with pytest.raises(EngineError, match="Lower max_batch_tokens"):
+        generate(engine, prompts(*CANDIDATES))
+    generate(engine, prompts(*CANDIDATES))
+    assert engine.stats.cached > 0
+    assert fallback_lines(caplog) == []
+
+
+def test_a_fault_in_the_check_is_a_warning_and_the_plain_path_works(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    failing_once(monkeypatch, TypeError("unexpected keyword argument"))
+    assert len(generate(engine, prompts(*CANDIDATES))) == 15
+    assert engine.stats.cached == 0
+    (record,) = [r for r in caplog.records if "not shared" in r.getMessage()]
+    assert record.levelno == logging.WARNING
+    assert "unexpected keyword argument" in record.getMessage()

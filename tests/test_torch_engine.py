@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -405,6 +407,66 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
     asyncio.run(engine.aclose())
     with pytest.raises(EngineError, match="is closed"):
         generate(engine, prompts("Hello"))
+
+
+def test_closing_an_engine_frees_its_weights(tmp_path: Path) -> None:
+    """Another object still held the model, so its memory was gone until the process ended."""
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    generate(engine, prompts("Hello", "Hello"), max_tokens=3)
+    weights = [weakref.ref(weight) for weight in engine._model.parameters()]
+    asyncio.run(engine.aclose())
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+
+
+def test_closing_an_engine_ends_its_calls_and_refuses_new_ones(tmp_path: Path) -> None:
+    """Calls, closed generators and ``aclose`` used to meet in a set that two threads change."""
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    right = [c.text for c in generate(engine, prompts(*TEXTS), seed=1, max_tokens=6)]
+    seen: dict[tuple[int, int], int] = {}
+    problems: list[BaseException] = []
+
+    def keep(partial: Partial) -> bool:  # changes what it reads, as a scorer does
+        seen[partial.request_index, len(seen)] = partial.completion_tokens
+        return sum(seen.values()) > 0
+
+    async def use(times: int) -> None:
+        for i in range(times):
+            requests = [Request(p, Sampling(seed=1, max_tokens=6)) for p in prompts(*TEXTS)]
+            if i % 3 == 2:
+                stream = engine.generate(requests, keep=keep)
+                await anext(stream)
+                await stream.aclose()
+            else:
+                done = [c async for c in engine.generate(requests, keep=keep if i % 3 else None)]
+                texts = [c.text for c in sorted(done, key=lambda c: c.request_index)]
+                assert texts == right
+            await engine.loglikelihood(prompts("a"), ["b"])
+
+    async def crowd() -> None:
+        await asyncio.gather(*(use(6) for _ in range(4)))
+
+    def loop() -> None:
+        try:
+            asyncio.run(crowd())
+        except BaseException as error:
+            problems.append(error)
+
+    loops = [threading.Thread(target=loop) for _ in range(3)]
+    for thread in loops:
+        thread.start()
+    for thread in loops:
+        thread.join()
+    assert problems == []
+    assert seen
+
+    async def close_under_way() -> list[Any]:
+        users = [asyncio.create_task(use(50)) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        await engine.aclose()
+        return await asyncio.gather(*users, return_exceptions=True)
+
+    assert all(isinstance(e, EngineError) and "closed" in str(e) for e in asyncio.run(close_under_way()))
 
 
 def test_models_in_tests_are_random_but_fixed() -> None:

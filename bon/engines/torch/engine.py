@@ -29,7 +29,7 @@ from bon.engines.base import (
     too_long,
 )
 from bon.engines.loading import load
-from bon.engines.memory import kv_bytes_per_token
+from bon.engines.memory import kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
 from bon.engines.torch.decode import MAX_ROWS, Batch, Job, KeepAll, batches
 from bon.engines.torch.paths import Paths
@@ -127,7 +127,10 @@ class TorchEngine:
     async def aclose(self) -> None:
         """Stop what is running after its current step and free the model."""
         await self._worker.aclose()
+        self._paths.close()
         self._model = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the next model, or another process, may need it
 
     def _stream(self, work: Callable[[Call], None]) -> AsyncGenerator[Any, None]:
         def run(call: Call) -> None:
@@ -143,13 +146,13 @@ class TorchEngine:
             yield
         except BonError:
             raise
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            text = str(error)
-            if not isinstance(error, RuntimeError) or "out of memory" in text or "can't allocate memory" in text:
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
                 raise EngineError(
                     f"{self.name!r} ran out of memory. Lower max_batch_tokens (now {self.max_batch_tokens}), "
                     "max_tokens or n, or take a smaller model."
                 ) from error
+            text = str(error)
             raise EngineError(f"{self.name!r} failed: {text.splitlines()[0] if text else error!r}") from error
 
     def _sample(self, requests: Sequence[Request], keep: Keep | None, call: Call) -> None:
