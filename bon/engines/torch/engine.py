@@ -95,6 +95,7 @@ class TorchEngine:
         self._model, tokenizer = load(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
+        self._device = self._model.device
         config = self._model.config.get_text_config(decoder=True)
         self.renderer = Renderer(tokenizer, chat_template_kwargs, eos_ids=_eos_ids(self._model))
         self.max_model_len = _context(config, max_model_len)
@@ -129,7 +130,7 @@ class TorchEngine:
         await self._worker.aclose()
         self._paths.close()
         self._model = None
-        if torch.cuda.is_initialized():
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()  # the next model, or another process, may need it
 
     def _stream(self, work: Callable[[Call], None]) -> AsyncGenerator[Any, None]:
