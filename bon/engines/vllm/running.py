@@ -42,7 +42,7 @@ class SharedPrompt:
     counted: bool = False
 
     def count(self) -> tuple[int, int]:
-        """A completion's ``prompt_tokens`` and ``cached_tokens``: those of the prompt for the first that asks, else 0."""
+        """A completion's ``prompt_tokens`` and ``cached_tokens``: the first that asks gets them, the others get 0."""
         if self.counted:
             return 0, 0
         self.counted = True
