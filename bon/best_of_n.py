@@ -112,7 +112,7 @@ class BestOfN:
         )
 
     @overload
-    def __call__(  # type: ignore[overload-overlap]
+    def __call__(
         self,
         prompt: str | Sequence[Message | Mapping[str, Any]] | Task,
         *,

@@ -100,7 +100,8 @@ class Config:
         own = None if scorer is None else scorer if isinstance(scorer, str) else SCORERS.spec_of(scorer)
         if not isinstance(policy, str | Path | Model | None):
             raise InputError(f"the policy {bon.policy.name!r} is an object of its own, and has no spec.")
-        selector, least = bon.selector, None
+        selector: Any = bon.selector
+        least = None
         if isinstance(selector, MinReward):
             selector, least = selector.selector, selector.least
         default = Sampling()

@@ -80,7 +80,7 @@ class Pipeline:
         reading: set[asyncio.Future[Any]] = set()
         more, enough = True, 1 if self.concurrent else WAVE
         waves = _chunks(enumerate(groups), enough, lambda item: self._size(item[1]))
-        async with aclosing(portal.pull(waves)) as chunks:  # type: ignore[type-var]
+        async with aclosing(portal.pull(waves)) as chunks:
             try:
                 while more or running:
                     if more and not reading and sum(running.values()) < (WAVE if self.concurrent else 1):

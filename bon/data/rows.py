@@ -180,7 +180,7 @@ def _noted(rows: Iterable[Row], taken: dict[int, Row]) -> Iterator[Row]:
 async def _with_rows(
     outcomes: AsyncGenerator[tuple[int, Result | BonError], None], taken: dict[int, Row]
 ) -> AsyncGenerator[tuple[Row, Result | BonError], None]:
-    async with aclosing(outcomes):  # type: ignore[type-var]
+    async with aclosing(outcomes):
         async for position, outcome in outcomes:
             yield taken.pop(position), outcome
 
