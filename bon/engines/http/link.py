@@ -1,0 +1,214 @@
+"""One address of a model: what was learned about it, and requests to it from inside one event loop.
+
+Bytes go out; JSON or server-sent events come in, never more than the limits below. Nothing here is tried twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from io import BytesIO
+from time import monotonic
+from typing import Any
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from bon.engines.http.wire import BadAnswerError, StatusError
+from bon.errors import InputError
+
+MOST_BODY, MOST_ERROR, MOST_LINE = 64 << 20, 1 << 20, 8 << 20
+"""Bytes of an answer, of an error's text and of one line of a stream at most."""
+LONGEST_COOLDOWN_S = 60.0
+
+
+class Endpoint:
+    """One address, and what was learned about it.
+
+    Args:
+        address: base URL; one without a path gets ``/v1``, and ``#name`` at its end names the model.
+
+    Attributes:
+        url: the address for people to read, without credentials and query.
+        named: the model that the address itself names.
+        model: what it calls its model, once it was asked.
+        max_model_len: tokens of prompt and completion together, once it said so.
+        refused: optional request fields that it does not take.
+        failures: failures in a row, those of requests under way at the same time counted once.
+        aside_until: asked again after this moment (``time.monotonic``) while others are well.
+
+    Raises:
+        InputError: not an http(s) URL.
+    """
+
+    def __init__(self, address: object) -> None:
+        try:
+            url = URL(address) if isinstance(address, str) else URL()
+        except ValueError:
+            url = URL()
+        if url.scheme not in ("http", "https") or not url.host:
+            said = shown(address) if isinstance(address, str) else address
+            raise InputError(f"a base URL looks like http://127.0.0.1:8000/v1, not {said!r}.")
+        self.base = url.with_user(None).with_fragment(None).with_path(url.path.rstrip("/") or "/v1")
+        self.query, self.url, self.named = url.query, str(self.base), url.fragment or None
+        basic = url.user is not None
+        self.headers = (
+            {"Authorization": aiohttp.encode_basic_auth(url.user or "", url.password or "")} if basic else None
+        )
+        self.secrets = [s for s in (url.password, *url.query.values()) if s and len(s) >= 4]
+        self.model: str | None = None
+        self.max_model_len: int | None = None
+        self.refused: set[str] = set()
+        self.failures, self.aside_until = 0, 0.0
+
+    def failed(self, cooldown_s: float, retry_after: float | None = None) -> None:
+        """Set it aside, for longer each time."""
+        now = monotonic()
+        if self.aside_until <= now:
+            self.failures += 1
+        pause = min(cooldown_s * 2.0 ** min(self.failures - 1, 10), LONGEST_COOLDOWN_S)
+        self.aside_until = max(self.aside_until, now + max(pause, retry_after or 0.0))
+
+    def answered(self) -> None:
+        """Forget its failures."""
+        self.failures, self.aside_until = 0, 0.0
+
+
+class Link:
+    """An endpoint from inside one event loop.
+
+    Args:
+        endpoint: where it leads.
+        session: that loop's.
+        max_concurrency: requests under way at most.
+    """
+
+    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession, max_concurrency: int) -> None:
+        self.endpoint = endpoint
+        self.slots = asyncio.Semaphore(max_concurrency)
+        self.asking_for_model = asyncio.Lock()
+        self.outstanding = 0  # under way, or waiting for a slot
+        self.served = 0
+        self._session = session
+        self._proxy = _proxy(endpoint.base)
+        self._urls: dict[str, URL] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether to send it more: it is well, or its time has come and nothing is trying it yet."""
+        endpoint = self.endpoint
+        return endpoint.aside_until <= monotonic() and (not endpoint.failures or not self.outstanding)
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """Fetch a JSON object."""
+        return await self._whole(path, None)
+
+    async def post(self, path: str, body: bytes) -> dict[str, Any]:
+        """Send a request and wait for the whole answer."""
+        return await self._whole(path, body)
+
+    async def _whole(self, path: str, body: bytes | None) -> dict[str, Any]:
+        response = await self.open(path, body)
+        try:
+            return _json_object(await _read(response, MOST_BODY))
+        finally:
+            response.close()  # gives up what was not read to its end, and leaves a connection in the pool that was
+
+    async def open(self, path: str, body: bytes | None = None) -> aiohttp.ClientResponse:
+        """Send a request and wait for the head of its answer; closing the response aborts the rest.
+
+        Raises:
+            StatusError: the answer is no success.
+        """
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = (self.endpoint.base / path).with_query(self.endpoint.query)
+        response = await self._session.request(
+            "GET" if body is None else "POST",
+            url,
+            data=body if body is None or len(body) < MOST_ERROR else BytesIO(body),  # aiohttp warns of larger bytes
+            headers=self.endpoint.headers,
+            proxy=self._proxy,
+            allow_redirects=False,
+        )
+        try:
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if response.status >= 300:
+                text = await _read(response, MOST_ERROR) if encoding == "identity" else b""
+                location = shown(response.headers.get("Location", ""))
+                raise StatusError(response.status, text or str(response.reason).encode(), response.headers, location)
+            if encoding != "identity":  # a few bytes may unpack to gigabytes
+                raise BadAnswerError(f"sent an answer compressed with {encoding[:20]!r}, which was not asked for.")
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+
+async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, Any], None]:
+    """The JSON objects of a stream of server-sent events; from a server that does not stream, its whole answer."""
+    if response.content_type.endswith("json"):
+        yield _json_object(await _read(response, MOST_BODY))
+        return
+    buffer, scanned, size = bytearray(), 0, 0
+    data: list[bytes] = []
+    async for chunk in response.content.iter_any():
+        buffer += chunk
+        size += len(chunk)
+        while (end := buffer.find(b"\n", scanned)) >= 0:
+            line = bytes(buffer[:end]).rstrip(b"\r")
+            del buffer[: end + 1]
+            scanned = 0
+            if line.startswith(b"data:"):
+                data.append(line[5:].strip())
+            elif not line and data:
+                event = b"\n".join(data)
+                data.clear()
+                if event == b"[DONE]":
+                    return
+                yield _json_object(event)
+        scanned = len(buffer)
+        if scanned > MOST_LINE or size > MOST_BODY:
+            raise BadAnswerError(f"sent a stream with a line above {MOST_LINE} or a whole above {MOST_BODY} bytes.")
+
+
+async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """The body, unless it is longer than ``most`` bytes."""
+    parts, size = [], 0
+    while part := await response.content.readany():
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            raise BadAnswerError(f"sent an answer of more than {most} bytes.")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    try:
+        data = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise BadAnswerError(f"sent something that is not JSON: {text[:80]!r}") from error
+    if not isinstance(data, dict):
+        raise BadAnswerError(f"sent JSON that is not an object: {text[:80]!r}")
+    return data
+
+
+def shown(address: str) -> str:
+    """An address without credentials, query and fragment, for people to read."""
+    return re.sub(r"^([a-z]*:?//)?[^/]*@", r"\1", re.split(r"[?#]", address, maxsplit=1)[0], flags=re.I)[:200]
+
+
+def _proxy(url: URL) -> str | None:
+    """The proxy that the environment names for an address."""
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy is None or proxy_bypass(url.authority):
+        return None
+    if not proxy.startswith(("http://", "https://")):
+        raise InputError(
+            f"the proxy {shown(proxy)!r} (from the environment) is no HTTP proxy; unset it or set NO_PROXY."
+        )
+    return proxy
