@@ -110,7 +110,9 @@ async def _stub() -> None:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while request := await _head(reader):
-            length = next(int(line[15:]) for line in request.split(b"\r\n") if line.lower().startswith(b"content-length"))
+            length = next(
+                int(line[15:]) for line in request.split(b"\r\n") if line.lower().startswith(b"content-length")
+            )
             await reader.readexactly(length)
             writer.write(head + body)
         writer.close()

@@ -49,8 +49,9 @@ HOLD_AT_MOST = 10.0  # seconds
 class FakeServer:
     """Answers every completion with ``text(seen, draw)``, after the faults in ``faults`` are used up.
 
-    A fault is a ``Reply``, a ``Stream``, one of ``FAULTS``, bytes (sent as a 200), or a dict (sent as JSON). ``refuse`` may look at
-    any request and return a fault or None. ``hold`` holds answers back until that many requests wait at the same time.
+    A fault is a ``Reply``, a ``Stream``, one of ``FAULTS``, bytes (sent as a 200), or a dict (sent as JSON). ``refuse``
+    may look at any request and return a fault or None. ``hold`` holds answers back until that many requests wait at the
+    same time.
     """
 
     def __init__(self, text: Callable[[Seen, int], str] | None = None) -> None:

@@ -13,7 +13,6 @@ pytest.importorskip("aiohttp")
 from fake_openai import FakeServer, Reply, Stream, error
 
 import bon
-
 from bon.engines.base import Prompt, Request
 from bon.engines.http import wire
 from bon.engines.http.endpoints import pause, retry_after
@@ -73,6 +72,15 @@ def sent_seed(sample, seed=0):
 
 def messages(error_completions):
     return " ".join(str(c.error) for c in error_completions)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from tiny import tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer("chatml").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -148,6 +156,14 @@ def test_an_option_that_nobody_listed_is_refused(name):
         ({"retries": -1}, "retries"),
         ({"timeout_s": 0}, "timeout_s"),
         ({"extra_body": {"stream": True}}, "stream"),
+        ({"extra_body": "wait"}, "extra_body must be an object"),
+        ({"retrys": 1}, "Did you mean 'retries'"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"timeout_s": None}, "timeout_s"),
+        ({"base_url": "http://x:99999"}, "not 'http://x:99999'"),
+        ({"api_key": "sk-1", "api_key_env": "KEY"}, "not both"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+        ({"api_key": "sk-secret\n"}, "line break"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(arguments, message):
@@ -179,6 +195,76 @@ def test_each_sample_is_a_request_of_its_own_and_is_there_as_soon_as_it_is_done(
     assert asyncio.run(first_of_two()).sample_index == 0
     hanging = next(p for p in server.posts if p.body["seed"] == sent_seed(1))
     assert hanging.aborted.wait(10), "closing the iterator aborts what is under way"
+
+
+def test_two_seeds_share_no_sample_however_the_samples_are_divided(server):
+    # The seed that was sent used to be seed + index, so that seeds 0 and 1 had 63 of 64 samples in common.
+    server.text = lambda seen, draw: str(seen.body["seed"])
+
+    async def both():
+        engine = HTTPEngine(server.url)
+        texts = [[c.text for c in await collect(engine, n=64, seed=seed)] for seed in (0, 1)]
+        parts = [await collect(engine, n=n, seed=0, first_sample=first) for first, n in ((0, 5), (5, 1), (6, 58))]
+        await engine.aclose()
+        return (*texts, [c for part in parts for c in part])
+
+    zero, one, parts = asyncio.run(both())
+    assert len({*zero, *one}) == 128
+    assert [c.text for c in parts] == zero
+    assert [c.sample_index for c in parts] == [*range(64)]
+
+
+def test_with_several_samples_in_one_request_they_are_the_same_however_they_are_divided():
+    # vLLM gives choice i of a request the seed plus i.
+    async def sent(*parts):
+        seeds = []
+        with FakeServer() as server:
+            engine = HTTPEngine(server.url, n_per_request=4)
+            for first, n in parts:
+                await collect(engine, n=n, seed=3, first_sample=first)
+            await engine.aclose()
+            for post in server.posts:
+                seeds += [post.body["seed"] + i for i in range(post.body.get("n", 1))]
+        return sorted(seeds)
+
+    whole = asyncio.run(sent((0, 12)))
+    assert len({*whole}) == 12
+    assert asyncio.run(sent((0, 3), (3, 4), (7, 5))) == whole
+
+
+def test_at_temperature_0_no_seed_is_sent(server):
+    generate(HTTPEngine(server.url), temperature=0.0, seed=1)
+    assert "seed" not in server.posts[0].body
+
+
+def test_each_request_has_its_own_sampling(server):
+    async def once():
+        engine = HTTPEngine(server.url)
+        requests = [
+            Request(PROMPT, Sampling(max_tokens=5), 2),
+            Request(PROMPT, Sampling(stop=("x",)), 1, first_sample=7),
+        ]
+        done = [c async for c in engine.generate(requests)]
+        await engine.aclose()
+        return {(c.request_index, c.sample_index) for c in done}
+
+    assert asyncio.run(once()) == {(0, 0), (0, 1), (1, 7)}
+    assert sorted((p.body["max_tokens"], p.body.get("stop")) for p in server.posts) == [(5, None)] * 2 + [(1024, ["x"])]
+
+
+def test_every_http_request_carries_the_prompt_that_it_sent(server):
+    server.refuse = lambda seen: error(500, "oops") if seen.body["seed"] == sent_seed(0) else None
+    done = generate(HTTPEngine(server.url, retries=0), n=3, seed=0)
+    assert [(c.finish_reason, c.prompt_tokens, c.cached_tokens) for c in done] == [
+        ("error", 0, 0),
+        ("stop", 7, 4),
+        ("stop", 7, 4),
+    ]
+
+
+def test_the_choices_of_one_http_request_share_one_prompt(server):
+    done = generate(HTTPEngine(server.url, n_per_request=2), n=4)
+    assert [(c.prompt_tokens, c.cached_tokens) for c in done] == [(7, 4), (0, 0), (7, 4), (0, 0)]
 
 
 def test_n_per_request_asks_for_that_many_at_once(server):
@@ -427,6 +513,104 @@ def test_a_deadline_keeps_what_is_there(server):
     assert "deadline" in str(done[2].error)
 
 
+def chat(**choice):
+    return {"choices": [{"message": {"content": "x"}, "finish_reason": "stop", **choice}]}
+
+
+GARBAGE = {
+    "no token id": chat(token_ids=[-1]),
+    "token ids that are a number": chat(token_ids=5),
+    "tool calls that are a number": chat(message={"content": None, "tool_calls": 5}),
+    "tool calls that are numbers": chat(message={"content": None, "tool_calls": [5]}),
+    "a tool call too deep": chat(message={"tool_calls": [{"function": {"arguments": "[" * 300 + "]" * 300}}]}),
+    "content that is an object": chat(message={"content": {"text": "x"}}),
+    "an unpaired surrogate": b'{"choices": [{"message": {"content": "\\ud800"}}]}',
+    "no UTF-8": b'{"choices": [{"message": {"content": "\xff"}}]}',
+    "choices null": {"choices": None},
+    "a choice that is null": {"choices": [None]},
+    "nested beyond reason": b'{"choices": [' * 900 + b"]}" * 900,
+    "an error that is nested beyond reason": Reply(400, b'{"error": {"message": ' + b"[" * 900 + b"]" * 900 + b"}}"),
+    "a number of tokens without end": error(400, f"context length is {'9' * 5000} tokens, 1 input tokens"),
+    "compressed": Reply(200, gzip.compress(b"{}"), {"Content-Encoding": "gzip"}),
+    "a stream of numbers": Stream([b"5"]),
+    "a stream that is no UTF-8": Stream([b'{"choices": [{"delta": {"content": "\xff"}}]}']),
+    "a stream of null": Stream([b'{"choices": [null]}']),
+    "a stream with content that is a number": Stream([b'{"choices": [{"delta": {"content": 5}}]}']),
+    "a stream with token ids that are a number": Stream([b'{"choices": [{"delta": {}, "token_ids": 5}]}']),
+    "a stream with an error": Stream([b'{"error": {"message": "no room"}}']),
+    "a stream without an end": Stream([b'{"choices": [{"delta": {"content": "x"}}]}']),
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+@pytest.mark.parametrize("keep", [None, lambda partial: True], ids=["plain", "streamed"])
+def test_whatever_a_server_sends_costs_one_candidate_and_says_why(server, garbage, keep, tokenizer):
+    # Building a completion from a token id of -1 raised; the task ended unseen and the call waited for ever.
+    server.refuse = lambda seen: garbage if seen.body["seed"] == sent_seed(1) else None
+    engine = HTTPEngine(server.url, tokenizer=tokenizer, retries=0)
+    engine.endpoints.all[0].refused.add("token ids")  # so that the fake server's chat endpoint answers
+    done = generate(engine, n=3, seed=0, keep=keep)
+    assert [c.finish_reason for c in done] == ["stop", "error", "stop"]
+    assert done[1].text == ""
+    assert server.url in str(done[1].error)
+
+
+def test_a_choice_that_cannot_be_read_is_made_again_by_itself(server):
+    bad = {"index": 1, "message": None}
+    good = [{"index": i, "message": {"content": f"at once {i}"}} for i in (2, 0)]
+    server.faults += [{"choices": [bad, *good]}]
+    done = generate(HTTPEngine(server.url, n_per_request=3), n=3, seed=0)
+    assert [c.text for c in done] == ["at once 0", "answer 0", "at once 2"]
+    assert server.posts[1].body["seed"] == wire.seed_of(0, 1, 3)
+
+
+def test_what_keep_raises_comes_out_of_the_call(server):
+    def keep(partial):
+        raise ZeroDivisionError("in the caller's own code")
+
+    with pytest.raises(ZeroDivisionError, match="own code"):
+        generate(HTTPEngine(server.url), n=3, keep=keep)
+
+
+@pytest.mark.parametrize("keep", [None, lambda partial: True], ids=["plain", "streamed"])
+def test_an_answer_without_end_is_given_up(server, keep, monkeypatch):
+    monkeypatch.setattr("bon.engines.http.link.MOST_BODY", 100_000)
+    server.text = lambda seen, draw: "word " * 50_000
+    [done] = generate(HTTPEngine(server.url, retries=0), keep=keep)
+    assert "more than 100000 bytes" in str(done.error) or "above 100000 bytes" in str(done.error)
+
+
+def test_a_line_without_end_is_given_up(server, monkeypatch):
+    monkeypatch.setattr("bon.engines.http.link.MOST_LINE", 100_000)
+    server.refuse = lambda seen: Stream([b"x" * 200_000])
+    [done] = generate(HTTPEngine(server.url, retries=0), keep=lambda partial: True)
+    assert "a line above 100000" in str(done.error)
+
+
+def test_a_redirect_is_not_followed_and_says_where_it_leads(server):
+    with FakeServer() as other:
+        there = other.url + "/chat/completions"
+        server.refuse = lambda seen: Reply(307, b"", {"Location": f"{there}?token=abc"})
+        with pytest.raises(RefusedError, match="redirects to") as caught:
+            generate(HTTPEngine(server.url))
+        assert repr(there) in str(caught.value)
+        assert not other.seen
+
+
+def test_one_request_that_is_refused_does_not_end_the_others(server):
+    server.refuse = lambda seen: error(400, "not to our liking") if "bad" in json.dumps(seen.body) else None
+    done = generate(HTTPEngine(server.url), [Prompt.of([Message("user", "bad words")]), PROMPT])
+    assert [c.finish_reason for c in done] == ["error", "stop"]
+    assert isinstance(done[0].error, RefusedError)
+    assert "not to our liking" in str(done[0].error)
+
+
+def test_a_prompt_of_megabytes_is_sent(server):
+    text = "word " * 500_000
+    generate(HTTPEngine(server.url), [Prompt.of([Message("user", text)])])
+    assert server.posts[0].body["messages"][0]["content"] == text
+
+
 def test_a_wait_that_is_too_long_is_not_waited_for(server):
     server.refuse = lambda seen: error(429, "quota", {"Retry-After": "86400"})
     [done] = generate(HTTPEngine(server.url))
@@ -457,6 +641,43 @@ def test_a_refused_key_ends_the_call_at_once_and_never_shows_the_key(server, sta
     assert not caught.value.retryable
     assert server.posts[0].headers["authorization"] == "Bearer sk-secret"
     assert len(server.posts) == 1
+
+
+def test_the_key_may_be_in_a_variable_that_is_named(server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-mine")
+    generate(HTTPEngine(server.url, api_key_env="MY_KEY"))
+    assert server.posts[0].headers["authorization"] == "Bearer sk-mine"
+
+
+def test_a_key_is_not_shown_by_halves_where_a_message_is_cut(server):
+    server.refuse = lambda seen: error(400, "x" * 390 + " sk-secret-and-more")
+    [done] = generate(HTTPEngine(server.url, api_key="sk-secret-and-more"))
+    assert "sk-s" not in str(done.error)
+
+
+def test_credentials_in_a_url_are_sent_and_not_shown(server):
+    server.refuse = lambda seen: error(500, "who is hunter2?")
+    address = server.url.replace("//", "//anna:hunter2@") + "?version=2024-06-01"
+    engine = HTTPEngine(address, retries=0, model="m")
+    shown = [repr(engine), HTTPEngine(address).name, str(generate(engine)[0].error)]
+    assert all(server.url in text for text in shown)
+    assert not [text for text in shown if "anna" in text or "hunter2" in text or "2024" in text]
+    [seen] = server.posts
+    assert seen.headers["authorization"] == "Basic YW5uYTpodW50ZXIy"
+    assert seen.path == "/v1/chat/completions?version=2024-06-01"
+    with pytest.raises(InputError) as caught:
+        HTTPEngine("anna:hunter2@host/v1?key=hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_proxy_of_the_environment_is_used(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+    monkeypatch.setenv("no_proxy", "near.example")
+    generate(HTTPEngine("http://far.example/v1", model="m"))
+    assert server.posts[0].path == "http://far.example/v1/chat/completions"
+    monkeypatch.setenv("http_proxy", "socks5://anna:hunter2@127.0.0.1")
+    with pytest.raises(InputError, match=r"'socks5://127\.0\.0\.1' is no HTTP proxy"):
+        generate(HTTPEngine("http://far.example/v1", model="m"))
 
 
 def test_openais_key_is_not_sent_in_the_clear(server, monkeypatch):
@@ -611,7 +832,7 @@ def test_one_engine_serves_several_event_loops(server):
     for thread in threads:
         thread.join()
     assert sorted(texts) == [f"answer {i}" for i in range(7)]
-    assert not engine.endpoints._loops, "a loop that ends takes its connections with it"
+    assert not engine.endpoints.loops, "a loop that ends takes its connections with it"
 
 
 def test_a_closed_engine_says_so(server):
@@ -643,15 +864,6 @@ def test_a_cancelled_call_aborts_its_requests(server):
 def test_without_a_tokenizer_rating_says_what_to_do(server):
     with pytest.raises(InputError, match="tokenizer="):
         rate(HTTPEngine(server.url))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    from tiny import tokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer("chatml").save_pretrained(folder)
-    return folder
 
 
 def rate(engine, continuation="red"):
@@ -690,6 +902,29 @@ def test_rating_takes_the_way_that_the_server_offers(server, tokenizer, refused)
     [rated] = rate(engine)
     assert (rated.tokens, rated.prompt_tokens) == (tail, start)
     assert rated.total == -sum(range(start, start + tail))
+
+
+def test_what_cannot_be_rated_says_why_in_its_place(server, tokenizer):
+    engine = HTTPEngine(server.url, tokenizer=tokenizer, retries=0)
+    ids = [engine.renderer.encode(text) for text in ("red", "blue " * 100, "broken")]
+    server.models[0]["max_model_len"] = 120
+
+    def answer(seen):
+        broken = tuple(seen.body["prompt"][-len(ids[2]) - 1 : -1]) == ids[2]
+        return error(500, "oops") if broken else echo(seen)
+
+    server.refuse = answer
+
+    async def three():
+        rated = await engine.loglikelihood([PROMPT] * 3, ["red", "blue " * 100, "broken"])
+        await engine.aclose()
+        return rated
+
+    red, blue, broken = asyncio.run(three())
+    assert red.error is None
+    assert red.total < 0
+    assert isinstance(blue.error, PromptTooLongError)
+    assert isinstance(broken.error, UnavailableError)
 
 
 def test_a_server_that_gives_no_prompt_logprobs_is_named_with_what_to_use_instead(server, tokenizer):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ import aiohttp
 
 from bon.engines.http.link import Endpoint, Link
 from bon.engines.http.wire import BadAnswerError, RequestRefusedError, StatusError
-from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, RefusedError, UnavailableError
+from bon.errors import BonError, EngineError, ModelNotFoundError, RefusedError, UnavailableError
 
 T = TypeVar("T")
 
@@ -28,48 +29,22 @@ CONNECT_S = 10.0
 KEEPALIVE_S = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Loop:
-    """What belongs to one event loop."""
-
-    links: list[Link]
-    guard: AsyncGenerator[None, None]
-
-
+@dataclass(eq=False)
 class Endpoints:
     """All addresses of one model; every request goes to the least busy one that is well.
 
-    Args:
-        endpoints: the addresses.
-        api_key: sent as bearer token; None sends none. It appears in no message.
-        max_concurrency: requests under way at each address.
-        timeout_s: seconds for one request.
-        retries: how often a request that failed for a passing reason is made again.
-        cooldown_s: how long a failing address is set aside at first; it doubles each time.
-
-    Raises:
-        InputError: no address.
+    The arguments are ``HTTPEngine``'s. A session belongs to one event loop, so each loop has links of its own, and a
+    generator that closes them.
     """
 
-    def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        api_key: str | None,
-        *,
-        max_concurrency: int,
-        timeout_s: float,
-        retries: int,
-        cooldown_s: float,
-    ) -> None:
-        self.all = endpoints
-        if not self.all:
-            raise InputError("give at least one base URL, such as http://127.0.0.1:8000/v1.")
-        self.api_key = api_key
-        self._secrets = [s for endpoint in self.all for s in endpoint.secrets] + ([api_key] if api_key else [])
-        self._max_concurrency, self._timeout_s = max_concurrency, timeout_s
-        self._retries, self._cooldown_s = retries, cooldown_s
-        self._loops: dict[asyncio.AbstractEventLoop, _Loop] = {}
-        self._closed = False
+    all: Sequence[Endpoint]
+    api_key: str | None
+    max_concurrency: int
+    timeout_s: float
+    retries: int
+    cooldown_s: float
+    loops: dict[asyncio.AbstractEventLoop, tuple[list[Link], AsyncGenerator[None, None]]] = field(default_factory=dict)
+    closed: bool = False
 
     async def call(self, send: Callable[[Link], Awaitable[T]], until: float | None = None) -> T:
         """Send a request where it is best sent, again where that may help.
@@ -99,11 +74,11 @@ class Endpoints:
                 answer = await send(link)
             except Exception as error:
                 failure = self._explain(error, link.endpoint)
-                if not isinstance(failure, UnavailableError):
-                    raise failure from (error.__cause__ if failure is error else error)
                 if failure is not error:
                     failure.__cause__ = error
-                link.endpoint.failed(self._cooldown_s, failure.retry_after)
+                if not isinstance(failure, UnavailableError):
+                    raise failure from failure.__cause__
+                link.endpoint.failed(self.cooldown_s, failure.retry_after)
             else:
                 link.endpoint.answered()
                 return answer
@@ -111,8 +86,8 @@ class Endpoints:
                 link.slots.release()
                 link.outstanding -= 1
             failures.append(failure)
-            if len(failures) > self._retries:
-                tries = f" ({len(failures)} tries)" if self._retries else ""
+            if len(failures) > self.retries:
+                tries = f" ({len(failures)} tries)" if self.retries else ""
                 raise UnavailableError(f"{failure}{tries}", failure.retry_after) from failure.__cause__
             if failure.retry_after is not None and failure.retry_after > LONGEST_RETRY_AFTER_S:
                 raise failure
@@ -141,18 +116,17 @@ class Endpoints:
             link.outstanding -= 1
 
     async def _links(self) -> list[Link]:
-        if self._closed:
+        if self.closed:
             raise EngineError(f"the engine for {self} has been closed.")
         loop = asyncio.get_running_loop()
-        if loop not in self._loops:
-            for old in [*self._loops]:
-                if old.is_closed():
-                    self._loops.pop(old, None)
+        if loop not in self.loops:
+            for old in [loop for loop in [*self.loops] if loop.is_closed()]:
+                self.loops.pop(old, None)
             session = self._session()
-            links = [Link(endpoint, session, self._max_concurrency) for endpoint in self.all]
-            self._loops[loop] = _Loop(links, guard := self._guard(loop, session))
+            links = [Link(endpoint, session, self.max_concurrency) for endpoint in self.all]
+            self.loops[loop] = links, guard = links, self._guard(loop, session)
             await anext(guard)
-        return self._loops[loop].links
+        return self.loops[loop][0]
 
     async def _guard(
         self, loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession
@@ -161,30 +135,28 @@ class Endpoints:
         try:
             yield
         finally:
-            self._loops.pop(loop, None)
+            self.loops.pop(loop, None)
             await session.close()
 
     def _session(self) -> aiohttp.ClientSession:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "bon"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),  # ``Link.slots`` is the limit
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=min(CONNECT_S, self._timeout_s)),
-            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=min(CONNECT_S, self.timeout_s)),
+            headers={**headers, "Authorization": f"Bearer {self.api_key}"} if self.api_key else headers,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
 
     async def aclose(self) -> None:
         """Close every connection; later calls are refused."""
-        self._closed = True
-        for loop, state in [*self._loops.items()]:
+        self.closed = True
+        for loop, (_, guard) in [*self.loops.items()]:
             if loop is asyncio.get_running_loop():
-                await state.guard.aclose()
+                await guard.aclose()
             elif loop.is_running():
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_close(state.guard), loop))
-        self._loops.clear()
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_close(guard), loop))
+        self.loops.clear()
 
     def __str__(self) -> str:
         return self.all[0].url + (f" (and {len(self.all) - 1} more)" if len(self.all) > 1 else "")
@@ -197,18 +169,19 @@ class Endpoints:
         if isinstance(error, BadAnswerError):
             return BadAnswerError(f"{url} {self._redact(str(error))}")
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-            said = getattr(error, "os_error", None) or error
-            return UnavailableError(f"cannot reach {url}: {_said(said)}. Is a server running there?")
+            return UnavailableError(f"cannot reach {url}: {_said(error)}. Is a server running there?")
         if isinstance(error, TimeoutError):
-            return UnavailableError(f"{url} did not answer within {self._timeout_s:g} s.")
+            return UnavailableError(f"{url} did not answer within {self.timeout_s:g} s.")
         if isinstance(error, aiohttp.ClientError | OSError):
             return UnavailableError(f"{url} broke off: {self._redact(_said(error))}.")
         return error
 
     def _explain_status(self, error: StatusError, endpoint: Endpoint) -> BonError:
         status, url, said = error.status, endpoint.url, self._redact(error.message)
+        said = said if len(said) <= 400 else said[:400] + "…"
         if status < 400:
-            return RefusedError(f"{url} redirects to {error.location!r} ({status}). Give that address if you trust it.")
+            there = error.headers.get("Location", "").partition("?")[0][:200]
+            return RefusedError(f"{url} redirects to {there!r} ({status}). Give that address if you trust it.")
         if status in RETRYABLE and error.code != "insufficient_quota":
             wait = retry_after(error.headers)
             asks = "" if wait is None else f" and asks to wait {wait:g} s"
@@ -227,8 +200,9 @@ class Endpoints:
         return kind(f"{url} refuses the request ({status}): {said}")
 
     def _redact(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
+        for secret in [self.api_key, *(secret for endpoint in self.all for secret in endpoint.secrets)]:
+            if secret:  # its beginning is enough, because an excerpt may end inside it
+                text = re.sub(re.escape(secret[:6]) + r"\S*", "***", text)
         return text
 
 
@@ -248,7 +222,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _said(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
+    text = getattr(error, "strerror", None) or getattr(error, "message", None) or error
     return str(text).rstrip(".") or type(error).__name__
 
 

@@ -28,7 +28,7 @@ from bon.engines.base import Completion, Keep, Loglikelihood, Prompt, Request, c
 from bon.engines.http import wire
 from bon.engines.http.endpoints import Endpoints
 from bon.engines.http.link import Endpoint, Link
-from bon.engines.http.model import Model
+from bon.engines.http.model import NOTHING, Model
 from bon.engines.http.samples import Job
 from bon.errors import BonError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 
@@ -92,33 +92,26 @@ class HTTPEngine:
         for option in unknown:
             known = [p.name for p in inspect.signature(HTTPEngine).parameters.values() if p.kind is p.KEYWORD_ONLY]
             raise UnknownNameError("option of the HTTP engine", option, known)
-        for name, value, least in (
-            ("n_per_request", n_per_request, 1),
-            ("max_concurrency", max_concurrency, 1),
-            ("retries", retries, 0),
-        ):
-            if type(value) is not int or value < least:
-                raise InputError(f"{name} must be a whole number >= {least}, got {value!r}.")
-        deadline = math.inf if deadline_s is None else _seconds("deadline_s", deadline_s)
-        for name, text in (("base_url", base_url), ("model", model), ("tokenizer", tokenizer)):
-            if (text is not None and not isinstance(text, str | Path | Sequence)) or text == "":
-                raise InputError(f"{name} must be text, got {text!r}.")
         if not isinstance(extra_body, Mapping | None):
             raise InputError(f"extra_body must be an object such as {{'repetition_penalty': 1.1}}, got {extra_body!r}.")
-        self._n_per_request, self._deadline_s, self._tokenizer = n_per_request, deadline, tokenizer
         extra_body = dict(extra_body or {})
         wire.check_extra(extra_body, extra_body)
-        urls = [url.strip() for url in base_url.split(",")] if isinstance(base_url, str) else base_url
-        endpoints = [Endpoint(url) for url in urls]
+        self._tokenizer, self._n_per_request = tokenizer, _whole("n_per_request", n_per_request, 1)
+        self._deadline_s = None if deadline_s is None else _seconds("deadline_s", deadline_s)
+        urls = base_url if isinstance(base_url, list | tuple) else str(base_url).split(",")
+        endpoints = [Endpoint(str(url)) for url in urls]
+        if not endpoints:
+            raise InputError("give at least one base URL, such as http://127.0.0.1:8000/v1.")
         self.endpoints = Endpoints(
             endpoints,
             _key(api_key, api_key_env, endpoints),
-            max_concurrency=max_concurrency,
-            timeout_s=_seconds("timeout_s", timeout_s),
-            retries=retries,
-            cooldown_s=_seconds("cooldown_s", cooldown_s),
+            _whole("max_concurrency", max_concurrency, 1),
+            _seconds("timeout_s", timeout_s),
+            _whole("retries", retries, 0),
+            _seconds("cooldown_s", cooldown_s),
         )
-        named = model or next((endpoint.named for endpoint in endpoints if endpoint.named), None)
+        named = next((endpoint.named for endpoint in endpoints if endpoint.named), None)
+        named = named if model is None else str(model)
         self._model = Model(self.endpoints, named, extra_body, measured=tokenizer is not None)
 
     @property
@@ -278,7 +271,7 @@ class HTTPEngine:
         return too_long(lengths, None if limit is None else limit - 1, what)
 
     def _until(self) -> float | None:
-        return asyncio.get_running_loop().time() + self._deadline_s if self._deadline_s < math.inf else None
+        return None if self._deadline_s is None else asyncio.get_running_loop().time() + self._deadline_s
 
     async def _rate(self, row: tuple[int, ...], link: Link) -> tuple[list[float], int]:
         """Log-probabilities of a row of tokens (0.0 for the first, which has none), and how many were cached."""
@@ -287,7 +280,7 @@ class HTTPEngine:
                 continue
             body = wire.Body({**self._model.extra_body, "prompt": row, "temperature": 0.0, **way})
             try:
-                data = await self._model.ask(link, wire.PLAIN, body, {}, link.post, optional=())
+                data = await self._model.ask(link, wire.PLAIN, body, {}, link.fetch, NOTHING)
             except wire.StatusError as error:
                 if error.status not in (400, 404, 422):
                     raise
@@ -305,6 +298,12 @@ class HTTPEngine:
 def _concerns_one(error: BonError) -> bool:
     """Whether an error says something about one sample or prompt, and nothing about the others."""
     return error.retryable or isinstance(error, PromptTooLongError | wire.RequestRefusedError | wire.UnwritableError)
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    return value
 
 
 def _seconds(name: str, value: object) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from base64 import b64encode
 from collections.abc import AsyncGenerator
 from io import BytesIO
 from time import monotonic
@@ -20,8 +21,7 @@ from yarl import URL
 from bon.engines.http.wire import BadAnswerError, StatusError
 from bon.errors import InputError
 
-MOST_BODY, MOST_ERROR, MOST_LINE = 64 << 20, 1 << 20, 8 << 20
-"""Bytes of an answer, of an error's text and of one line of a stream at most."""
+MOST_BODY, MOST_ERROR, MOST_LINE = 64 << 20, 1 << 20, 8 << 20  # bytes of an answer, of an error, of a stream's line
 LONGEST_COOLDOWN_S = 60.0
 
 
@@ -33,32 +33,29 @@ class Endpoint:
 
     Attributes:
         url: the address for people to read, without credentials and query.
-        named: the model that the address itself names.
-        model: what it calls its model, once it was asked.
+        named, model: the model that the address names, and what its server calls its model, once it was asked.
         max_model_len: tokens of prompt and completion together, once it said so.
         refused: optional request fields that it does not take.
         failures: failures in a row, those of requests under way at the same time counted once.
         aside_until: asked again after this moment (``time.monotonic``) while others are well.
 
     Raises:
-        InputError: not an http(s) URL.
+        InputError: not an http(s) URL, or one that only an unsupported proxy leads to.
     """
 
-    def __init__(self, address: object) -> None:
+    def __init__(self, address: str) -> None:
         try:
-            url = URL(address) if isinstance(address, str) else URL()
+            url = URL(address.strip())
         except ValueError:
             url = URL()
         if url.scheme not in ("http", "https") or not url.host:
-            said = shown(address) if isinstance(address, str) else address
-            raise InputError(f"a base URL looks like http://127.0.0.1:8000/v1, not {said!r}.")
+            raise InputError(f"a base URL looks like http://127.0.0.1:8000/v1, not {shown(address)!r}.")
         self.base = url.with_user(None).with_fragment(None).with_path(url.path.rstrip("/") or "/v1")
         self.query, self.url, self.named = url.query, str(self.base), url.fragment or None
-        basic = url.user is not None
-        self.headers = (
-            {"Authorization": aiohttp.encode_basic_auth(url.user or "", url.password or "")} if basic else None
-        )
-        self.secrets = [s for s in (url.password, *url.query.values()) if s and len(s) >= 4]
+        self.proxy = _proxy(self.base)
+        login = b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
+        self.headers = None if url.user is None else {"Authorization": f"Basic {login}"}
+        self.secrets = [secret for secret in (url.password, *url.query.values()) if secret and len(secret) > 3]
         self.model: str | None = None
         self.max_model_len: int | None = None
         self.refused: set[str] = set()
@@ -78,22 +75,13 @@ class Endpoint:
 
 
 class Link:
-    """An endpoint from inside one event loop.
-
-    Args:
-        endpoint: where it leads.
-        session: that loop's.
-        max_concurrency: requests under way at most.
-    """
+    """An endpoint from inside one event loop, whose session it uses; ``slots`` bounds the requests under way."""
 
     def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession, max_concurrency: int) -> None:
-        self.endpoint = endpoint
-        self.slots = asyncio.Semaphore(max_concurrency)
-        self.asking_for_model = asyncio.Lock()
+        self.endpoint, self._session = endpoint, session
+        self.slots, self.asking_for_model = asyncio.Semaphore(max_concurrency), asyncio.Lock()
         self.outstanding = 0  # under way, or waiting for a slot
         self.served = 0
-        self._session = session
-        self._proxy = _proxy(endpoint.base)
         self._urls: dict[str, URL] = {}
 
     @property
@@ -102,20 +90,13 @@ class Link:
         endpoint = self.endpoint
         return endpoint.aside_until <= monotonic() and (not endpoint.failures or not self.outstanding)
 
-    async def get(self, path: str) -> dict[str, Any]:
-        """Fetch a JSON object."""
-        return await self._whole(path, None)
-
-    async def post(self, path: str, body: bytes) -> dict[str, Any]:
-        """Send a request and wait for the whole answer."""
-        return await self._whole(path, body)
-
-    async def _whole(self, path: str, body: bytes | None) -> dict[str, Any]:
+    async def fetch(self, path: str, body: bytes | None = None) -> dict[str, Any]:
+        """Send a request, a GET where there is no body, and wait for the JSON object that answers it."""
         response = await self.open(path, body)
         try:
             return _json_object(await _read(response, MOST_BODY))
         finally:
-            response.close()  # gives up what was not read to its end, and leaves a connection in the pool that was
+            response.close()  # aborts what was not read to its end; a connection that was is back in the pool by now
 
     async def open(self, path: str, body: bytes | None = None) -> aiohttp.ClientResponse:
         """Send a request and wait for the head of its answer; closing the response aborts the rest.
@@ -123,23 +104,21 @@ class Link:
         Raises:
             StatusError: the answer is no success.
         """
-        url = self._urls.get(path)
-        if url is None:
-            url = self._urls[path] = (self.endpoint.base / path).with_query(self.endpoint.query)
+        if path not in self._urls:
+            self._urls[path] = (self.endpoint.base / path).with_query(self.endpoint.query)
         response = await self._session.request(
             "GET" if body is None else "POST",
-            url,
-            data=body if body is None or len(body) < MOST_ERROR else BytesIO(body),  # aiohttp warns of larger bytes
+            self._urls[path],
+            data=BytesIO(body) if body and len(body) > 1 << 20 else body,  # aiohttp warns of larger bytes
             headers=self.endpoint.headers,
-            proxy=self._proxy,
+            proxy=self.endpoint.proxy,
             allow_redirects=False,
         )
         try:
             encoding = response.headers.get("Content-Encoding", "identity")
             if response.status >= 300:
                 text = await _read(response, MOST_ERROR) if encoding == "identity" else b""
-                location = shown(response.headers.get("Location", ""))
-                raise StatusError(response.status, text or str(response.reason).encode(), response.headers, location)
+                raise StatusError(response.status, text or str(response.reason).encode(), response.headers)
             if encoding != "identity":  # a few bytes may unpack to gigabytes
                 raise BadAnswerError(f"sent an answer compressed with {encoding[:20]!r}, which was not asked for.")
         except BaseException:
@@ -154,20 +133,14 @@ async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, A
         yield _json_object(await _read(response, MOST_BODY))
         return
     buffer, scanned, size = bytearray(), 0, 0
-    data: list[bytes] = []
     async for chunk in response.content.iter_any():
         buffer += chunk
         size += len(chunk)
         while (end := buffer.find(b"\n", scanned)) >= 0:
-            line = bytes(buffer[:end]).rstrip(b"\r")
+            line, scanned = bytes(buffer[:end]).strip(), 0
             del buffer[: end + 1]
-            scanned = 0
-            if line.startswith(b"data:"):
-                data.append(line[5:].strip())
-            elif not line and data:
-                event = b"\n".join(data)
-                data.clear()
-                if event == b"[DONE]":
+            if line.startswith(b"data:"):  # these servers write each event on one line
+                if (event := line[5:].strip()) == b"[DONE]":
                     return
                 yield _json_object(event)
         scanned = len(buffer)
@@ -176,14 +149,13 @@ async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, A
 
 
 async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """The body, unless it is longer than ``most`` bytes."""
     parts, size = [], 0
     while part := await response.content.readany():
         parts.append(part)
         size += len(part)
         if size > most:
             raise BadAnswerError(f"sent an answer of more than {most} bytes.")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return b"".join(parts)
 
 
 def _json_object(text: bytes) -> dict[str, Any]:
@@ -198,7 +170,7 @@ def _json_object(text: bytes) -> dict[str, Any]:
 
 def shown(address: str) -> str:
     """An address without credentials, query and fragment, for people to read."""
-    return re.sub(r"^([a-z]*:?//)?[^/]*@", r"\1", re.split(r"[?#]", address, maxsplit=1)[0], flags=re.I)[:200]
+    return re.sub(r"^(\w*:?//)?.*@", r"\1", re.split(r"[?#]", address, maxsplit=1)[0])
 
 
 def _proxy(url: URL) -> str | None:
@@ -208,7 +180,5 @@ def _proxy(url: URL) -> str | None:
     if proxy is None or proxy_bypass(url.authority):
         return None
     if not proxy.startswith(("http://", "https://")):
-        raise InputError(
-            f"the proxy {shown(proxy)!r} (from the environment) is no HTTP proxy; unset it or set NO_PROXY."
-        )
+        raise InputError(f"the environment's proxy {shown(proxy)!r} is no HTTP proxy; unset it or set NO_PROXY.")
     return proxy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from bon.engines.http import wire
@@ -29,7 +29,7 @@ class Model:
         self, endpoints: Endpoints, name: str | None, extra_body: Mapping[str, Any], *, measured: bool
     ) -> None:
         self.endpoints, self.name, self.extra_body, self._measured = endpoints, name, extra_body, measured
-        self._optional = wire.OPTIONAL - extra_body.keys()
+        self._optional = wire.OPTIONAL.difference(extra_body)
 
     @property
     def max_model_len(self) -> int | None:
@@ -50,25 +50,26 @@ class Model:
         async with link.asking_for_model:
             if endpoint.model is None:
                 cards = await self._cards(link)
-                names = [str(card.get("id")) for card in cards]
+                names = [card["id"] for card in cards]
                 name = self.name or (names[0] if len(names) == 1 else None)
                 if name is None:
                     listed = ", ".join([*names[:8], *(["…"] if names[8:] else [])])
                     has = f"several models ({listed})" if names else "no model"
                     raise ModelNotFoundError(f"{endpoint.url} has {has}; name one: {endpoint.url}#name, or model=.")
-                room = next((card.get("max_model_len") for card in cards if card.get("id") == name), None)
+                room = next((card.get("max_model_len") for card in cards if card["id"] == name), None)
                 endpoint.max_model_len = room if type(room) is int and room > 0 else endpoint.max_model_len
                 endpoint.model = name
         return endpoint.model
 
     async def _cards(self, link: Link) -> list[Mapping[str, Any]]:
         try:
-            data = (await link.get("models")).get("data")
+            data = (await link.fetch("models")).get("data")
         except wire.StatusError as error:
             if self.name is not None and error.status in (403, 404):
                 return []
             raise
-        return [card for card in data if isinstance(card, Mapping)] if isinstance(data, list) else []
+        cards = data if isinstance(data, list) else []
+        return [card for card in cards if isinstance(card, Mapping) and isinstance(card.get("id"), str)]
 
     async def ask(
         self,
@@ -77,7 +78,7 @@ class Model:
         body: wire.Body,
         varying: Mapping[str, int],
         send: Callable[[str, bytes], Awaitable[T]],
-        optional: Collection[str] | None = None,
+        optional: frozenset[str] | None = None,
     ) -> T:
         """Send a body without what the server is known to refuse, and learn what else it refuses.
 
@@ -95,30 +96,25 @@ class Model:
         refused, guessed = link.endpoint.refused, set[str]()
         name = await self.name_at(link)
         while True:
-            dropped = frozenset((refused | guessed).intersection(optional)) if refused or guessed else NOTHING
+            dropped = optional & (refused | guessed) if refused or guessed else NOTHING
             try:
                 answer = await send(path, body.encode(name, varying, dropped))
             except wire.StatusError as error:
                 if error.status not in (400, 413, 422):
                     raise
                 if sizes := wire.overflow(error):
-                    varying = self._shortened(link, body, varying, *sizes)
-                    continue
-                sent = dict.fromkeys({*body.fields, *varying} - dropped, 0)
-                fields, said = wire.refusal(error, sent, {*optional} - dropped)
-                if not fields or error.status == 413:
+                    tokens, limit = sizes
+                    link.endpoint.max_model_len = link.endpoint.max_model_len or limit
+                    if tokens >= limit:
+                        where = f"{body.where}, as far as the server counted,"
+                        raise PromptTooLongError(tokens, limit - 1, where) from error
+                    if varying.get("max_tokens", 0) > limit - tokens:
+                        varying = {**varying, "max_tokens": limit - tokens}
+                        continue
+                fields, said = wire.refusal(error, {*body.fields, *varying} - dropped, optional - dropped)
+                if not fields:
                     raise
                 (refused if said else guessed).update(fields)
             else:
                 refused |= guessed
                 return answer
-
-    def _shortened(
-        self, link: Link, body: wire.Body, varying: Mapping[str, int], tokens: int, limit: int
-    ) -> Mapping[str, int]:
-        """What varies, with max_tokens that fit beside a prompt of so many tokens."""
-        link.endpoint.max_model_len = link.endpoint.max_model_len or limit
-        room = limit - tokens
-        if room < 1 or varying.get("max_tokens", 0) <= room:
-            raise PromptTooLongError(tokens, limit - 1, f"{body.where}, as far as the server counted,")
-        return {**varying, "max_tokens": room}

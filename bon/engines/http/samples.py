@@ -94,7 +94,7 @@ class Job:
         body = self._bodies.get(key) or self._bodies.setdefault(key, self._body(*key))
         varying = self._varying(path, samples, link.endpoint.max_model_len)
         if keep is None:
-            data = await self._model.ask(link, path, body, varying, link.post)
+            data = await self._model.ask(link, path, body, varying, link.fetch)
             done = wire.read_answer(data, self.index, samples, self._as_tokens)
             if len(samples) > 1 and len(data["choices"]) < len(samples):
                 link.endpoint.refused.add("n")

@@ -1,7 +1,7 @@
 """OpenAI's wire format: request bodies, answers, streams, and what a refusal is about.
 
-Pure functions on JSON values; nothing here opens a connection. Fields that a server leaves out are taken as unknown;
-a choice that says something unusable is an error, never an empty text.
+Pure functions on JSON values; nothing here opens a connection. What a server leaves out is unknown; a choice that says
+something unusable is an error, never an empty text.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ TOOLS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 # What bon asks for and can do without: dropped where a server refuses it ("max_tokens" gets its newer name).
 OPTIONAL = _names("n logprobs chat_template_kwargs stream_options continuous_usage_stats return_token_ids max_tokens")
 STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+_DEFAULTS = Sampling()
 _NAMES_N = re.compile(r"""['"`]n['"`]|\bn (?:must|should|is|has|=|>)|\bonly one (?:completion )?choice|\bbest_of\b""")
 _FINISH: Mapping[str, FinishReason] = {"length": "length", "max_tokens": "length"}
 
@@ -62,29 +63,19 @@ class UnwritableError(InputError):
 
 
 class StatusError(Exception):
-    """An answer whose HTTP status is no success.
+    """An answer whose HTTP status is no success; ``code`` and ``param`` are "" where the server gives none."""
 
-    Attributes:
-        message: what the server said, in one line.
-        code, param: OpenAI's fields; "" where the server has none.
-        whole: everything it said, for a search.
-        location: where a redirect leads, for people to read.
-    """
-
-    def __init__(self, status: int, body: bytes, headers: Mapping[str, str], location: str = "") -> None:
-        super().__init__(f"HTTP status {status}")  # a traceback does not show what the server repeats of the request
-        data: Any = body.decode(errors="replace")
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__(f"HTTP status {status}")  # not what the server says: that may repeat the key
+        self.status, self.headers, self.whole = status, headers, body.decode(errors="replace")
+        data: Any = None
         with suppress(orjson.JSONDecodeError):
             data = orjson.loads(body)
-        data = (data.get("error") or data) if isinstance(data, Mapping) else data
-        fields = data if isinstance(data, Mapping) else {}
-        said = " ".join(str(fields.get("message") or fields.get("detail") or data).split())
-        self.status, self.headers, self.location = status, headers, location
-        self.code, self.param = (str(fields.get(name) or "") for name in ("code", "param"))
-        self.message, self.whole = said if len(said) <= 400 else said[:400] + "…", str(data)
-
-
-# --- requests ---
+        error = (data.get("error") or data) if isinstance(data, Mapping) else None
+        fields = error if isinstance(error, Mapping) else {"message": error}
+        self.code, self.param = (v if isinstance(v := fields.get(name), str) else "" for name in ("code", "param"))
+        said = (fields.get("message"), fields.get("detail"), self.whole)
+        self.message = " ".join(next(text for text in said if isinstance(text, str)).split())
 
 
 def check_extra(extra: Collection[str], listed: Collection[str]) -> None:
@@ -105,35 +96,27 @@ def check_extra(extra: Collection[str], listed: Collection[str]) -> None:
 
 def sampling_fields(sampling: Sampling) -> dict[str, Any]:
     """Sampling options under the server's names, only where they are set; ``Job`` adds max_tokens and seed."""
-    fields: dict[str, Any] = {"temperature": sampling.temperature}
-    if sampling.top_p < 1:
-        fields["top_p"] = sampling.top_p
-    if sampling.top_k:
-        fields["top_k"] = sampling.top_k
-    if sampling.min_p:
-        fields["min_p"] = sampling.min_p
-    if sampling.stop:
-        fields["stop"] = list(sampling.stop)
-    return {**fields, **sampling.extra}
+    options = {name: getattr(sampling, name) for name in ("top_p", "top_k", "min_p", "stop")}
+    chosen = {name: value for name, value in options.items() if value != getattr(_DEFAULTS, name)}
+    return {"temperature": sampling.temperature, **chosen, **sampling.extra}
 
 
 def seed_of(seed: int, sample: int, at_once: int) -> int:
-    """The seed to send for a sample and those behind it.
+    """The seed to send for a request whose first sample is this one.
 
     It is a hash, so that two seeds share no sample. A server that is asked for several gives choice i the seed plus i
     (vLLM does), so only the first of every ``at_once`` samples is hashed and the others count on from there.
     """
-    first = sample - sample % at_once
-    digest = hashlib.blake2b(f"{seed}:{first}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{sample - sample % at_once}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % (2**31 - 2**16) + sample % at_once
 
 
 @dataclass
 class Body:
-    """A request's body: what is the same for many requests is encoded once.
+    """A request's body, of which all but what varies between requests is encoded once.
 
     Args:
-        fields: all but the model's name and what varies.
+        fields: what does not vary; the model's name is added.
         where: which prompt it holds, for an error.
     """
 
@@ -147,31 +130,30 @@ class Body:
         Raises:
             UnwritableError: something that JSON cannot hold.
         """
-        head = self._heads.get((model, dropped))
-        if head is None:
+        if (model, dropped) not in self._heads:
             kept = {name: value for name, value in self.fields.items() if name not in dropped}
             if "continuous_usage_stats" in dropped and "stream_options" in kept:
                 kept["stream_options"] = {"include_usage": True}
             try:
-                head = self._heads[model, dropped] = orjson.dumps({**kept, "model": model})[:-1]
+                self._heads[model, dropped] = orjson.dumps({**kept, "model": model})[:-1]
             except TypeError as error:
                 raise UnwritableError(
-                    f"{self.where} and its options are no JSON (an unpaired surrogate?): {error}"
+                    f"{self.where} or an option is no JSON (an unpaired surrogate?): {error}"
                 ) from error
-        renamed = "max_completion_tokens" if "max_tokens" in dropped else "max_tokens"
-        tail = [
-            f',"{renamed if name == "max_tokens" else name}":{value}'
-            for name, value in varying.items()
-            if name == "max_tokens" or name not in dropped
-        ]
-        return head + "".join(tail).encode() + b"}"
+        if dropped:
+            varying = {_newer(name) if name in dropped else name: value for name, value in varying.items()}
+        tail = "".join([f',"{name}":{value}' for name, value in varying.items() if name])
+        return self._heads[model, dropped] + tail.encode() + b"}"
 
 
-def refusal(error: StatusError, sent: Mapping[str, Any], optional: Collection[str]) -> tuple[set[str], bool]:
-    """Which optional fields of a body a 400 or 422 is about, and whether it says so (else: all of them, a guess)."""
-    present = {name for name in optional if name in sent}
-    if "stream_options" in sent and "continuous_usage_stats" in optional:
-        present.add("continuous_usage_stats")
+def _newer(name: str) -> str:
+    return "max_completion_tokens" if name == "max_tokens" else ""
+
+
+def refusal(error: StatusError, sent: Collection[str], optional: Collection[str]) -> tuple[set[str], bool]:
+    """Which optional fields a 400 or 422 is about, and whether it says so (else: all that were sent, a guess)."""
+    stats = {"continuous_usage_stats"} if "stream_options" in sent else set()
+    present = ({*sent} | stats) & {*optional}
     text = f"{error.param} {error.message}".lower()
     named = {name for name in present - {"n", "max_tokens"} if re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)}
     if "continuous_usage_stats" in named:
@@ -184,11 +166,11 @@ def refusal(error: StatusError, sent: Mapping[str, Any], optional: Collection[st
 
 
 _LIMIT = re.compile(
-    r"(?:context (?:length|size|window)[^\d]{0,40}|configured limit of |must be <= |n_ctx\D{1,4})(\d[\d,]*)", re.I
+    r"(?:context (?:length|size|window)[^\d]{0,40}|configured limit of |must be <= |n_ctx\D{1,4})(\d[\d,]{,11})", re.I
 )
 _LENGTH = re.compile(
-    r"(\d[\d,]*) (?:input tokens|in the messages|in the prompt|tokens from the input|`inputs` tokens)"
-    r"|request \((\d[\d,]*) tokens|resulted in (\d[\d,]*) tokens|at least (\d[\d,]*) input tokens",
+    r"(\d[\d,]{,11}) (?:input tokens|in the messages|in the prompt|tokens from the input|`inputs` tokens)"
+    r"|request \((\d[\d,]{,11}) tokens|resulted in (\d[\d,]{,11}) tokens|at least (\d[\d,]{,11}) input tokens",
     re.I,
 )
 
@@ -200,9 +182,6 @@ def overflow(error: StatusError) -> tuple[int, int] | None:
         return None
     tokens = next(group for group in length.groups() if group)
     return int(tokens.replace(",", "")), int(limit[1].replace(",", ""))
-
-
-# --- answers ---
 
 
 @contextmanager
@@ -233,11 +212,8 @@ def read_answer(
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices:
         raise BadAnswerError(f"sent no choices: {error_in(data) or reprlib.repr(data)}")
-    if len(choices) > 1:
-        choices = sorted(choices, key=_position)
     read: list[dict[str, Any]] = []
-    problem = BadAnswerError("sent no choices.")
-    for sample, choice in zip(samples, choices, strict=False):
+    for sample, choice in zip(samples, sorted(choices, key=_position), strict=False):
         try:
             with _reading():
                 read.append({"sample_index": sample, **_read_choice(choice, as_tokens)})
@@ -262,15 +238,11 @@ def _position(choice: object) -> int:
 
 def _read_choice(choice: Mapping[str, Any], as_tokens: AsTokens | None) -> dict[str, Any]:
     """The fields of ``Completion`` that a choice has."""
-    if not isinstance(choice, Mapping):
-        raise BadAnswerError(f"sent a choice that is no object: {reprlib.repr(choice)}")
     message, reason = choice.get("message"), choice.get("finish_reason")
     calls: tuple[Mapping[str, Any], ...] = ()
     if isinstance(message, Mapping):
         text = _content(message.get("content"))
         calls = tuple(message.get("tool_calls") or ())
-        if not all(isinstance(call, Mapping) for call in calls):
-            raise BadAnswerError(f"sent tool calls that are no objects: {reprlib.repr(calls)}")
     elif isinstance(choice.get("text"), str):
         text = choice["text"]
     else:
@@ -299,10 +271,8 @@ def _read_choice(choice: Mapping[str, Any], as_tokens: AsTokens | None) -> dict[
 
 def _content(content: object) -> str:
     """Text of a message: a string, a list of parts, or nothing (a message that only calls tools)."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     if isinstance(content, list):
         return "".join(str(p.get("text") or "") for p in content if isinstance(p, Mapping))
     raise BadAnswerError(f"sent a message whose content is not text: {reprlib.repr(content)}")
@@ -324,7 +294,7 @@ def read_logprobs(logprobs: object) -> tuple[tuple[float, ...] | None, tuple[str
     if isinstance(content, list):
         items = [item if isinstance(item, Mapping) else {} for item in content]
         values, texts = [item.get("logprob") for item in items], [item.get("token") for item in items]
-    if not isinstance(values, list) or not values or not all(isinstance(v, int | float) for v in values):
+    if not isinstance(values, list) or not values or not all(map(_is_logprob, values)):
         return None, None
     known = isinstance(texts, list) and len(texts) == len(values) and all(isinstance(t, str) for t in texts)
     return tuple(map(float, values)), tuple(texts or ()) if known else None
@@ -356,13 +326,18 @@ def prompt_logprobs(data: Mapping[str, Any], length: int) -> list[float] | None:
         values = [row[0].get("logprob") if len(row) == 1 and isinstance(row[0], Mapping) else None for row in rows]
     if not isinstance(values, list) or not length <= len(values) <= length + 1:
         return None
-    return [0.0, *values[1:length]] if all(isinstance(v, int | float) for v in values[1:length]) else None
+    return [0.0, *values[1:length]] if all(map(_is_logprob, values[1:length])) else None
+
+
+def _is_logprob(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e9
 
 
 def error_in(data: Mapping[str, Any]) -> str | None:
     """The error that an answer or an event holds."""
     error = data.get("error")
-    return str(error.get("message", error) if isinstance(error, Mapping) else error)[:400] if error else None
+    message = error.get("message") if isinstance(error, Mapping) else error
+    return None if not error else message if isinstance(message, str) else reprlib.repr(error)
 
 
 @dataclass
@@ -376,6 +351,7 @@ class Growing:
     pieces: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     usage: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, Any] | None = None
 
     def add(self, event: Mapping[str, Any]) -> bool:
         """Take in one event; True when the text grew and the completion goes on.
@@ -385,14 +361,13 @@ class Growing:
         """
         if said := error_in(event):
             raise BadAnswerError(f"broke off: {said}")
+        self.usage = event.get("usage") or self.usage
         with _reading():
-            if event.get("usage"):
-                self.usage = event["usage"]
-            choices = event.get("choices")
-            if not isinstance(choices, list) or not choices:
+            choice = (event.get("choices") or [{}])[0]
+            if "message" in choice:  # the server does not stream
+                self.whole = event
                 return False
-            choice = choices[0]
-            delta = choice.get("delta") or choice.get("message")
+            delta = choice.get("delta")
             piece = _content(delta.get("content") if isinstance(delta, Mapping) else choice.get("text"))
             logprobs, pieces = read_logprobs(choice.get("logprobs"))
             self.text += piece
@@ -401,26 +376,25 @@ class Growing:
             self.pieces += pieces or ()
             self.ids += token_ids(choice) or ()
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
-            return bool(piece) and self.finish_reason is None
+        return bool(piece) and self.finish_reason is None
 
     @property
     def tokens(self) -> int:
         """Tokens so far, as well as they are known."""
         return read_usage(self.usage)[1] or len(self.ids) or len(self.logprobs) or self.events
 
-    def answer(self, *, aborted: bool = False) -> dict[str, Any]:
+    def answer(self, *, aborted: bool = False) -> Mapping[str, Any]:
         """The answer that a plain request would have brought.
 
         Raises:
             BadAnswerError: the stream ended before the completion did.
         """
+        if self.whole is not None:
+            return self.whole
         if self.finish_reason is None and not aborted:
             raise BadAnswerError("broke off in the middle of an answer.")
-        known = len(self.logprobs) >= self.events
-        choice = {
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "token_ids": self.ids,
-            "logprobs": {"token_logprobs": self.logprobs, "tokens": self.pieces} if known else None,
-        }
-        return {"choices": [choice], "usage": {**self.usage, "completion_tokens": self.tokens}}
+        known = {"token_logprobs": self.logprobs, "tokens": self.pieces} if len(self.logprobs) >= self.events else None
+        choice = {"text": self.text, "finish_reason": self.finish_reason, "token_ids": self.ids, "logprobs": known}
+        prompt, _, cached = read_usage(self.usage)
+        usage = {"prompt_tokens": prompt, "completion_tokens": self.tokens}
+        return {"choices": [choice], "usage": {**usage, "prompt_tokens_details": {"cached_tokens": cached}}}
