@@ -7,7 +7,7 @@ import pytest
 from tiny import tokenizer
 
 from bon.engines.text.render import Renderer
-from bon.engines.vllm.request import Request, last
+from bon.engines.vllm.running import Running, SharedPrompt, last
 
 PROMPT, DRAFT = (5, 6, 7, 8, 9), (10, 11, 12)
 RATED = [(-0.1, 1), (-0.2, 1), (-3.0, 4)]  # the last token of the draft is not the model's first choice
@@ -50,6 +50,36 @@ def test_a_draft_is_taken_up_to_where_the_model_departs(cached):
             yield SimpleNamespace(outputs=[sampled], num_cached_tokens=0)
 
     params = SimpleNamespace(stop_token_ids=[], max_tokens=3, logprobs=0, clone=lambda: SimpleNamespace(max_tokens=3))
-    done = asyncio.run(Request(Host(), 0, 0, PROMPT, params, (), None, DRAFT).run())
+    done = asyncio.run(Running(Host(), 0, 0, SharedPrompt(PROMPT), params, draft=DRAFT).run())
     assert (done.completion_tokens, done.drafted_tokens, done.cached_tokens) == (3, 2, 4)
     assert done.logprobs == pytest.approx((-0.1, -0.2, -0.5))
+
+
+def test_the_first_sample_to_end_carries_the_prompt_and_what_the_first_one_scheduled_found_in_the_cache():
+    """Every other sample finds the whole prompt there: with the first to end's own number it looked as if nothing had
+    been computed."""
+
+    def output(tokens, cached, reason=None):
+        sampled = SimpleNamespace(token_ids=tokens, logprobs=None, finish_reason=reason)
+        return SimpleNamespace(outputs=[sampled], num_cached_tokens=cached)
+
+    class Host:
+        name, renderer = "host", Renderer(tokenizer("chatml"))
+
+        async def stream(self, ids, params):
+            if params.first:
+                yield output([10], 0)
+                await asyncio.sleep(0.01)
+                yield output([11], 0, "length")
+            else:
+                await asyncio.sleep(0)
+                yield output([10, 11], 4, "length")
+
+    async def run():
+        prompt = SharedPrompt(PROMPT)
+        params = [SimpleNamespace(stop_token_ids=[], max_tokens=2, logprobs=None, first=i == 0) for i in range(2)]
+        return await asyncio.gather(*(Running(Host(), 0, i, prompt, p).run() for i, p in enumerate(params)))
+
+    first, other = asyncio.run(run())
+    assert (other.prompt_tokens, other.cached_tokens) == (len(PROMPT), 0)
+    assert (first.prompt_tokens, first.cached_tokens, first.completion_tokens) == (0, 0, 2)
