@@ -95,3 +95,23 @@ class UnavailableError(EngineError):
 
 class RefusedError(EngineError):
     """A model's server was reached and refused the request, and would again."""
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """Check a whole number.
+
+    Raises:
+        InputError: something else, or less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    return value
+
+
+def user_error(what: str, error: Exception) -> BonError:
+    """The error for what a function or an object of the caller's raised: bon's own as they are."""
+    if isinstance(error, BonError):
+        return error
+    mapped = UserCodeError(f"{what} raised {type(error).__name__}: {error}")
+    mapped.__cause__ = error
+    return mapped

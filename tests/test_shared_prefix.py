@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import model, save, tokenizer
 
-from bon.engines import prefix_attention
-from bon.engines.base import Completion, Prompt, Turn
+from bon.engines.base import Completion, Prompt, Request, Turn
+from bon.engines.torch import paths
 from bon.engines.torch.engine import TorchEngine
-from bon.engines.torch.paths import check
+from bon.engines.torch.prefix import attention as prefix_attention
 from bon.engines.torch.prefix.attention import NAME, merge, part
 from bon.engines.torch.prefix.shared import Preamble, SharedRows
 from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, preamble, tree
 from bon.engines.torch.rows import PlainRows, Rows, Stats
+from bon.errors import EngineError
 from bon.types import Sampling
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX", "Phi3")
@@ -250,9 +251,10 @@ def prompts(*candidates: str) -> list[Prompt]:
 
 def generate(engine: TorchEngine, asked: list[Prompt], n: int = 1, **sampling: Any) -> list[Completion]:
     async def collect() -> list[Completion]:
-        return [c async for c in engine.generate(asked, Sampling(**{"max_tokens": 16, **sampling}), n)]
+        options = Sampling(**{"max_tokens": 16, **sampling})
+        return [c async for c in engine.generate([Request(p, options, n) for p in asked])]
 
-    return sorted(asyncio.run(collect()), key=lambda c: (c.prompt_index, c.sample_index))
+    return sorted(asyncio.run(collect()), key=lambda c: (c.request_index, c.sample_index))
 
 
 @pytest.fixture(scope="module", params=["Llama", "Qwen3", "Gemma3"])
@@ -291,7 +293,7 @@ def test_one_changed_candidate_changes_no_other(folder: Path) -> None:
     before = generate(engine, prompts(*CANDIDATES), 2, seed=1)
     after = generate(engine, prompts(*CANDIDATES[:2], "something else altogether", *CANDIDATES[3:]), 2, seed=1)
     for a, b in zip(before, after, strict=True):
-        if a.prompt_index // 3 == 2:
+        if a.request_index // 3 == 2:
             assert a.logprobs != b.logprobs
         else:
             assert (a.text, b.logprobs) == (b.text, pytest.approx(a.logprobs, abs=1e-4))
@@ -319,8 +321,8 @@ def test_permuted_candidates_give_permuted_completions(folder: Path) -> None:
     straight = generate(engine, asked, 2, seed=1)
     turned = generate(engine, asked[::-1], 2, seed=1)
     last = len(asked) - 1
-    assert {(last - c.prompt_index, c.sample_index, c.text) for c in turned} == {
-        (c.prompt_index, c.sample_index, c.text) for c in straight
+    assert {(last - c.request_index, c.sample_index, c.text) for c in turned} == {
+        (c.request_index, c.sample_index, c.text) for c in straight
     }
 
 
@@ -391,9 +393,38 @@ def test_a_model_whose_logits_come_out_different_takes_the_plain_path(
     assert "standard deviations" in line
 
 
-def test_the_trial_run_leaves_the_model_as_it_was() -> None:
-    made = small("Llama")
-    before = made.config._attn_implementation
-    with torch.inference_mode():
-        check(made)
-    assert made.config._attn_implementation == before
+def failing_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The check of the first engine to be asked ends with an error."""
+    right, left = paths.check, [error]
+
+    def check_or_fail(model: Any) -> None:
+        if left:
+            raise left.pop()
+        right(model)
+
+    monkeypatch.setattr(paths, "check", check_or_fail)
+
+
+def test_running_out_of_memory_in_the_check_is_said_and_switches_nothing_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was logged as a model that cannot share prefixes, and every later call took twice as long."""
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    failing_once(monkeypatch, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    with pytest.raises(EngineError, match="Lower max_batch_tokens"):
+        generate(engine, prompts(*CANDIDATES))
+    generate(engine, prompts(*CANDIDATES))
+    assert engine.stats.cached > 0
+    assert fallback_lines(caplog) == []
+
+
+def test_a_fault_in_the_check_is_a_warning_and_the_plain_path_works(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    failing_once(monkeypatch, TypeError("unexpected keyword argument"))
+    assert len(generate(engine, prompts(*CANDIDATES))) == 15
+    assert engine.stats.cached == 0
+    (record,) = [r for r in caplog.records if "not shared" in r.getMessage()]
+    assert record.levelno == logging.WARNING
+    assert "unexpected keyword argument" in record.getMessage()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
+import threading
+import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,12 @@ import pytest
 import torch
 from tiny import model, save, tokenizer
 
-from bon.engines.base import Completion, Prompt
+from bon.engines.base import Completion, Generates, Keep, Partial, Prompt, Rates, Request
+from bon.engines.text.watch import KEEP_EVERY
 from bon.engines.torch.decode import MAX_ROWS, Job, batches
 from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.sampling import Uniforms, choose, row_key
-from bon.errors import EngineError, InputError, ModelNotFoundError, UnknownNameError
+from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.task import Message
 from bon.types import Sampling
 
@@ -40,10 +45,14 @@ def prompts(*texts: str) -> list[Prompt]:
 
 
 def generate(engine: TorchEngine, asked: list[Prompt], n: int = 1, **sampling: Any) -> list[Completion]:
-    async def collect() -> list[Completion]:
-        return [c async for c in engine.generate(asked, Sampling(**sampling), n)]
+    return ask(engine, [Request(prompt, Sampling(**sampling), n) for prompt in asked])
 
-    return sorted(asyncio.run(collect()), key=lambda c: (c.prompt_index, c.sample_index))
+
+def ask(engine: TorchEngine, requests: list[Request], **options: Any) -> list[Completion]:
+    async def collect() -> list[Completion]:
+        return [c async for c in engine.generate(requests, **options)]
+
+    return sorted(asyncio.run(collect()), key=lambda c: (c.request_index, c.sample_index))
 
 
 def own_model(engine: TorchEngine) -> Any:
@@ -78,11 +87,11 @@ def test_greedy_output_is_that_of_generate_token_for_token(engine: TorchEngine) 
     asked = prompts(*TEXTS)
     plain = own_model(engine)
     for completion in generate(engine, asked, n=2, temperature=0.0, max_tokens=24):
-        expected = reference(plain, engine, asked[completion.prompt_index], 24)
+        expected = reference(plain, engine, asked[completion.request_index], 24)
         ended = expected[-1] in engine.renderer.end_ids
         assert completion.finish_reason == ("stop" if ended else "length")
         assert completion.text == engine.renderer.decode(expected[: len(expected) - ended])
-        prompt = engine.renderer.render(asked[completion.prompt_index])
+        prompt = engine.renderer.render(asked[completion.request_index])
         assert completion.logprobs == pytest.approx(plain_logprobs(plain, prompt, expected), abs=1e-4)
 
 
@@ -95,7 +104,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(engine: TorchEngine) -> None
         ids = [] if completion.tokens is None else list(completion.tokens.ids)
         ids += [engine.renderer.end_id] * (completion.finish_reason == "stop")
         if completion.completion_tokens == len(ids):  # no special tokens in the middle
-            prompt = engine.renderer.render(asked[completion.prompt_index])
+            prompt = engine.renderer.render(asked[completion.request_index])
             assert completion.logprobs == pytest.approx(plain_logprobs(plain, prompt, ids), abs=1e-4)
             compared += 1
     assert compared >= 4
@@ -115,8 +124,8 @@ def test_permuted_prompts_give_permuted_completions(engine: TorchEngine) -> None
     asked = prompts(*TEXTS)
     straight = generate(engine, asked, n=3, seed=9, max_tokens=10)
     turned = generate(engine, asked[::-1], n=3, seed=9, max_tokens=10)
-    assert {(len(asked) - 1 - c.prompt_index, c.sample_index, c.text) for c in turned} == {
-        (c.prompt_index, c.sample_index, c.text) for c in straight
+    assert {(len(asked) - 1 - c.request_index, c.sample_index, c.text) for c in turned} == {
+        (c.request_index, c.sample_index, c.text) for c in straight
     }
 
 
@@ -126,7 +135,7 @@ def test_changing_one_prompt_changes_no_other(engine: TorchEngine) -> None:
         engine, prompts(TEXTS[0], "Something else, and longer than before!", *TEXTS[2:]), n=2, seed=9, max_tokens=10
     )
     for before, after in zip(first, changed, strict=True):
-        assert (before.text == after.text) == (before.prompt_index != 1)
+        assert (before.text == after.text) == (before.request_index != 1)
 
 
 def test_splitting_the_work_changes_nothing(tmp_path: Path) -> None:
@@ -139,6 +148,93 @@ def test_splitting_the_work_changes_nothing(tmp_path: Path) -> None:
 def test_equal_prompts_without_a_seed_get_their_own_samples(llama: TorchEngine) -> None:
     done = generate(llama, prompts("Hello", "Hello"), n=2, max_tokens=12)
     assert len({c.text for c in done}) == 4
+
+
+# --- requests ------------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_generates_and_rates_one_call_at_a_time(llama: TorchEngine) -> None:
+    assert isinstance(llama, Generates)
+    assert isinstance(llama, Rates)
+    assert not llama.concurrent
+
+
+def test_a_call_may_hold_requests_of_different_sampling(llama: TorchEngine) -> None:
+    kinds = [
+        Sampling(temperature=0.0, max_tokens=9),
+        Sampling(seed=1, max_tokens=12),
+        Sampling(seed=1, max_tokens=5, stop=("a", "e", "i", "o", "u")),
+        Sampling(seed=2, temperature=0.5, top_k=5, max_tokens=7),
+        Sampling(temperature=0.0, max_tokens=20),
+    ]
+    requests = [Request(prompt, kind, n=2) for kind, prompt in zip(kinds, prompts(*TEXTS, "y"), strict=True)]
+    together = ask(llama, requests)
+    alone = [c for i, request in enumerate(requests) for c in ask(llama, [request])]
+    assert [(c.text, c.finish_reason) for c in together] == [(c.text, c.finish_reason) for c in alone]
+    assert [c.request_index for c in together] == [i for i in range(5) for _ in range(2)]
+
+
+def test_a_sample_under_a_seed_is_the_same_however_the_samples_are_divided(llama: TorchEngine) -> None:
+    """A second round of sampling with the same seed used to repeat the first."""
+    prompt, sampling = prompts("Hello")[0], Sampling(seed=3, max_tokens=12)
+    whole = {c.sample_index: c.text for c in ask(llama, [Request(prompt, sampling, n=8)])}
+    rounds = [
+        Request(prompt, sampling, 3),
+        Request(prompt, sampling, 4, first_sample=3),
+        Request(prompt, sampling, 1, 7),
+    ]
+    for calls in ([rounds], [[request] for request in rounds]):
+        divided = {c.sample_index: c.text for requests in calls for c in ask(llama, requests)}
+        assert divided == whole
+    assert len(set(whole.values())) > 1
+
+
+def test_a_prompt_that_is_too_long_fails_by_itself(llama: TorchEngine) -> None:
+    long, sampling = prompts("x" * 600)[0], Sampling(max_tokens=4, seed=0)
+    done = ask(llama, [Request(prompts("Hello")[0], sampling), Request(long, sampling, 2, first_sample=5)])
+    assert [(c.request_index, c.sample_index, c.finish_reason) for c in done[1:]] == [(1, 5, "error"), (1, 6, "error")]
+    assert done[0].completion_tokens == 4
+    assert all(isinstance(c.error, PromptTooLongError) and "prompt 1 has" in str(c.error) for c in done[1:])
+    good, bad = asyncio.run(llama.loglikelihood([prompts("Hello")[0], long], ["yes", "no"]))
+    assert good.error is None
+    assert good.tokens == 4
+    assert isinstance(bad.error, PromptTooLongError)
+
+
+def test_the_first_completion_of_a_request_to_end_carries_its_prompt(llama: TorchEngine) -> None:
+    requests = [Request(p, Sampling(seed=0, max_tokens=10), n=3) for p in prompts("Hello", "Hello there")]
+    before = llama.stats.computed
+    done = ask(llama, requests)
+    for index, request in enumerate(requests):
+        carried = [c.prompt_tokens for c in done if c.request_index == index]
+        assert sorted(carried)[:2] == [0, 0]
+        assert sum(carried) == len(llama.renderer.render(request.prompt))
+    assert sum(c.prompt_tokens - c.cached_tokens for c in done) == llama.stats.computed - before
+
+
+def test_bad_options_are_refused_by_the_call_itself(llama: TorchEngine) -> None:
+    with pytest.raises(UnknownNameError, match="sampling option of the torch engine 'best_of'"):
+        llama.generate([Request(prompts("Hello")[0], Sampling(extra={"best_of": 2}))])
+    with pytest.raises(InputError, match="there are 1 prompts and 2 continuations"):
+        asyncio.run(llama.loglikelihood(prompts("Hello"), ["a", "b"]))
+
+
+def test_keep_is_called_in_the_event_loop_and_aborts(llama: TorchEngine) -> None:
+    """``keep`` ran in the worker thread, and read what the event loop was changing."""
+    threads, asked = set(), []
+
+    def keep(partial: Partial) -> bool:
+        threads.add(threading.get_ident())
+        asked.append((partial.request_index, partial.sample_index, partial.completion_tokens))
+        return partial.sample_index != 1
+
+    request = Request(prompts("Hello")[0], Sampling(temperature=0.0, max_tokens=10), n=2)
+    kept, dropped = ask(llama, [request], keep=keep)
+    assert threads == {threading.get_ident()}
+    assert (dropped.finish_reason, dropped.completion_tokens) == ("abort", KEEP_EVERY)
+    assert kept.text.startswith(dropped.text)
+    assert kept.completion_tokens == 10
+    assert asked == [(0, 0, 4), (0, 1, 4), (0, 0, 8)]
 
 
 # --- the distribution ----------------------------------------------------------------------------------------------
@@ -299,7 +395,7 @@ def test_running_out_of_memory_says_what_to_lower(llama: TorchEngine, monkeypatc
 
 def test_an_error_in_keep_reaches_the_caller_and_the_engine_survives(llama: TorchEngine) -> None:
     async def ask() -> None:
-        async for _ in llama.generate(prompts("Hello"), Sampling(max_tokens=30), keep=lambda partial: 1 / 0 > 1):
+        async for _ in llama.generate([Request(prompts("Hello")[0])], keep=lambda partial: 1 / 0 > 1):
             pass
 
     with pytest.raises(ZeroDivisionError):
@@ -312,6 +408,73 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
     asyncio.run(engine.aclose())
     with pytest.raises(EngineError, match="is closed"):
         generate(engine, prompts("Hello"))
+
+
+def test_closing_an_engine_frees_its_weights(tmp_path: Path) -> None:
+    """Another object still held the model, so its memory was gone until the process ended."""
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    generate(engine, prompts("Hello", "Hello"), max_tokens=3)
+    weights = [weakref.ref(weight) for weight in engine._model.parameters()]
+    asyncio.run(engine.aclose())
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+
+
+async def use(engine: TorchEngine, times: int, keep: Keep) -> list[list[str]]:
+    """Calls one after the other, some of which are broken off; the texts of those that were not."""
+    texts = []
+    for i in range(times):
+        requests = [Request(p, Sampling(seed=1, max_tokens=6)) for p in prompts(*TEXTS)]
+        stream = engine.generate(requests, keep=keep if i % 3 else None)
+        if i % 3 == 2:
+            await anext(stream)
+            await stream.aclose()
+        else:
+            done = [c async for c in stream]
+            texts.append([c.text for c in sorted(done, key=lambda c: c.request_index)])
+        await engine.loglikelihood(prompts("a"), ["b"])
+    return texts
+
+
+def test_event_loops_in_several_threads_share_an_engine(llama: TorchEngine) -> None:
+    """``keep`` reads what the event loop changes, and closed calls met in a set that two threads change."""
+    right = [c.text for c in generate(llama, prompts(*TEXTS), seed=1, max_tokens=6)]
+
+    def one_loop(_: int) -> list[list[list[str]]]:
+        seen: dict[int, int] = {}
+
+        def keep(partial: Partial) -> bool:
+            return sum(seen.values()) >= 0
+
+        async def change() -> None:
+            while True:
+                seen.clear() if len(seen) > 100 else seen.update({len(seen): 1})
+                await asyncio.sleep(0.0001)
+
+        async def main() -> list[list[list[str]]]:
+            changing = asyncio.create_task(change())
+            try:
+                return await asyncio.gather(*(use(llama, 3, keep) for _ in range(3)))
+            finally:
+                changing.cancel()
+
+        return asyncio.run(main())
+
+    with ThreadPoolExecutor(2) as threads:
+        for users in threads.map(one_loop, range(2)):
+            assert users == [[right] * 2] * 3
+
+
+def test_closing_an_engine_ends_its_calls_and_refuses_new_ones(tmp_path: Path) -> None:
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+
+    async def close_under_way() -> list[Any]:
+        users = [asyncio.create_task(use(engine, 50, lambda partial: True)) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        await engine.aclose()
+        return await asyncio.gather(*users, return_exceptions=True)
+
+    assert all(isinstance(e, EngineError) and "closed" in str(e) for e in asyncio.run(close_under_way()))
 
 
 def test_models_in_tests_are_random_but_fixed() -> None:

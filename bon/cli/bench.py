@@ -61,7 +61,7 @@ def bench(
 
 
 def _tasks(prompts: Path | None, seed: int) -> list[Task]:
-    from bon.batch import BadRow, read_rows
+    from bon.data.rows import BadRow, read_rows
     from bon.errors import InputError
     from bon.mini.tasks import sample_instructions
     from bon.task import Task

@@ -31,7 +31,7 @@ def doctor(
 ) -> int:
     """Show what is installed, which engines can run here, which is chosen, and what to type to change that."""
     from bon.cli.console import print_bytes
-    from bon.output import to_json
+    from bon.data.sink import to_json
 
     report = examine()
     if as_json:

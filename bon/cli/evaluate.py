@@ -24,7 +24,7 @@ def mini(
     """Pass rates of the embedded model on held-out instructions, for N = 1, 2, 4, 8, 16, against its baselines."""
     from bon.cli.console import one_thread, print_bytes, quiet_libraries
     from bon.evals.mini import evaluate_mini, format_table
-    from bon.output import to_json
+    from bon.data.sink import to_json
 
     quiet_libraries(False)
     one_thread()

@@ -1,6 +1,6 @@
 """A file of prompts, or of candidates to rank: what to do about bad rows, Ctrl-C, progress and exit codes.
 
-Reading and writing are ``bon.batch``'s business. A bad row ends the reading; what is under way by then is finished and
+Reading and writing are ``bon.data.rows``'s business. A bad row ends the reading; what is under way by then is finished and
 written. With ``skip_bad`` bad rows are reported and the run goes on.
 """
 
@@ -20,13 +20,13 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from bon.batch import BadRow, Key, Row, output_row, rank_rows, read_rows, run_rows
+from bon.data.rows import BadRow, Key, Row, output_row, rank_rows, read_rows, run_rows
 from bon.cli.build import Built, Options, build
 from bon.cli.console import say, sentence
 from bon.cli.interrupt import StoppedError, run_until_interrupted
 from bon.cli.notice import off_world_summary, said_of
 from bon.errors import BonError, InputError
-from bon.output import Output
+from bon.data.sink import Output
 from bon.trace import Trace
 from bon.types import Result, Saved, Usage
 

@@ -198,7 +198,7 @@ def _run_prompt(
 ) -> int:
     from bon.cli import console, notice
     from bon.cli.build import build
-    from bon.output import to_json
+    from bon.data.sink import to_json
     from bon.task import Message, Task
     from bon.trace import Trace
     from bon.types import Result

@@ -18,7 +18,7 @@ def tasks(
     """Print instructions of the embedded model's world, none of which it was trained on."""
     from bon.cli.console import print_bytes
     from bon.mini.tasks import FAMILIES, instruction, sample_tasks
-    from bon.output import to_json
+    from bon.data.sink import to_json
 
     for index, task in enumerate(sample_tasks(count or len(FAMILIES), seed)):
         if jsonl:

@@ -79,13 +79,19 @@ class Style:
 
 
 def load_style(style: str | Style) -> Style:
-    """Look a style up by name ("direct", "json"); a style object passes through.
+    """Look a style up by name ("direct", "json"), or read one from a folder; a style object passes through.
+
+    A folder holds ``user.txt`` and, where there is a system message, ``system.txt``; see ``from_files``.
 
     Raises:
         UnknownNameError: no such style.
     """
     if isinstance(style, Style):
         return style
+    own = Path(style)
+    if style not in STYLES and (own / "user.txt").is_file():
+        system = own / "system.txt"
+        return replace(from_files(system if system.is_file() else None, own / "user.txt"), name=own.name)
     if style not in STYLES:
         raise UnknownNameError("prompt style", style, STYLES)
     folder = Path(__file__).parent / style

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from bon.engines.base import Piece
 from bon.errors import UnknownNameError
 from bon.prompts import Output
-from bon.types import Candidate, FinishReason
+from bon.types import Candidate, FinishReason, Score
 
 ParseStatus = Literal["ok", "repaired", "fallback", "failed"]
 PARSERS = ("robust", "reference")
@@ -116,6 +116,10 @@ def _without_blocks(text: str) -> str:
     if "<think>" not in text:
         return text
     return re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL)
+
+
+NO_RESPONSE = Score(None, "empty", "there is nothing but thinking")
+"""The score of a candidate of which ``response_piece`` leaves nothing."""
 
 
 def response_piece(candidate: Candidate) -> Piece | None:

@@ -38,6 +38,11 @@ class Watch:
         """Tokens pushed so far."""
         return self._stream.count
 
+    @property
+    def partial(self) -> Partial:
+        """What ``keep`` is asked about."""
+        return Partial(self._index, self._sample, self._stream.text, self._stream.count)
+
     def push(self, ids: Iterable[int], *, ended: bool = False, ask: bool = False) -> tuple[FinishReason, str] | None:
         """Add tokens; say why the completion is over and what its text is, or None when it goes on.
 
@@ -53,4 +58,4 @@ class Watch:
             return "stop", text[: min(hits)]
         if ended or not ask or self._keep is None:
             return None
-        return None if self._keep(Partial(self._index, self._sample, text, self._stream.count)) else ("abort", text)
+        return None if self._keep(self.partial) else ("abort", text)

@@ -1,12 +1,11 @@
 """The decode loop: prompts in, completions out, each handed over the moment it ends.
 
-One batch of rows runs in step. Rows that end, reach their limit or are pruned leave the batch. How keys and values are
-kept is the business of ``bon.engines.torch.rows``; which prompts run together is decided here, by length and by budget.
+One batch of rows runs in step. Rows that end, reach their limit or are aborted leave the batch. How keys and values are
+kept is up to ``bon.engines.torch.rows``; which prompts run together is decided here, by length and by budget.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,16 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from bon.engines.base import Completion, Keep, Partial
-from bon.engines.text.render import Renderer, TextStream
+from bon.engines.base import Completion, Partial
+from bon.engines.text.render import Renderer
+from bon.engines.text.watch import KEEP_EVERY, Watch
 from bon.engines.torch.rows import Rows
 from bon.engines.torch.sampling import Uniforms, choose, row_key
 from bon.types import FinishReason, Sampling
 
-KEEP_EVERY = 4  # steps between two calls of ``keep`` for one row
 MAX_ROWS = 256  # rows of one batch: bounds the logits; a row costs no less in a larger batch
 
 Emit = Callable[[Completion], None]
+KeepAll = Callable[[Sequence[Partial]], Sequence[bool]]
 Array = np.ndarray[Any, Any]
 
 
@@ -32,11 +32,12 @@ class Job:
     """One prompt and the samples wanted of it.
 
     Args:
-        index: position of the prompt in the call.
-        ids: its token ids.
+        index: position of its request in the call.
+        ids: token ids of the prompt.
         samples: sample indices.
         limit: tokens that a completion may have.
-        salt: told apart from equal prompts by this; 0 where equal prompts shall get equal samples.
+        seed: of its random numbers, together with the prompt and the sample index.
+        stop: strings at which a completion ends.
         draft: a guess at the completion, shorter than ``limit``; for a single greedy sample only.
     """
 
@@ -44,7 +45,8 @@ class Job:
     ids: tuple[int, ...]
     samples: range
     limit: int
-    salt: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
     draft: tuple[int, ...] = ()
 
 
@@ -83,16 +85,22 @@ class Batch:
         rows: fresh rows, nothing prefilled.
         jobs: the prompts and samples of this batch.
         renderer: decodes, and knows which tokens end a completion.
-        sampling: how tokens are chosen.
-        seed: the call's seed.
-        keep: see ``Engine.generate``.
+        sampling: how tokens are chosen; what differs from job to job is read from the jobs.
+        keep: ``keep`` of ``Generates.generate``, for many completions at once.
+        counted: requests whose prompt a completion has carried already; those of this batch are added.
     """
 
     def __init__(
-        self, rows: Rows, jobs: Sequence[Job], renderer: Renderer, sampling: Sampling, seed: int, keep: Keep | None
+        self,
+        rows: Rows,
+        jobs: Sequence[Job],
+        renderer: Renderer,
+        sampling: Sampling,
+        keep: KeepAll | None,
+        counted: set[int],
     ) -> None:
         self._rows, self._jobs, self._renderer = rows, jobs, renderer
-        self._sampling, self._keep = sampling, keep
+        self._sampling, self._keep, self._counted = sampling, keep, counted
         self._job = np.repeat(np.arange(len(jobs)), [len(j.samples) for j in jobs])
         self._sample = np.concatenate([np.arange(j.samples.start, j.samples.stop) for j in jobs])
         self._limit = np.array([j.limit for j in jobs])[self._job]
@@ -102,19 +110,19 @@ class Batch:
         self._lengths = np.zeros(len(self._job), dtype=np.int64)
         self._drafted = np.zeros(len(self._job), dtype=np.int64)
         self._steps = 0
+        pairs = [(jobs[int(j)], int(s)) for j, s in zip(self._job, self._sample, strict=True)]
         self._uniforms: Uniforms | None = None
         if sampling.temperature > 0:
-            pairs = zip(self._job, self._sample, strict=True)
-            keys = [row_key(seed + (jobs[int(j)].salt << 64), jobs[int(j)].ids, int(s)) for j, s in pairs]
-            self._uniforms = Uniforms(np.stack(keys))
-        watched = bool(sampling.stop or keep)
-        self._streams = np.array([TextStream(renderer) if watched else None for _ in self._job], dtype=object)
-        self._watch_every = 1 if sampling.stop else KEEP_EVERY if keep else 0
+            self._uniforms = Uniforms(np.stack([row_key(job.seed, job.ids, s) for job, s in pairs]))
+        stops = any(job.stop for job in jobs)
+        self._watch_every = 1 if stops else KEEP_EVERY if keep else 0
+        watches = [Watch(renderer, job.index, s, job.stop, None) if stops or keep else None for job, s in pairs]
+        self._watches = np.array(watches, dtype=object)
 
-    def run(self, emit: Emit, stopped: threading.Event) -> None:
-        """Sample until every row has been handed to ``emit``, or until ``stopped`` is set."""
+    def run(self, emit: Emit, stopped: Callable[[], bool]) -> None:
+        """Sample until every row has been handed to ``emit``, or until ``stopped``."""
         logits = self._read()
-        while not stopped.is_set():
+        while not stopped():
             uniforms = None
             if self._uniforms is not None:
                 uniforms = torch.from_numpy(self._uniforms.next()).to(logits.device, torch.float32)
@@ -158,35 +166,32 @@ class Batch:
         ended: Array = (tokens[:, None] == self._ends).any(1)
         full = self._lengths >= self._limit
         done = ended | full
-        watch = self._watch_every and self._steps % self._watch_every == 0
-        if self._watch_every and (watch or done.any()):
-            for row in range(len(tokens)) if watch else done.nonzero()[0]:
-                done[row] |= self._watch(int(row), bool(ended[row]), bool(full[row]), emit)
-        else:
-            for row in done.nonzero()[0]:
-                self._finish(int(row), "stop" if ended[row] else "length", emit)
+        if self._watch_every and (self._steps % self._watch_every == 0 or done.any()):
+            return self._watch(ended, full, emit)
+        for row in done.nonzero()[0]:
+            self._finish(int(row), "stop" if ended[row] else "length", emit)
         return done
 
-    def _watch(self, row: int, ended: bool, full: bool, emit: Emit) -> bool:
-        """Look at a row's text for stop strings and ask ``keep``; emit the row and return True where it is over."""
-        stream: TextStream = self._streams[row]
-        before = len(stream.text)
-        text = stream.push(self._ids[row, stream.count : self._lengths[row] - ended].tolist())
-        hits = [at for stop in self._sampling.stop if (at := text.find(stop, max(0, before - len(stop) + 1))) >= 0]
-        if hits:
-            self._finish(row, "stop", emit, text[: min(hits)])
-        elif ended or full:
-            self._finish(row, "stop" if ended else "length", emit)
-        elif self._keep and self._steps % KEEP_EVERY == 0 and not self._ask(row, text):
-            self._finish(row, "pruned", emit, text)
-        else:
-            return False
-        return True
-
-    def _ask(self, row: int, text: str) -> bool:
-        job = self._jobs[self._job[row]]
-        assert self._keep is not None
-        return self._keep(Partial(job.index, int(self._sample[row]), text, int(self._lengths[row])))
+    def _watch(self, ended: Array, full: Array, emit: Emit) -> Array:
+        """Look at the text of the rows for stop strings and ask ``keep``; emit the rows that are over, say which."""
+        done: Array = ended | full
+        every = self._steps % self._watch_every == 0
+        for row in range(len(done)) if every else done.nonzero()[0]:
+            watch: Watch = self._watches[row]
+            verdict = watch.push(self._ids[row, watch.count : self._lengths[row] - ended[row]].tolist())
+            if verdict is not None:
+                self._finish(int(row), verdict[0], emit, verdict[1])
+            elif done[row]:
+                self._finish(int(row), "stop" if ended[row] else "length", emit)
+            done[row] |= verdict is not None
+        going = (~done).nonzero()[0]
+        if self._keep is not None and self._steps % KEEP_EVERY == 0 and len(going):
+            partials = [self._watches[row].partial for row in going]
+            for row, partial, kept in zip(going, partials, self._keep(partials), strict=True):
+                if not kept:
+                    self._finish(int(row), "abort", emit, partial.text)
+                    done[row] = True
+        return done
 
     def _finish(self, row: int, reason: FinishReason, emit: Emit, text: str | None = None) -> None:
         ids = sampled = self._ids[row, : self._lengths[row]].tolist()
@@ -197,6 +202,8 @@ class Batch:
             text = self._renderer.decode(ids)
         at = int(self._job[row])
         job = self._jobs[at]
+        first = job.index not in self._counted
+        self._counted.add(job.index)
         emit(
             Completion(
                 job.index,
@@ -207,15 +214,15 @@ class Batch:
                 cumulative_logprob=float(np.sum(logprobs, dtype=np.float64)),
                 logprobs=tuple(logprobs),
                 pieces=self._renderer.pieces(sampled),
-                prompt_tokens=len(job.ids),
+                prompt_tokens=len(job.ids) if first else 0,
                 completion_tokens=len(logprobs),
-                cached_tokens=self._rows.cached[at],
+                cached_tokens=self._rows.cached[at] if first else 0,
                 drafted_tokens=int(self._drafted[row]),
             )
         )
 
     def _select(self, order: Array) -> None:
-        for name in ("_job", "_sample", "_limit", "_ids", "_logprobs", "_lengths", "_drafted", "_streams"):
+        for name in ("_job", "_sample", "_limit", "_ids", "_logprobs", "_lengths", "_drafted", "_watches"):
             setattr(self, name, getattr(self, name)[order])
         if self._uniforms is not None:
             self._uniforms.select(order)

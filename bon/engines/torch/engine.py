@@ -7,29 +7,35 @@ at a time holds the model, others wait. It runs no encoder-decoder model and spr
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
 import inspect
 import os
 import secrets
-import threading
-import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt
+from bon.engines.base import (
+    MOST_DRAFT,
+    Completion,
+    Keep,
+    Loglikelihood,
+    Partial,
+    Prompt,
+    Request,
+    check_pairs,
+    too_long,
+)
 from bon.engines.loading import load
+from bon.engines.memory import kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
-from bon.engines.torch.decode import MAX_ROWS, Batch, Job, batches
+from bon.engines.torch.decode import MAX_ROWS, Batch, Job, KeepAll, batches
 from bon.engines.torch.paths import Paths
 from bon.engines.torch.rows import Stats
-from bon.errors import BonError, EngineError, InputError, PromptTooLongError, UnknownNameError
-from bon.types import Sampling
+from bon.engines.torch.worker import Call, Worker
+from bon.errors import BonError, EngineError, InputError, UnknownNameError
 
 _MEMORY_SHARE = 0.25  # of main memory, or of what is free on the GPU, for keys and values
 _MOST_BATCH_TOKENS = 1 << 19
@@ -63,7 +69,7 @@ class TorchEngine:
         InputError: not a decoder-only model, or a value out of range.
     """
 
-    overlaps = False
+    concurrent = False
 
     def __init__(
         self,
@@ -89,6 +95,7 @@ class TorchEngine:
         self._model, tokenizer = load(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
+        self._device = self._model.device
         config = self._model.config.get_text_config(decoder=True)
         self.renderer = Renderer(tokenizer, chat_template_kwargs, eos_ids=_eos_ids(self._model))
         self.max_model_len = _context(config, max_model_len)
@@ -96,78 +103,42 @@ class TorchEngine:
         self.stats = Stats()
         self._paths = Paths(self._model, share_prefix, self.stats)
         self._vocabulary = int(config.vocab_size)
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bon-torch")
-        self._calls: weakref.WeakSet[threading.Event] = weakref.WeakSet()
-        self._closed = False
+        self._worker = Worker(self.name, lambda: None)
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
-    ) -> AsyncIterator[Completion]:
-        """Sample n completions of each prompt in one fused batch; see ``Engine.generate``.
+    def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
+        """Sample completions; see ``Generates.generate``.
 
-        The same seed gives the same completion of a prompt whatever else is in the call, up to rounding of the
-        model's arithmetic. Log-probabilities are the model's own, before temperature and filters.
+        Requests that draw tokens in the same way (temperature, top-p, top-k and min-p) run in one fused batch. Under a
+        seed a completion is the same whatever else is in the call, up to rounding of the model's arithmetic.
+        Log-probabilities are the model's own, before temperature and filters. ``keep`` is called in the event loop.
         """
-        if n < 1:
-            raise InputError(f"n must be at least 1, got {n}.")
-        for option in sampling.extra:
+        for option in (option for request in requests for option in request.sampling.extra):
             raise UnknownNameError("sampling option of the torch engine", option, [])
-        return self._stream(lambda emit, stop: self._sample(prompts, sampling, n, keep, emit, stop))
+        return self._stream(lambda call: self._sample(requests, keep, call))
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
     ) -> list[Loglikelihood]:
-        """Rate continuations by prefill alone; see ``Engine.loglikelihood``."""
-        if len(prompts) != len(continuations):
-            raise InputError(f"there are {len(prompts)} prompts and {len(continuations)} continuations.")
-        results = self._stream(lambda emit, stop: self._rate(prompts, continuations, end, emit, stop))
+        """Rate continuations by prefill alone; see ``Rates.loglikelihood``."""
+        check_pairs(prompts, continuations)
+        results = self._stream(lambda call: self._rate(prompts, continuations, end, call))
         rated: dict[int, Loglikelihood] = {index: value async for index, value in results}
         return [rated[i] for i in range(len(prompts))]
 
     async def aclose(self) -> None:
         """Stop what is running after its current step and free the model."""
-        self._closed = True
-        for call in list(self._calls):
-            call.set()
-        await asyncio.to_thread(self._worker.shutdown, cancel_futures=True)
+        await self._worker.aclose()
+        self._paths.close()
         self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # the next model, or another process, may need it
 
-    async def _stream(self, work: Callable[[Callable[[Any], None], threading.Event], None]) -> AsyncIterator[Any]:
-        """Run ``work`` in the worker thread and yield what it emits; leaving the iterator stops it."""
-        if self._closed:
-            raise EngineError(f"the engine {self.name!r} is closed.")
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        stop = threading.Event()
+    def _stream(self, work: Callable[[Call], None]) -> AsyncGenerator[Any, None]:
+        def run(call: Call) -> None:
+            with torch.inference_mode(), self._errors():
+                work(call)
 
-        def emit(item: Any) -> None:
-            try:
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-            except RuntimeError:  # the event loop is gone: nobody listens any more
-                stop.set()
-
-        def run() -> None:
-            outcome: object = _DONE
-            try:
-                with torch.inference_mode(), self._errors():
-                    work(emit, stop)
-            except BaseException as error:
-                outcome = error
-            if self._closed and not isinstance(outcome, BaseException):
-                outcome = EngineError(f"the engine {self.name!r} was closed.")
-            emit(outcome)
-
-        self._calls.add(stop)
-        future = self._worker.submit(run)
-        future.add_done_callback(lambda f: emit(EngineError("the engine was closed.")) if f.cancelled() else None)
-        try:
-            while (item := await queue.get()) is not _DONE:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            future.cancel()
+        return self._worker.stream(run)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -176,63 +147,67 @@ class TorchEngine:
             yield
         except BonError:
             raise
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            text = str(error)
-            if not isinstance(error, RuntimeError) or "out of memory" in text or "can't allocate memory" in text:
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
                 raise EngineError(
                     f"{self.name!r} ran out of memory. Lower max_batch_tokens (now {self.max_batch_tokens}), "
                     "max_tokens or n, or take a smaller model."
                 ) from error
+            text = str(error)
             raise EngineError(f"{self.name!r} failed: {text.splitlines()[0] if text else error!r}") from error
 
-    def _sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        n: int,
-        keep: Keep | None,
-        emit: Callable[[Any], None],
-        stop: threading.Event,
-    ) -> None:
-        rendered = [self.renderer.render(p) for p in prompts]
-        self._check_lengths([len(ids) for ids in rendered], 1, "prompt")
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        jobs = [
-            Job(i, ids, range(n), self._room(len(ids), sampling.max_tokens), 0 if sampling.seed is not None else i)
-            for i, ids in enumerate(rendered)
-        ]
-        if n == 1 and sampling.temperature == 0:
-            jobs = [replace(job, draft=self._draft(prompts[job.index], job.limit, len(jobs))) for job in jobs]
-        path = self._paths.choose(rendered, max((len(j.ids) + j.limit for j in jobs), default=0))
-        for batch in batches([jobs[i] for i in path.order], self.max_batch_tokens, path.cost):
-            if stop.is_set():
-                return
-            Batch(path.rows(), batch, self.renderer, sampling, seed, keep).run(emit, stop)
+    def _sample(self, requests: Sequence[Request], keep: Keep | None, call: Call) -> None:
+        rendered = [self.renderer.render(request.prompt) for request in requests]
+        limit = None if self.max_model_len is None else self.max_model_len - 1
+        errors = too_long(list(map(len, rendered)), limit, "prompt")
+        for i, error in errors.items():
+            for sample in requests[i].samples:
+                call.emit(Completion.failed(i, sample, error))
+        groups: dict[tuple[float, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            if i not in errors:
+                s = request.sampling
+                groups.setdefault((s.temperature, s.top_p, s.top_k, s.min_p), []).append(i)
+        counted: set[int] = set()
+        for group in groups.values():
+            sampling = requests[group[0]].sampling
+            drafts = sampling.temperature == 0 and all(requests[i].n == 1 for i in group)
+            jobs = [self._job(i, requests[i], rendered[i], len(group) if drafts else 0) for i in group]
+            path = self._paths.choose([job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs))
+            for batch in batches([jobs[at] for at in path.order], self.max_batch_tokens, path.cost):
+                if call.stopped:
+                    return
+                asked = None if keep is None else _in_event_loop(keep, call)
+                Batch(path.rows(), batch, self.renderer, sampling, asked, counted).run(call.emit, lambda: call.stopped)
 
-    def _rate(
-        self,
-        prompts: Sequence[Prompt],
-        continuations: Sequence[str],
-        end: bool,
-        emit: Callable[[Any], None],
-        stop: threading.Event,
-    ) -> None:
+    def _job(self, index: int, request: Request, ids: tuple[int, ...], drafts: int) -> Job:
+        """A request's work; its draft is read where ``drafts`` rows read theirs together."""
+        sampling = request.sampling
+        room = sampling.max_tokens
+        if self.max_model_len is not None:
+            room = min(room, self.max_model_len - len(ids))
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        draft = self._draft(request.prompt, room, drafts) if drafts else ()
+        return Job(index, ids, request.samples, room, seed, sampling.stop, draft)
+
+    def _rate(self, prompts: Sequence[Prompt], continuations: Sequence[str], end: bool, call: Call) -> None:
         last = () if not end or self.renderer.end_id is None else (self.renderer.end_id,)
         contexts = [self.renderer.render(p) for p in prompts]
         targets = [(*self.renderer.encode(text), *last) for text in continuations]
         lengths = [len(a) + len(b) for a, b in zip(contexts, targets, strict=True)]
-        self._check_lengths(lengths, 0, "prompt and continuation")
-        rated = [i for i, target in enumerate(targets) if target]
+        errors = too_long(lengths, self.max_model_len, "prompt and continuation")
+        rated = [i for i, target in enumerate(targets) if target and i not in errors]
         for i in set(range(len(prompts))) - set(rated):
-            emit((i, Loglikelihood(0.0, 0, len(contexts[i]))))
-        path = self._paths.choose([contexts[i] for i in rated], max(lengths, default=0))
+            failed = Loglikelihood.failed(errors[i]) if i in errors else Loglikelihood(0.0, 0, len(contexts[i]))
+            call.emit((i, failed))
+        path = self._paths.choose([contexts[i] for i in rated], max((lengths[i] for i in rated), default=0))
         for batch in self._rating_batches([rated[i] for i in path.order], lengths, targets, path.pads):
-            if stop.is_set():
+            if call.stopped:
                 return
             rows = path.rows()
             totals = rows.rate([contexts[i] for i in batch], [targets[i] for i in batch])
             for at, i in enumerate(batch):
-                emit((i, Loglikelihood(totals[at], len(targets[i]), len(contexts[i]), rows.cached[at])))
+                call.emit((i, Loglikelihood(totals[at], len(targets[i]), len(contexts[i]), rows.cached[at])))
 
     def _rating_batches(
         self, order: Sequence[int], lengths: Sequence[int], targets: Sequence[Sequence[int]], pads: bool
@@ -254,13 +229,6 @@ class TorchEngine:
         if batch:
             yield batch
 
-    def _check_lengths(self, lengths: Sequence[int], spare: int, what: str) -> None:
-        """Refuse what does not fit the context with ``spare`` tokens left."""
-        limit = None if self.max_model_len is None else self.max_model_len - spare
-        if limit is not None and (too_long := [i for i, length in enumerate(lengths) if length > limit]):
-            where = f"{what} {too_long[0]}" if len(lengths) > 1 else f"the {what}"
-            raise PromptTooLongError(lengths[too_long[0]], limit, where, too_long)
-
     def _draft(self, prompt: Prompt, limit: int, rows: int) -> tuple[int, ...]:
         """As much of a prompt's draft as leaves room for a token and keeps the logits of all rows small."""
         if not prompt.draft:
@@ -268,11 +236,14 @@ class TorchEngine:
         affordable = _LOGIT_BYTES // (4 * self._vocabulary * min(rows, MAX_ROWS))
         return self.renderer.encode(prompt.draft)[: min(MOST_DRAFT, limit - 1, affordable)]
 
-    def _room(self, prompt: int, wanted: int) -> int:
-        return wanted if self.max_model_len is None else min(wanted, self.max_model_len - prompt)
 
+def _in_event_loop(keep: Keep, call: Call) -> KeepAll:
+    """``keep`` for many completions at once, called in the caller's event loop: it needs no lock of its own."""
 
-_DONE = object()
+    def ask(partials: Sequence[Partial]) -> list[bool]:
+        return call.ask(lambda: [keep(partial) for partial in partials])
+
+    return ask
 
 
 def _eos_ids(model: Any) -> tuple[int, ...]:
@@ -292,9 +263,7 @@ def _context(config: Any, wanted: int | None) -> int | None:
 
 def _affordable_tokens(config: Any, model: Any) -> int:
     """Tokens whose keys and values fit the share of the memory that one batch may take."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    per_token = kv_bytes_per_token(config, model.dtype.itemsize)
     if model.device.type == "cuda":
         memory = torch.cuda.mem_get_info(model.device)[0]
     else:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bon.engines.torch.prefix.attention import NAME
+from bon.engines.memory import out_of_memory
+from bon.engines.torch.prefix.attention import NAME, NotServedError
 from bon.engines.torch.prefix.shared import Preamble, SharedRows
 from bon.engines.torch.prefix.tree import Ids, arrange, preamble
 from bon.engines.torch.rows import PlainRows, Rows, Stats
@@ -103,16 +104,26 @@ class Paths:
         self._attend(NAME if shared else self._plain)
         return (SharedPath if shared else PlainPath)(self._model, prompts, self._stats)
 
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
+
     def _can_share(self) -> bool:
         if self._share and not self._checked:
-            self._checked = True
             try:
                 self._limit = longest_served(self._model)
                 check(self._model)
-            except Exception as error:  # whatever a model that was never tried may raise: the plain path works
-                log.info("prefixes are not shared with this model: %s", str(error).split("\n", 1)[0] or repr(error))
+            except NotServedError as error:
                 self._share = False
+                log.info("prefixes are not shared with this model: %s", error)
+            except Exception as error:
+                if out_of_memory(error):  # says nothing about the model: the next call finds out
+                    raise
+                self._share = False
+                log.warning("prefixes are not shared, as their check failed with %r; this is a fault of bon's", error)
+            finally:
                 self._model.set_attn_implementation(self._plain)
+            self._checked = True
         return self._share
 
     def _attend(self, name: str) -> None:
@@ -125,16 +136,16 @@ def longest_served(model: Any) -> int | None:
     """Tokens up to which every layer of a model attends to its whole context; None for no limit.
 
     Raises:
-        NotImplementedError: the model has something that shared prefixes do not serve; the message says what.
+        NotServedError: the model has something that shared prefixes do not serve; the message says what.
     """
     config = model.config.get_text_config(decoder=True)
     if not getattr(model, "_supports_attention_backend", False):
-        raise NotImplementedError("it does not use transformers' attention interface")
+        raise NotServedError("it does not use transformers' attention interface")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise NotImplementedError(f"it has layers of type {sorted(unknown)}")
+        raise NotServedError(f"it has layers of type {sorted(unknown)}")
     if unknown := _rope_types(getattr(config, "rope_parameters", None)) - _ROPE_TYPES:
-        raise NotImplementedError(f"its position encoding is {sorted(unknown)}")
+        raise NotServedError(f"its position encoding is {sorted(unknown)}")
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds if getattr(config, "layer_types", None) else window is not None
     return int(window) if slides and window else None
@@ -151,7 +162,7 @@ def check(model: Any) -> None:
     """Run a few made-up prompts both ways and compare.
 
     Raises:
-        NotImplementedError: shared prefixes give this model other logits than transformers does.
+        NotServedError: shared prefixes give this model other logits than transformers does.
     """
     generator = np.random.default_rng(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -168,9 +179,8 @@ def check(model: Any) -> None:
         back = np.argsort(order := rows.select(alive))
         outputs.append(rows.step(tokens[1][torch.from_numpy(order).to(model.device)])[torch.from_numpy(back)])
         found.append(torch.cat(outputs).float())
-    model.set_attn_implementation(plain)
     expected, got = found
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     worst = float((expected - got).abs().max() / expected.std())
     if not worst < tolerance:
-        raise NotImplementedError(f"its logits came out different by {worst:.1e} standard deviations")
+        raise NotServedError(f"its logits came out different by {worst:.1e} standard deviations")

@@ -26,6 +26,10 @@ _HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "out
 Index = np.ndarray[Any, np.dtype[np.int64]]
 
 
+class NotServedError(Exception):
+    """A model has something that shared prefixes do not serve; the message says what."""
+
+
 # --- parts of one softmax ------------------------------------------------------------------------------------------
 
 
@@ -200,7 +204,7 @@ def shared_attention(
     """Attention function in transformers' format: query (1, heads, tokens, width) to (1, tokens, heads, width)."""
     unknown = {k for k, v in options.items() if v is not None and v is not False and k not in _HARMLESS}
     if bon_pass is None or unknown or dropout or value.shape[-1] != query.shape[-1]:
-        raise NotImplementedError(f"shared-prefix attention does not know {sorted(unknown)}")
+        raise NotServedError(f"shared-prefix attention does not know {sorted(unknown)}")
     _, heads, tokens, width = query.shape
     scaled = query[0].transpose(0, 1) * (width**-0.5 if scaling is None else scaling)
     grouped = scaled.reshape(tokens, key.shape[1], heads // key.shape[1], width)

@@ -2,8 +2,8 @@
 
 The rows of a batch form a tree: all share a preamble, some share a context, the samples of one prompt share that
 prompt, and each row has a tail of its own. Every node's keys and values exist once. Each row attends to the chain of
-nodes above it and to its own tail, see ``bon.engines.torch.prefix.attention``. Prompts of different lengths run through the
-model one behind the other, without padding. Rows that leave make room for the last ones; nothing is padded on.
+nodes above it and to its own tail, see ``attention.py``. Prompts of different lengths run through the model one behind
+the other, without padding. Rows that leave make room for the last ones; nothing is padded on.
 
 It serves decoders whose layers all attend to the whole context; ``bon.engines.torch.paths`` finds out which do, and
 everything else takes ``bon.engines.torch.rows.PlainRows``.

@@ -7,13 +7,14 @@ a row has no id) says which row it was. Nothing here prints, and nothing decides
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from bon.best_of_n import BestOfN, in_order
+from bon.best_of_n import BestOfN
 from bon.errors import BonError, InputError
+from bon.pipeline import in_order
 from bon.task import Message, Task, as_messages
 from bon.types import Result
 
@@ -158,13 +159,13 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else f"{value!r:.60}"
 
 
-def run_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncIterator[tuple[Row, Result | BonError]]:
+def run_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncGenerator[tuple[Row, Result | BonError], None]:
     """Sample and score every row; yield (row, result or error) as they finish."""
     taken: dict[int, Row] = {}
     return _with_rows(bon.stream(row.task for row in _noted(rows, taken)), taken)
 
 
-def rank_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncIterator[tuple[Row, Result | BonError]]:
+def rank_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncGenerator[tuple[Row, Result | BonError], None]:
     """Score the candidates that every row brings; yield (row, result or error), in order."""
     taken: dict[int, Row] = {}
     return _with_rows(in_order(bon.stream_ranked((row.task, row.candidates) for row in _noted(rows, taken))), taken)
@@ -177,9 +178,9 @@ def _noted(rows: Iterable[Row], taken: dict[int, Row]) -> Iterator[Row]:
 
 
 async def _with_rows(
-    outcomes: AsyncIterator[tuple[int, Result | BonError]], taken: dict[int, Row]
-) -> AsyncIterator[tuple[Row, Result | BonError]]:
-    async with aclosing(outcomes):  # type: ignore[type-var]
+    outcomes: AsyncGenerator[tuple[int, Result | BonError], None], taken: dict[int, Row]
+) -> AsyncGenerator[tuple[Row, Result | BonError], None]:
+    async with aclosing(outcomes):
         async for position, outcome in outcomes:
             yield taken.pop(position), outcome
 
@@ -199,7 +200,7 @@ def output_row(row: Row, result: Result, *, everything: bool = False) -> dict[st
     if not everything:
         winner = None if result.best is None else result.scores[result.best]
         own = {name: own[name] for name in ("text", "reward", "best", "reason")}
-        own |= {"status": winner and winner.status, "inferred": winner and winner.inferred}
+        own |= {"status": winner and winner.status, "inferred": winner and winner.explanation}
     elif row.candidates:
         del own["candidates"]  # the row has them
     if row.key[0] == "line":

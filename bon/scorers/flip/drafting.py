@@ -42,6 +42,6 @@ class Drafting:
             share = completion.drafted_tokens / completion.completion_tokens
             self._share += (share - self._share) / min(self._learned, _MEMORY)
 
-    def anew(self) -> Drafting:
+    def restarted(self) -> Drafting:
         """The same for another model, of which nothing is known yet."""
         return Drafting(self._wanted)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bon.engines.base import Completion, Loglikelihood, Partial, Prompt
-from bon.scorers.base import Item, Scored
+from bon.errors import PromptTooLongError
+from bon.scorers.base import Pending
 from bon.scorers.parsing import Parsed, Parser
 from bon.similarity import Bound, Match, Similarity, mean_bound
 from bon.types import Score, ScoreStatus, Usage
@@ -15,19 +17,37 @@ from bon.types import Score, ScoreStatus, Usage
 _WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
 
 
+@dataclass(frozen=True, slots=True)
+class FlipDetails:
+    """What FLIP knows about a score beside the reward.
+
+    Args:
+        inferred: the instruction that backward inference arrived at (of several samples, the one nearest the mean).
+        precision, recall: the parts of the F1.
+        samples: rewards of the single reconstructions, when there are several.
+    """
+
+    inferred: str | None = None
+    precision: float | None = None
+    recall: float | None = None
+    samples: tuple[float, ...] = ()
+
+
 @dataclass
 class Reconstruction:
     """One candidate's reconstructions, while they are made and after.
 
+    ``keep`` may be called from an engine's thread while the event loop takes in completions, so both hold a lock.
     ``bounds[s]`` is what sample s can still reach, ``matches[s]`` what it did reach.
     """
 
-    index: int
-    item: Item
+    position: int
+    pending: Pending
     prompt: Prompt
     parser: Parser
     similarity: Similarity
     samples: int
+    first_sample: int = 0
     too_long: str = ""
     completions: dict[int, Completion] = field(default_factory=dict)
     parsed: dict[int, Parsed] = field(default_factory=dict)
@@ -35,44 +55,60 @@ class Reconstruction:
     bounds: list[float] = field(default_factory=list)
     counters: list[Bound | None] = field(default_factory=list)
     spent: Usage = field(default_factory=Usage)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        instruction = self.item.task.instruction
+        instruction = self.pending.task.instruction
         self.counters = [self.similarity.bound(instruction) for _ in range(self.samples)]
         self.bounds = [self.similarity.maximum] * self.samples
 
     def restarted(self) -> Reconstruction:
-        """Another try, which remembers what was spent."""
+        """Another try with further samples, which remembers what was spent."""
         return Reconstruction(
-            self.index, self.item, self.prompt, self.parser, self.similarity, self.samples, spent=self.usage
+            self.position,
+            self.pending,
+            self.prompt,
+            self.parser,
+            self.similarity,
+            self.samples,
+            self.first_sample + self.samples,
+            spent=self.usage,
         )
 
     @property
     def prunable(self) -> bool:
         """Whether ``keep`` may ever say no."""
-        board = self.item.board
-        return board.stop_at is not None or (board.prune and self.parser.settles and self.counters[0] is not None)
+        group = self.pending.group
+        return group.stop_at is not None or (group.prune and self.parser.settles and self.counters[0] is not None)
 
     def keep(self, partial: Partial, stop: Iterable[str] = ()) -> bool:
         """Tighten the bound with what a sample has written so far; False when the candidate cannot win."""
-        counter = self.counters[partial.sample_index]
+        sample = partial.sample_index - self.first_sample
+        counter = self.counters[sample]
         settled = self.parser.settled(before_stop(partial.text, stop))
-        if counter is not None and settled is not None:
-            self.bounds[partial.sample_index] = counter.update(settled)
-        return not self.item.board.hopeless(self.upper_bound)
+        with self.lock:
+            if counter is not None and settled is not None:
+                self.bounds[sample] = counter.update(settled)
+            return not self.pending.group.hopeless(self.upper_bound)
 
     def finish(self, completion: Completion) -> bool:
         """Take in a completion; True when it was the last one."""
-        sample = completion.sample_index
-        self.completions[sample] = completion
-        if completion.finish_reason != "pruned":
-            if completion.error is not None:
-                parsed = Parsed("failed", None, str(completion.error))
-            else:
-                parsed = self.parser.parse(completion.text, completion.finish_reason)
-            self.parsed[sample] = parsed
+        sample = completion.sample_index - self.first_sample
+        parsed, match = None, None
+        if completion.error is not None:
+            parsed = Parsed("failed", None, str(completion.error))
+            if isinstance(completion.error, PromptTooLongError):
+                self.too_long = str(completion.error)
+        elif completion.finish_reason != "abort":
+            parsed = self.parser.parse(completion.text, completion.finish_reason)
             if parsed.instruction is not None:
-                self.matches[sample] = self.similarity(parsed.instruction, self.item.task.instruction)
+                match = self.similarity(parsed.instruction, self.pending.task.instruction)
+        with self.lock:
+            self.completions[sample] = completion
+            if parsed is not None:
+                self.parsed[sample] = parsed
+            if match is not None:
+                self.matches[sample] = match
         return len(self.completions) == self.samples
 
     @property
@@ -98,51 +134,44 @@ class Reconstruction:
 
     @property
     def usage(self) -> Usage:
-        """Tokens spent so far; the prompt counts once for all samples."""
+        """Tokens spent so far."""
         done = self.completions.values()
         return self.spent + Usage(
-            scorer_prompt_tokens=max((c.prompt_tokens for c in done), default=0),
+            scorer_prompt_tokens=sum(c.prompt_tokens for c in done),
             scorer_completion_tokens=sum(c.completion_tokens for c in done),
-            cached_tokens=min((c.cached_tokens for c in done), default=0),
+            cached_tokens=sum(c.cached_tokens for c in done),
             drafted_tokens=sum(c.drafted_tokens for c in done),
         )
 
-    def scored(self, tie_break: float | None, likelihood: Loglikelihood | None = None) -> Scored:
+    def score(self, tie_break: float | None, likelihood: Loglikelihood | None = None) -> Score:
         """Report, with the value that decides between equal rewards and what that cost."""
-        usage = self.usage
+        usage, status, reward = self.usage, self.status, self.reward
         if likelihood is not None:
             prompt_tokens = likelihood.prompt_tokens + likelihood.tokens
             usage += Usage(scorer_prompt_tokens=prompt_tokens, cached_tokens=likelihood.cached_tokens)
-        tokens, drafted = usage.scorer_completion_tokens, usage.drafted_tokens
-        candidate, status, reward = self.item.candidate.index, self.status, self.reward
         if reward is None:
             bound = self.upper_bound if status == "pruned" else None
-            reason = self._reason(status)
-            score = Score(candidate, None, status, tokens=tokens, drafted=drafted, upper_bound=bound, reason=reason)
-            return Scored(self.index, score, usage)
+            return Score(None, status, self._reason(status), upper_bound=bound, usage=usage)
         nearest = min(self.matches, key=lambda s: (abs(self.matches[s].f1 - reward), s))
-        score = Score(
-            candidate,
-            reward,
-            status,
-            inferred=self.parsed[nearest].instruction,
+        inferred = self.parsed[nearest].instruction
+        details = FlipDetails(
+            inferred,
             precision=self._mean([m.precision for m in self.matches.values()]),
             recall=self._mean([m.recall for m in self.matches.values()]),
-            tie_break=tie_break,
-            tokens=tokens,
-            drafted=drafted,
-            reason=self._reason(status),
             samples=tuple(self.matches[s].f1 for s in sorted(self.matches)) if self.samples > 1 else (),
         )
-        return Scored(self.index, score, usage)
+        reason = self._reason(status)
+        return Score(reward, status, reason, inferred, details=details, tie_break=tie_break, usage=usage)
 
     def _reason(self, status: ScoreStatus) -> str | None:
+        group = self.pending.group
         if self.too_long:
             return f"the response does not fit the scorer: {self.too_long}"
         if status == "pruned":
-            if self.item.board.reached:
+            if group.reached:
                 return "another candidate has reached the reward to stop at"
-            return f"could not reach the best reward so far ({self.item.board.best:.3f})"
+            best = "" if group.best_reward is None else f" ({group.best_reward:.3f})"
+            return f"could not reach the best reward so far{best}"
         failed = [p.reason for p in self.parsed.values() if p.status == "failed"]
         if status == "failed":
             return failed[0] if failed else "there is no reconstruction"

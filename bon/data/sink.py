@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from bon.batch import Key, parse_object
+from bon.data.rows import Key, parse_object
 from bon.errors import InputError
 
 
