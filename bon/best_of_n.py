@@ -8,14 +8,14 @@ evaluations, benchmarks) calls it.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from bon import portal
 from bon.budget import Budget, as_budget
 from bon.engines.base import Engine
-from bon.errors import BonError, InputError, UnknownNameError, user_error
+from bon.errors import BonError, InputError, UnknownNameError, number, user_error
 from bon.group import Callback, Group
 from bon.models import Model, ModelPool
 from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order
@@ -49,7 +49,8 @@ class BestOfN:
             the scorer is free, "all" together at the end; None chooses, see ``Pipeline.schedule_for``.
 
     Attributes:
-        given: policy and scorer as they were passed; ``policy`` and ``scorer`` are what became of them.
+        given, given_selector: policy and scorer, and the selector, as they were passed; ``policy``, ``scorer`` and
+            ``selector`` are what became of them.
 
     Raises:
         InputError: n < 1, an unknown name or option, a model that cannot be loaded.
@@ -74,8 +75,13 @@ class BestOfN:
         self.selector = as_selector(selector, min_reward, seed=self.sampling.seed)
         self.prune, self.schedule = prune, schedule
         self.given = (policy, scorer)
+        self.given_selector, self.min_reward = selector, min_reward
         self._pool = ModelPool()
-        self.policy, self.scorer = self._pool.both(policy, scorer)
+        try:
+            self.policy, self.scorer = self._pool.both(policy, scorer)
+        except BaseException:
+            portal.run(self._pool.aclose())  # the policy may be there, and the scorer's model not
+            raise
 
     @property
     def n(self) -> int | None:
@@ -101,15 +107,19 @@ class BestOfN:
         Raises:
             InputError: what the constructor says of them.
         """
-        return BestOfN(
+        other = BestOfN(
             self.policy,
             scorer or self.scorer,
             n=self.budget if n is None else n,
             sampling=self.sampling if sampling is None else sampling,
-            selector=self.selector,
-            min_reward=min_reward,
+            selector=self.given_selector,
+            min_reward=max(
+                (number("min_reward", m) for m in (min_reward, self.min_reward) if m is not None), default=None
+            ),
             **{"prune": self.prune, "schedule": self.schedule, **changes},
         )
+        other.given = (self.given[0], scorer or self.given[1])
+        return other
 
     @overload
     def __call__(
@@ -156,6 +166,8 @@ class BestOfN:
         """
         bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
         if not _is_list_of_prompts(prompt):
+            if on_error != "raise" or progress:
+                raise InputError("on_error= and progress= are for a list of prompts, and this is one prompt.")
             return portal.run(bon.run(prompt, instruction=instruction))
         if instruction is not None:
             raise InputError("instruction= is for one prompt; in a list, pass Task.of(prompt, instruction) for each.")
@@ -182,11 +194,12 @@ class BestOfN:
         if on_error not in ("raise", "return"):
             raise UnknownNameError("on_error", on_error, ["raise", "return"])
         total = len(prompts) if isinstance(prompts, Sequence) else None
-        outcomes = portal.iterate(in_order(self.stream(prompts)))
-        for _, outcome in tqdm(outcomes, total=total, unit="prompt", disable=None if progress else True):
-            if isinstance(outcome, BonError) and on_error == "raise":
-                raise outcome
-            yield outcome
+        # Closed here: an error that somebody keeps would keep the prompts that are still running alive with it.
+        with closing(portal.iterate(in_order(self.stream(prompts)))) as outcomes:
+            for _, outcome in tqdm(outcomes, total=total, unit="prompt", disable=None if progress else True):
+                if isinstance(outcome, BonError) and on_error == "raise":
+                    raise outcome
+                yield outcome
 
     def rerank(
         self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], *, instruction: str | None = None
@@ -211,6 +224,8 @@ class BestOfN:
             callback: told of each candidate and score as it comes, copies and empty ones included.
             deadline: seconds after which the best so far is returned; the rest is aborted and has the status "late".
         """
+        if deadline is not None:
+            number("deadline", deadline)
         bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
         group = bon._group(prompt, instruction, callback)
         await bon._pipeline(bon.policy).run([group], deadline)
