@@ -249,25 +249,24 @@ class BestOfN:
         return Pipeline(self.scorer, policy, self.budget, self.sampling, self.schedule)
 
     @property
-    def _prunes(self) -> bool:
-        return self.prune and only_the_best_counts(self.selector) and not self.scorer.needs.all_rewards
+    def _terms(self) -> dict[str, Any]:
+        """What may be given up in a group, sampled or not."""
+        needs = self.scorer.needs
+        return {
+            "prune": self.prune and only_the_best_counts(self.selector) and not needs.all_rewards,
+            "stop_at": getattr(self.budget, "stop_at", None),
+            "whole": needs.group,
+        }
 
     def _group(
         self, prompt: Conversation | Task, instruction: str | None = None, callback: Callback | None = None
     ) -> Group:
-        return Group(
-            Task.of(prompt, instruction),
-            prune=self._prunes,
-            stop_at=getattr(self.budget, "stop_at", None),
-            whole=self.scorer.needs.group,
-            callback=callback,
-        )
+        return Group(Task.of(prompt, instruction), callback=callback, **self._terms)
 
     def _given(
         self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], instruction: str | None = None
     ) -> Group:
-        whole = self.scorer.needs.group
-        return Group.of(prompt, candidates, instruction=instruction, prune=self._prunes, whole=whole)
+        return Group.of(prompt, candidates, instruction=instruction, **self._terms)
 
     async def aclose(self) -> None:
         """Free the models that were loaded here."""
