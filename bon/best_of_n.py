@@ -260,25 +260,23 @@ class BestOfN:
         return Pipeline(self.scorer, policy, self.budget, self.sampling, self.schedule)
 
     @property
-    def _prunes(self) -> bool:
-        return self.prune and may_prune(self.scorer, self.selector)
+    def _terms(self) -> dict[str, Any]:
+        """What may be given up in a group, sampled or not."""
+        return {
+            "prune": self.prune and may_prune(self.scorer, self.selector),
+            "stop_at": getattr(self.budget, "stop_at", None),
+            "whole": self.scorer.needs.group,
+        }
 
     def _group(
         self, prompt: Conversation | Task, instruction: str | None = None, callback: Callback | None = None
     ) -> Group:
-        return Group(
-            Task.of(prompt, instruction),
-            prune=self._prunes,
-            stop_at=getattr(self.budget, "stop_at", None),
-            whole=self.scorer.needs.group,
-            callback=callback,
-        )
+        return Group(Task.of(prompt, instruction), callback=callback, **self._terms)
 
     def _given(
         self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], instruction: str | None = None
     ) -> Group:
-        whole = self.scorer.needs.group
-        return Group.of(prompt, candidates, instruction=instruction, prune=self._prunes, whole=whole)
+        return Group.of(prompt, candidates, instruction=instruction, **self._terms)
 
     async def aclose(self) -> None:
         """Free the models that were loaded here."""
