@@ -18,7 +18,7 @@ from bon.engines.base import Engine
 from bon.errors import BonError, InputError, UnknownNameError, number
 from bon.group import Callback, Group
 from bon.models import Model, ModelPool
-from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order, made, may_prune, rank
+from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order, made, may_prune
 from bon.scorers.base import Scorer
 from bon.selectors import Selector, as_selector
 from bon.task import Conversation, Message, Task
@@ -249,12 +249,6 @@ class BestOfN:
         """
         groups = (made(self._group, prompt) for prompt in prompts)
         return self._pipeline(self.policy).results(groups, self.selector)
-
-    def stream_ranked(
-        self, rows: Iterable[tuple[Conversation | Task, Sequence[str | Candidate]]]
-    ) -> AsyncGenerator[tuple[int, Result | BonError], None]:
-        """Yield (position, result) for many prompts whose candidates came from elsewhere, otherwise as ``stream``."""
-        return rank(self.scorer, rows, self.selector, prune=self.prune)
 
     def _pipeline(self, policy: Any = None) -> Pipeline:
         return Pipeline(self.scorer, policy, self.budget, self.sampling, self.schedule)
