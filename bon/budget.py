@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from bon.errors import number, whole_number
-from bon.spec import BUDGETS, Specified
+from bon.errors import UnknownNameError, number, whole_number
+from bon.spec import BUDGETS, Specified, split_spec
 
 if TYPE_CHECKING:
     from bon.group import Group
@@ -79,7 +79,11 @@ def as_budget(n: int | str | Budget) -> Budget:
         InputError: n < 1, none of these, or a budget whose ``most`` or ``stop_at`` is no number.
     """
     if isinstance(n, str):
-        made: Budget = Fixed(int(n)) if re.fullmatch(r"\s*-?[0-9]+\s*", n) else BUDGETS.make(n)
+        if re.fullmatch(r"\s*-?[0-9]+\s*", n):
+            return Fixed(int(n))
+        if split_spec(n)[0].partition(":")[0] not in BUDGETS:
+            raise UnknownNameError("budget", n, ["a number", *BUDGETS])
+        made: Budget = BUDGETS.make(n)
         return made
     if not isinstance(n, Budget) or isinstance(n, type):
         return Fixed(whole_number("n", n, 1))

@@ -75,6 +75,7 @@ class Group:
         *,
         instruction: str | None = None,
         prune: bool = False,
+        stop_at: float | None = None,
         whole: bool = False,
     ) -> Group:
         """A group whose candidates came from elsewhere.
@@ -82,7 +83,7 @@ class Group:
         Raises:
             InputError: a prompt that is none, no candidates, or one that is neither text nor a ``Candidate``.
         """
-        group = cls(Task.of(prompt, instruction), prune=prune, whole=whole)
+        group = cls(Task.of(prompt, instruction), prune=prune, stop_at=stop_at, whole=whole)
         if isinstance(candidates, str) or not candidates:
             raise InputError(
                 "there are no candidates to rank." if not candidates else "candidates are a list of texts."

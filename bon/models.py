@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from bon.engines.base import Engine, Generates
 from bon.engines.function import FunctionEngine
-from bon.errors import InputError, UnknownNameError, UserCodeError
+from bon.errors import InputError, UnknownNameError, UserCodeError, whole_number
 from bon.scorers.base import Scorer
 from bon.spec import ENGINES, SCORERS, import_object, join_spec, names_object, split_spec
 
@@ -66,7 +66,7 @@ class Model:
         engine = options.pop("engine", engine)
         if not name:
             raise InputError("a model's name is empty.")
-        if engine is None and name in ENGINES and not ENGINES[name].takes_model:
+        if engine is None and name in ENGINES and not ENGINES.takes_argument(name):
             engine = name
         if engine is not None:
             ENGINES[engine]
@@ -96,10 +96,15 @@ class Model:
 class ModelPool:
     """The models that somebody needs, each loaded once however often it is named.
 
-    ``close`` or leaving an ``async with`` frees what was loaded here, and nothing else.
+    ``aclose`` or leaving an ``async with`` frees what was loaded here, and nothing else.
+
+    Args:
+        threads: of the arithmetic of models that run on the CPU and whose spec does not say; None leaves it to their
+            engines.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads if threads is None else whole_number("threads", threads, 1)
         self._engines: dict[tuple[Any, ...], Engine] = {}
         self._wrapped: list[Scorer | FunctionEngine] = []  # around functions that were passed in
         self._lock = threading.Lock()
@@ -123,12 +128,19 @@ class ModelPool:
             if len(missing) > 1 and {m.runs_on for m in missing.values()} == {"vllm"}:
                 from bon.engines.placement import load_together
 
-                named = [(_weights(m), dict(m.options)) for m in missing.values()]
-                made = load_together(named, lambda name, given: _make(Model(name, "vllm", given)))
+                shared = {} if self.threads is None else {"threads": self.threads}
+                named = [(_weights(m), {**shared, **m.options}) for m in missing.values()]
+                made = load_together(named, lambda name, given: self._make(Model(name, "vllm", given)))
                 self._engines.update(zip(missing, made, strict=True))
             else:
                 for key, model in missing.items():
-                    self._engines[key] = _make(model)
+                    self._engines[key] = self._make(model)
+
+    def _make(self, model: Model) -> Engine:
+        arguments = [_weights(model)] if ENGINES.takes_argument(model.runs_on) else []
+        defaults = {} if self.threads is None else {"threads": self.threads}
+        engine: Engine = ENGINES.construct(model.runs_on, arguments, model.options, defaults)
+        return engine
 
     def policy(self, policy: Any) -> Generates:
         """The engine of what was passed as a policy.
@@ -269,12 +281,6 @@ def _weights(model: Model) -> str:
     from bon.mini import WEIGHTS
 
     return str(WEIGHTS)
-
-
-def _make(model: Model) -> Engine:
-    name = model.runs_on
-    engine: Engine = ENGINES.construct(name, [_weights(model)] if ENGINES[name].takes_model else [], model.options)
-    return engine
 
 
 def choose_engine(name: str) -> str:

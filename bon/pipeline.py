@@ -12,6 +12,7 @@ import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
@@ -22,8 +23,9 @@ from bon.errors import BonError, EngineError, InputError, user_error
 from bon.group import Group
 from bon.models import ModelPool
 from bon.scorers.base import Pending, Scorer
+from bon.selectors import Selector, only_the_best_counts
 from bon.task import Conversation, Task
-from bon.types import Candidate, Sampling, Usage
+from bon.types import Candidate, Result, Sampling, Usage
 
 T = TypeVar("T")
 
@@ -113,6 +115,14 @@ class Pipeline:
                 for task in {*running, *reading}:
                     task.cancel()
                 await asyncio.gather(*running, *reading, return_exceptions=True)
+
+    async def results(
+        self, groups: Iterable[Group | BonError], selector: Selector
+    ) -> AsyncGenerator[tuple[int, Result | BonError], None]:
+        """Run many groups as ``stream`` does; yield (position, what the selector picked, or why there is nothing)."""
+        async with aclosing(self.stream(groups)) as finished:
+            async for position, group in finished:
+                yield position, group if isinstance(group, BonError) else made(group.result, selector)
 
     async def _wave(self, chunk: list[tuple[int, Group | BonError]]) -> list[tuple[int, Group | BonError]]:
         await self.run([item for _, item in chunk if isinstance(item, Group)])
@@ -318,14 +328,47 @@ async def score(
         whole = ready.needs.group
         prune = prune and not ready.needs.all_rewards
         pairs = ((g.task, g.candidates) if isinstance(g, Group) else g for g in groups)
-        made = [Group.of(prompt, candidates, prune=prune, whole=whole) for prompt, candidates in pairs]
-        async with aclosing(Pipeline(ready).stream(made)) as finished:
+        ours = [Group.of(prompt, candidates, prune=prune, whole=whole) for prompt, candidates in pairs]
+        async with aclosing(Pipeline(ready).stream(ours)) as finished:
             async for _ in finished:
                 pass
-        return made
+        return ours
     finally:
         if pool is None:
             await own.aclose()
+
+
+def rank(
+    scorer: Scorer,
+    rows: Iterable[tuple[Conversation | Task, Sequence[str | Candidate]]],
+    selector: Selector,
+    *,
+    prune: bool = True,
+) -> AsyncGenerator[tuple[int, Result | BonError], None]:
+    """Score and rank candidates that came from elsewhere; yield (position, result or error) as they finish.
+
+    Args:
+        scorer: with its models in place.
+        rows: (prompt, candidates) pairs, read when they are needed.
+        selector: what picks.
+        prune: whether candidates may be given up that provably cannot win, where that changes nothing.
+    """
+    prune, whole = prune and may_prune(scorer, selector), scorer.needs.group
+    groups = (made(partial(Group.of, *row, prune=prune, whole=whole)) for row in rows)
+    return Pipeline(scorer).results(groups, selector)
+
+
+def may_prune(scorer: Scorer, selector: Selector) -> bool:
+    """Whether the selector picks the same however many losers the scorer gives up."""
+    return only_the_best_counts(selector) and not scorer.needs.all_rewards
+
+
+def made(make: Callable[..., Any], *args: Any) -> Any:
+    """What ``make`` returns, or the error that belongs in its place."""
+    try:
+        return make(*args)
+    except Exception as error:
+        return user_error("the prompt", error)
 
 
 async def in_order(outcomes: AsyncGenerator[tuple[int, T], None]) -> AsyncGenerator[tuple[int, T], None]:

