@@ -7,6 +7,7 @@ in all, and ``stop_at``, where it is not None, the reward at which what is still
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -80,7 +81,7 @@ def as_budget(n: int | str | Budget) -> Budget:
         InputError: n < 1, or none of these.
     """
     if isinstance(n, str):
-        made: Budget = Fixed(int(n)) if n.strip().lstrip("-").isdigit() else BUDGETS.make(n)
+        made: Budget = Fixed(int(n)) if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", n) else BUDGETS.make(n)
         return made
     if isinstance(n, Budget) and not isinstance(n, type):
         return n
