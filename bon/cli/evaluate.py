@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bon.cli.options import JSON, Policy, Scorer, Setup, configured, grouped
+
 app = typer.Typer(help="Measure how much best-of-N gains.", no_args_is_help=True)
 
 
@@ -15,22 +17,35 @@ def _root() -> None: ...
 
 
 @app.command()
+@grouped
 def mini(
+    *,
+    setup: Setup,
+    policy: Policy = None,
+    scorer: Scorer = None,
     n_instructions: Annotated[int, typer.Option("--n-instructions", min=1, help="Held-out instructions.")] = 500,
     max_n: Annotated[int, typer.Option("--max-n", min=1, help="The largest N.")] = 16,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the instructions and of sampling.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: JSON = False,
 ) -> int:
-    """Pass rates of the embedded model on held-out instructions, for N = 1, 2, 4, 8, 16, against its baselines."""
-    from bon.cli.console import one_thread, print_bytes, quiet_libraries
-    from bon.evals.mini import evaluate_mini, format_table
-    from bon.data.sink import to_json
+    """Pass rates on held-out instructions of the embedded model's world, for N = 1, 2, 4, 8, 16, against baselines."""
+    config = configured(setup, policy=policy, scorer=scorer)
 
-    quiet_libraries(False)
-    one_thread()
-    report = evaluate_mini(n_instructions=n_instructions, max_n=max_n, seed=seed, progress=sys.stderr.isatty())
+    from bon.cli.options import loaded
+    from bon.cli.terminal import print_json
+    from bon.evals.mini import evaluate_mini, format_table
+
+    with loaded(config) as (engine, judge):
+        report = evaluate_mini(
+            n_instructions=n_instructions,
+            max_n=max_n,
+            seed=seed,
+            policy=engine,
+            scorer=judge,
+            progress=sys.stderr.isatty(),
+        )
     if as_json:
-        print_bytes(to_json(report))
+        print_json(report)
     else:
         print(format_table(report))
     return 0
