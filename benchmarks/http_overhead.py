@@ -10,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Coroutine
 from time import process_time
+from typing import Any
 
 import aiohttp
 import orjson
@@ -43,7 +46,7 @@ def main() -> None:
         stub.wait()
 
 
-def _measure(runner: asyncio.Runner, url: str, calls: int, rounds: int, chosen) -> None:  # type: ignore[no-untyped-def]
+def _measure(runner: asyncio.Runner, url: str, calls: int, rounds: int, chosen: Namespace) -> None:
     engine = HTTPEngine(url, model="stub")
     session = runner.run(_session())
     requests = [Request(Prompt.of([Message("user", PROMPT)]), Sampling(seed=chosen.seed, max_tokens=256), N)]
@@ -58,7 +61,7 @@ def _measure(runner: asyncio.Runner, url: str, calls: int, rounds: int, chosen) 
             texts = await asyncio.gather(*(_ask(session, f"{url}/chat/completions", seed) for seed in range(N)))
             assert texts == [TEXT] * N
 
-    def timed(side):  # type: ignore[no-untyped-def]
+    def timed(side: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[int], float]:
         def run(round_: int) -> float:
             started = process_time()
             runner.run(side())
@@ -73,7 +76,7 @@ def _measure(runner: asyncio.Runner, url: str, calls: int, rounds: int, chosen) 
     pairs = Pairs("best_of_n", {"n": N, "calls": calls}, ("bon", "aiohttp"), first, second)
     report = Report("http_overhead", conditions(aiohttp=aiohttp.__version__), {"http_cpu_vs_aiohttp": pairs.ratio})
     report.rows.append(pairs.to_dict())
-    microseconds = [f"{pairs.to_dict()['medians'][side] * 1e6:.0f}" for side in (0, 1)]
+    microseconds = [f"{seconds * 1e6:.0f}" for seconds in pairs.to_dict()["medians"]]
     report.text.append(
         table(
             ["CPU time of one request", "bon, µs", "aiohttp, µs", "ratio"],

@@ -79,7 +79,7 @@ def as_budget(n: int | str | Budget) -> Budget:
         InputError: n < 1, none of these, or a budget whose ``most`` or ``stop_at`` is no number.
     """
     if isinstance(n, str):
-        if re.fullmatch(r"\s*-?[0-9]+\s*", n):
+        if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", n):
             return Fixed(int(n))
         if split_spec(n)[0].partition(":")[0] not in BUDGETS:
             raise UnknownNameError("budget", n, ["a number", *BUDGETS])

@@ -21,6 +21,8 @@ from bon.bench.forward import DifferentTokensError, cache_bytes, measure_forward
 from bon.bench.harness import Pairs, Report, Spread, conditions, forget, interleave, table
 from bon.bench.latency import measure_latency
 from bon.bench.pruning import EVERYTHING, PRUNED, Pruning, WinnerChangedError, measure_pruning
+from bon.best_of_n import BestOfN
+from bon.budget import StopAt
 from bon.cli import main as bon_main
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, UnknownNameError
@@ -254,6 +256,14 @@ def test_pruning_counts_what_was_not_decoded() -> None:
     assert measured.equal(PRUNED) == 2
     assert isinstance(measured, Pruning)
     assert sum(measured.tokens(EVERYTHING)) > sum(measured.tokens(PRUNED))
+
+
+def test_a_stop_gives_up_given_candidates_as_soon_as_one_has_the_reward() -> None:
+    """Reranking once forgot the budget's reward: what tied with the bound was decoded to its end."""
+    policy = ScriptedEngine(lambda prompt, index: f"candidate {index}")
+    judge = ScriptedEngine(lambda prompt, index: "a b" if "candidate 0" in prompt else "a b " * 20, concurrent=False)
+    stopped = BestOfN(policy, Flip(judge), n=StopAt(0.01)).rerank("a b " * 20, ["candidate 0", "candidate 1"])
+    assert [score.status for score in stopped.scores] == ["ok", "pruned"]
 
 
 def test_plain_forward_decodes_what_transformers_generates(small: Path) -> None:

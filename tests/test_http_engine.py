@@ -13,6 +13,7 @@ pytest.importorskip("aiohttp")
 from fake_openai import FakeServer, Reply, Stream, error
 
 import bon
+from bon.budget import StopAt
 from bon.engines.base import Prompt, Request
 from bon.engines.http import wire
 from bon.engines.http.endpoints import pause, retry_after
@@ -30,8 +31,9 @@ from bon.errors import (
 )
 from bon.mini import WEIGHTS
 from bon.portal import run
+from bon.scorers.base import Scorer
 from bon.task import Message, as_messages
-from bon.types import Sampling
+from bon.types import Sampling, Score
 
 PROMPT = Prompt.of([Message("user", "Name a colour.")])
 
@@ -1016,16 +1018,36 @@ def test_a_judge_that_fails_once_does_not_void_the_run(server, http):
     assert "oops" in result.scores[1].reason
 
 
-def test_a_scorer_that_can_never_be_reached_is_an_error(server, http):
-    server.refuse = lambda seen: error(500, "oops")
-    with pytest.raises(UnavailableError, match="oops"):
-        bon.BestOfN(ScriptedEngine(["a", "b"]), bon.Flip(http(server.url, retries=0)), n=2)("Write")
+class Judge(Scorer):
+    """A scorer that cannot be reached for some of the candidates."""
+
+    concurrent = True
+
+    def __init__(self, unreachable):
+        self.unreachable = unreachable
+
+    async def score(self, pending):
+        for position, one in enumerate(pending):
+            if one.candidate.text in self.unreachable:
+                raise UnavailableError("http://judge is away.")
+            yield position, Score(0.5)
+
+
+def test_a_scorer_that_cannot_be_reached_for_one_candidate_fails_that_one_only():
+    result = bon.BestOfN(ScriptedEngine(["a", "b"]), Judge({"b"}), n=2)("Write")
+    assert [s.status for s in result.scores] == ["ok", "failed"]
+    assert "away" in result.scores[1].reason
+
+
+def test_a_scorer_that_can_never_be_reached_is_an_error():
+    with pytest.raises(UnavailableError, match="away"):
+        bon.BestOfN(ScriptedEngine(["a", "b"]), Judge({"a", "b"}), n=2)("Write")
 
 
 def test_stopping_at_a_reward_aborts_what_is_under_way_at_the_server(server, http):
     server.pace = 0.01
     server.text = lambda seen, draw: "good" if seen.body["seed"] == sent_seed(0) else "word " * 1000
     flip = ScriptedEngine(lambda text, draw: "Write" if "good" in text else "zzz")
-    result = bon.BestOfN(http(server.url), bon.Flip(flip), n=2, stop_at=1.0, sampling={"seed": 0})("Write")
+    result = bon.BestOfN(http(server.url), bon.Flip(flip), n=StopAt(1.0, 2), sampling={"seed": 0})("Write")
     assert result.candidates[1].finish_reason == "abort"
     assert next(p for p in server.posts if p.body["seed"] == sent_seed(1)).aborted.wait(10)

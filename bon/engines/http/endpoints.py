@@ -47,11 +47,7 @@ class Endpoints:
     closed: bool = False
 
     async def call(self, send: Callable[[Link], Awaitable[T]], until: float | None = None) -> T:
-        """Send a request where it is best sent, again where that may help.
-
-        Args:
-            send: makes the request; may be called several times.
-            until: loop time at which to give up.
+        """Send a request where it is best sent, again where that may help, until some loop time.
 
         Raises:
             UnavailableError: every try failed, or time was up.
@@ -124,18 +120,16 @@ class Endpoints:
                 self.loops.pop(old, None)
             session = self._session()
             links = [Link(endpoint, session, self.max_concurrency) for endpoint in self.all]
-            self.loops[loop] = links, guard = links, self._guard(loop, session)
+            self.loops[loop] = links, guard = links, self._guard(session)
             await anext(guard)
         return self.loops[loop][0]
 
-    async def _guard(
-        self, loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession
-    ) -> AsyncGenerator[None, None]:
-        """Close a loop's session when it ends: ``asyncio.run`` shuts down suspended generators, and this is one."""
+    async def _guard(self, session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
+        """Close a session when its loop ends: ``asyncio.run`` shuts down suspended generators, and this is one."""
         try:
             yield
         finally:
-            self.loops.pop(loop, None)
+            self.loops.pop(asyncio.get_running_loop(), None)
             await session.close()
 
     def _session(self) -> aiohttp.ClientSession:

@@ -1,9 +1,8 @@
 """Any OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp's server, TGI, hosted APIs.
 
 By default each sample is a request of its own, so that each candidate can be shown, scored, retried and aborted by
-itself, and those that are there count when a deadline passes. ``n_per_request`` asks for more at once; a server that
-ignores or refuses n is topped up with single requests, and that is remembered. Ask for more at once where answers are
-short or where a prompt is billed with each request.
+itself, and those that are there count when a deadline passes. ``n_per_request`` asks for more at once, which pays where
+answers are short or a prompt is billed with each request; what a server then leaves out is asked for one by one.
 
 Tokens are streamed only where ``keep`` wants to see them; a completion that it gives up is aborted by closing its
 stream. With ``tokenizer`` prompts are rendered here and sent as token ids, so that prefixes match exactly, text never
@@ -30,7 +29,7 @@ from bon.engines.http.endpoints import Endpoints
 from bon.engines.http.link import Endpoint, Link
 from bon.engines.http.model import NOTHING, Model
 from bon.engines.http.samples import Job
-from bon.errors import BonError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
+from bon.errors import BonError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError, whole_number
 
 if TYPE_CHECKING:
     from bon.engines.text.render import Renderer
@@ -96,7 +95,7 @@ class HTTPEngine:
             raise InputError(f"extra_body must be an object such as {{'repetition_penalty': 1.1}}, got {extra_body!r}.")
         extra_body = dict(extra_body or {})
         wire.check_extra(extra_body, extra_body)
-        self._tokenizer, self._n_per_request = tokenizer, _whole("n_per_request", n_per_request, 1)
+        self._tokenizer, self._n_per_request = tokenizer, whole_number("n_per_request", n_per_request, 1)
         self._deadline_s = None if deadline_s is None else _seconds("deadline_s", deadline_s)
         urls = base_url if isinstance(base_url, list | tuple) else str(base_url).split(",")
         endpoints = [Endpoint(str(url)) for url in urls]
@@ -105,9 +104,9 @@ class HTTPEngine:
         self.endpoints = Endpoints(
             endpoints,
             _key(api_key, api_key_env, endpoints),
-            _whole("max_concurrency", max_concurrency, 1),
+            whole_number("max_concurrency", max_concurrency, 1),
             _seconds("timeout_s", timeout_s),
-            _whole("retries", retries, 0),
+            whole_number("retries", retries, 0),
             _seconds("cooldown_s", cooldown_s),
         )
         named = next((endpoint.named for endpoint in endpoints if endpoint.named), None)
@@ -156,15 +155,14 @@ class HTTPEngine:
             asked[task] = job, samples
 
         try:
-            for index, (request, ids) in enumerate(zip(requests, rows, strict=True)):
-                if index in errors:
-                    for sample in request.samples:
-                        yield Completion.failed(index, sample, errors[index])
-                    continue
-                as_tokens = None if ids is None else self.renderer.as_tokens
-                job = Job(self._model, index, request, self._n_per_request, keep, ids, as_tokens)
+            for index in {*range(len(requests))} - errors.keys():
+                as_tokens = None if rows[index] is None else self.renderer.as_tokens
+                job = Job(self._model, index, requests[index], self._n_per_request, keep, rows[index], as_tokens)
                 for group in job.groups():
                     start(job, group)
+            for index, error in errors.items():
+                for sample in requests[index].samples:
+                    yield Completion.failed(index, sample, error)
             while asked:
                 task = await ended.get()
                 job, samples = asked.pop(task)
@@ -247,28 +245,26 @@ class HTTPEngine:
     async def _rendered(
         self, requests: Sequence[Request], until: float | None
     ) -> tuple[list[tuple[int, ...] | None], dict[int, BonError]]:
-        """The token ids of each prompt, None where its messages are to be sent, and what is wrong with some of them."""
+        """The token ids of each prompt, None where its messages are sent, and what is wrong with some of them."""
         rows: list[tuple[int, ...] | None] = [None] * len(requests)
         errors: dict[int, BonError] = {}
+        if self._tokenizer is None:
+            return rows, errors
+        renderer = self.renderer
         for index, request in enumerate(requests):
-            about_tools = wire.TOOLS & (request.sampling.extra.keys() | self._model.extra_body.keys()) or any(
-                turn.about_tools for turn in request.prompt.turns
-            )
-            if self._tokenizer is not None and not about_tools:  # only the chat endpoint knows how its model sees tools
-                try:
-                    rows[index] = self.renderer.render(request.prompt)
-                except ModelNotFoundError:
-                    raise
-                except InputError as error:
-                    errors[index] = error
-        if any(rows):
-            errors |= await self._too_long([len(row or ()) for row in rows], "prompt", until)
-        return rows, errors
+            options = request.sampling.extra.keys() | self._model.extra_body.keys()
+            if wire.TOOLS & options or any(turn.about_tools for turn in request.prompt.turns):
+                continue  # only the chat endpoint knows how its model sees tools
+            try:
+                rows[index] = renderer.render(request.prompt)
+            except InputError as error:
+                errors[index] = error
+        return rows, await self._too_long([len(row or ()) for row in rows], "prompt", until) | errors
 
-    async def _too_long(self, lengths: Sequence[int], what: str, until: float | None) -> dict[int, PromptTooLongError]:
+    async def _too_long(self, lengths: Sequence[int], what: str, until: float | None) -> dict[int, BonError]:
         await self.endpoints.call(self._model.name_at, until)
         limit = self.max_model_len
-        return too_long(lengths, None if limit is None else limit - 1, what)
+        return dict[int, BonError](too_long(lengths, None if limit is None else limit - 1, what))
 
     def _until(self) -> float | None:
         return None if self._deadline_s is None else asyncio.get_running_loop().time() + self._deadline_s
@@ -298,12 +294,6 @@ class HTTPEngine:
 def _concerns_one(error: BonError) -> bool:
     """Whether an error says something about one sample or prompt, and nothing about the others."""
     return error.retryable or isinstance(error, PromptTooLongError | wire.RequestRefusedError | wire.UnwritableError)
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number >= {least}, got {value!r}.")
-    return value
 
 
 def _seconds(name: str, value: object) -> float:

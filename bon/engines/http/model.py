@@ -19,9 +19,7 @@ class Model:
     """Asks for one model, and learns from what its servers refuse.
 
     Args:
-        endpoints: where it is served.
         name: what to ask for; None asks each server, which must then have only one model.
-        extra_body: fields sent with every request.
         measured: whether the length of the context is to be known before the first prompt is sent.
     """
 
@@ -83,9 +81,7 @@ class Model:
         """Send a body without what the server is known to refuse, and learn what else it refuses.
 
         Args:
-            link: where to.
-            path, body, varying: what to send; the model's name is added.
-            send: how.
+            body, varying: what to send; the model's name is added.
             optional: fields that may be left out; None for all that bon can do without.
 
         Raises:

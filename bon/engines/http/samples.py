@@ -13,17 +13,7 @@ from bon.engines.http.model import Model
 
 
 class Job:
-    """One request of a call of ``generate``.
-
-    Args:
-        model: whom to ask.
-        index: the request's position in the call.
-        request: what is wanted.
-        at_once: samples to ask for with one HTTP request; with ``keep`` it is one.
-        keep: see ``Generates.generate``.
-        ids: the prompt's tokens, where they are sent in place of its messages.
-        as_tokens: see ``wire.read_answer``.
-    """
+    """One request of a call of ``generate``; ``ids`` are the prompt's tokens, sent in place of its messages."""
 
     def __init__(
         self,

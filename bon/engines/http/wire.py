@@ -113,12 +113,7 @@ def seed_of(seed: int, sample: int, at_once: int) -> int:
 
 @dataclass
 class Body:
-    """A request's body, of which all but what varies between requests is encoded once.
-
-    Args:
-        fields: what does not vary; the model's name is added.
-        where: which prompt it holds, for an error.
-    """
+    """A request's body, of which all but what varies between requests is encoded once; ``where`` is for errors."""
 
     fields: Mapping[str, Any]
     where: str = "the prompt"
@@ -137,17 +132,11 @@ class Body:
             try:
                 self._heads[model, dropped] = orjson.dumps({**kept, "model": model})[:-1]
             except TypeError as error:
-                raise UnwritableError(
-                    f"{self.where} or an option is no JSON (an unpaired surrogate?): {error}"
-                ) from error
-        if dropped:
-            varying = {_newer(name) if name in dropped else name: value for name, value in varying.items()}
-        tail = "".join([f',"{name}":{value}' for name, value in varying.items() if name])
+                raise UnwritableError(f"{self.where} is no JSON (an unpaired surrogate?): {error}") from error
+        if "max_tokens" in dropped:  # which has a newer name
+            varying = {"max_completion_tokens" if name == "max_tokens" else name: varying[name] for name in varying}
+        tail = "".join([f',"{name}":{value}' for name, value in varying.items() if name not in dropped])
         return self._heads[model, dropped] + tail.encode() + b"}"
-
-
-def _newer(name: str) -> str:
-    return "max_completion_tokens" if name == "max_tokens" else ""
 
 
 def refusal(error: StatusError, sent: Collection[str], optional: Collection[str]) -> tuple[set[str], bool]:
@@ -198,13 +187,7 @@ def _reading() -> Iterator[None]:
 def read_answer(
     data: Mapping[str, Any], request_index: int, samples: Sequence[int], as_tokens: AsTokens | None = None
 ) -> list[Completion]:
-    """The completions of an answer; a choice that cannot be read is left out where another one can.
-
-    Args:
-        data: the answer to a chat or a plain completion request.
-        request_index: whose answer.
-        samples: the sample that each choice is, in order; choices beyond them are dropped.
-        as_tokens: makes ``Completion.tokens`` of a choice's token ids and text.
+    """The completions of an answer, one for each of ``samples``; those whose choice cannot be read are left out.
 
     Raises:
         BadAnswerError: no choice can be read.
@@ -302,31 +285,26 @@ def read_logprobs(logprobs: object) -> tuple[tuple[float, ...] | None, tuple[str
 
 def read_usage(usage: object) -> tuple[int, int, int]:
     """Prompt, completion and cached tokens of a usage block; 0 where the server says nothing."""
-    if not isinstance(usage, Mapping):
-        return 0, 0, 0
+    usage = usage if isinstance(usage, Mapping) else {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    return _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(cached)
-
-
-def _count(value: object) -> int:
-    return value if type(value) is int and value > 0 else 0
+    said = usage.get("prompt_tokens"), usage.get("completion_tokens"), cached
+    prompt, completion, cached = (count if type(count) is int and count > 0 else 0 for count in said)
+    return prompt, completion, cached
 
 
 def prompt_logprobs(data: Mapping[str, Any], length: int) -> list[float] | None:
     """Log-probabilities of a prompt's own tokens, 0 for the first; None when the answer does not have them."""
-    choices = data.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, Mapping):
+    try:
+        choice = data["choices"][0]
+        if (rows := choice.get("prompt_logprobs")) is not None:  # vLLM: for each, a mapping from token id to log p
+            values = [None, *(entry["logprob"] for (entry,) in (row.values() for row in rows[1:]))]
+        else:
+            values = choice["logprobs"]["token_logprobs"]
+        own = values[1:length] if length <= len(values) <= length + 1 else [None]
+    except (LookupError, TypeError, ValueError, AttributeError):
         return None
-    logprobs = choice.get("logprobs")
-    values = logprobs.get("token_logprobs") if isinstance(logprobs, Mapping) else None
-    if isinstance(choice.get("prompt_logprobs"), list):  # vLLM: a mapping from token id to its log-probability, each
-        rows = [[*at.values()] if isinstance(at, Mapping) else [] for at in choice["prompt_logprobs"]]
-        values = [row[0].get("logprob") if len(row) == 1 and isinstance(row[0], Mapping) else None for row in rows]
-    if not isinstance(values, list) or not length <= len(values) <= length + 1:
-        return None
-    return [0.0, *values[1:length]] if all(map(_is_logprob, values[1:length])) else None
+    return [0.0, *own] if all(map(_is_logprob, own)) else None
 
 
 def _is_logprob(value: object) -> bool:
