@@ -216,6 +216,7 @@ class Group:
         elif score.reward is None and score.status in ("ok", "repaired", "fallback"):
             score = replace(score, status="failed", reason=score.reason or "the scorer gave no reward")
         self.usage += score.usage
+        self._unscored = score.error or self._unscored
         self._record(index, replace(score, started=max(0.0, started - self._start), finished=self._now()))
         for copy in self._copies.get(candidate.text, [])[1:]:
             self._copy(index, copy)
@@ -224,12 +225,6 @@ class Group:
         """Note a reward that is known before its score is whole, so that others can be pruned by it."""
         if reward is not None and (self.best_reward is None or reward > self.best_reward):
             self.best_reward = reward
-
-    def unscored(self, candidate: Candidate, error: BonError) -> None:
-        """Note why a candidate has no score; the others count."""
-        if not self.scored(candidate):
-            self._unscored = error
-            self.post(candidate, Score(None, "failed", reason=f"not scored: {error}"), self._start)
 
     def fail(self, error: BonError) -> None:
         """Note why the task has no result; the first reason stays."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from bon.errors import InputError, UnknownNameError
+from bon.errors import BonError, InputError, UnknownNameError
 from bon.task import Task
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -199,6 +199,8 @@ class Score:
         tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
         upper_bound: for "pruned": the reward could not have exceeded this.
         usage: tokens that this score cost.
+        error: for "failed": what went wrong where that says nothing about the candidate (the scorer's model cannot be
+            reached). When no candidate of a task has a reward, it is the task's error.
         candidate: index of the candidate.
         same_as: index of an identical candidate whose score this is.
         started, finished: seconds since the run began.
@@ -217,6 +219,7 @@ class Score:
     tie_break: float | None = None
     upper_bound: float | None = None
     usage: Usage = field(default_factory=Usage)
+    error: BonError | None = None
     candidate: int = -1
     same_as: int | None = None
     started: float = 0.0
@@ -239,7 +242,8 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything a reader of JSON needs; the fields of ``details`` stand beside the others."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("details", "usage")}
+        hidden = ("details", "usage", "error")
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in hidden}
         details = {} if self.details is None else dataclasses.asdict(self.details)
         tokens = {"tokens": self.tokens, "drafted": self.usage.drafted_tokens}
         return {**details, **own, "parts": dict(self.parts), **tokens}
