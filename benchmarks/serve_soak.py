@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 
 from bon import BestOfN
-from bon.bench.harness import Report, Spread, conditions, interleave, parser, table, warn
+from bon.bench.harness import Report, Spread, conditions, interleave, table
 from bon.engines.scripted import ScriptedEngine
+from lib.scripts import parser, warn
 
 SERVER = """
 import sys

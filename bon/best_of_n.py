@@ -8,16 +8,17 @@ evaluations, benchmarks) calls it.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from bon import portal
 from bon.budget import Budget, as_budget
 from bon.engines.base import Engine
-from bon.errors import BonError, InputError, UnknownNameError
+from bon.errors import BonError, InputError, UnknownNameError, number
 from bon.group import Callback, Group
 from bon.models import Model, ModelPool
-from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order, made, may_prune, rank
+from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order, made, may_prune
 from bon.scorers.base import Scorer
 from bon.selectors import Selector, as_selector
 from bon.task import Conversation, Message, Task
@@ -49,7 +50,8 @@ class BestOfN:
         threads: of the arithmetic of models that are loaded here and run on the CPU; None leaves it to their engines.
 
     Attributes:
-        given: policy and scorer as they were passed; ``policy`` and ``scorer`` are what became of them.
+        given, given_selector: policy and scorer, and the selector, as they were passed; ``policy``, ``scorer`` and
+            ``selector`` are what became of them.
 
     Raises:
         InputError: n < 1, an unknown name or option, a model that cannot be loaded.
@@ -75,8 +77,13 @@ class BestOfN:
         self.selector = as_selector(selector, min_reward, seed=self.sampling.seed)
         self.prune, self.schedule, self.threads = prune, schedule, threads
         self.given = (policy, scorer)
+        self.given_selector, self.min_reward = selector, min_reward
         self._pool = ModelPool(threads)
-        self.policy, self.scorer = self._pool.both(policy, scorer)
+        try:
+            self.policy, self.scorer = self._pool.both(policy, scorer)
+        except BaseException:
+            portal.run(self._pool.aclose())  # the policy may be there, and the scorer's model not
+            raise
 
     @property
     def n(self) -> int | None:
@@ -102,15 +109,19 @@ class BestOfN:
         Raises:
             InputError: what the constructor says of them.
         """
-        return BestOfN(
+        other = BestOfN(
             self.policy,
             scorer or self.scorer,
             n=self.budget if n is None else n,
             sampling=self.sampling if sampling is None else sampling,
-            selector=self.selector,
-            min_reward=min_reward,
+            selector=self.given_selector,
+            min_reward=max(
+                (number("min_reward", m) for m in (min_reward, self.min_reward) if m is not None), default=None
+            ),
             **{"prune": self.prune, "schedule": self.schedule, **changes},
         )
+        other.given = (self.given[0], scorer or self.given[1])
+        return other
 
     @overload
     def __call__(
@@ -157,6 +168,8 @@ class BestOfN:
         """
         bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
         if not _is_list_of_prompts(prompt):
+            if on_error != "raise" or progress:
+                raise InputError("on_error= and progress= are for a list of prompts, and this is one prompt.")
             return portal.run(bon.run(prompt, instruction=instruction))
         if instruction is not None:
             raise InputError("instruction= is for one prompt; in a list, pass Task.of(prompt, instruction) for each.")
@@ -183,11 +196,12 @@ class BestOfN:
         if on_error not in ("raise", "return"):
             raise UnknownNameError("on_error", on_error, ["raise", "return"])
         total = len(prompts) if isinstance(prompts, Sequence) else None
-        outcomes = portal.iterate(in_order(self.stream(prompts)))
-        for _, outcome in tqdm(outcomes, total=total, unit="prompt", disable=None if progress else True):
-            if isinstance(outcome, BonError) and on_error == "raise":
-                raise outcome
-            yield outcome
+        # Closed here: an error that somebody keeps would keep the prompts that are still running alive with it.
+        with closing(portal.iterate(in_order(self.stream(prompts)))) as outcomes:
+            for _, outcome in tqdm(outcomes, total=total, unit="prompt", disable=None if progress else True):
+                if isinstance(outcome, BonError) and on_error == "raise":
+                    raise outcome
+                yield outcome
 
     def rerank(
         self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], *, instruction: str | None = None
@@ -212,6 +226,8 @@ class BestOfN:
             callback: told of each candidate and score as it comes, copies and empty ones included.
             deadline: seconds after which the best so far is returned; the rest is aborted and has the status "late".
         """
+        if deadline is not None:
+            number("deadline", deadline)
         bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
         group = bon._group(prompt, instruction, callback)
         await bon._pipeline(bon.policy).run([group], deadline)
@@ -234,35 +250,27 @@ class BestOfN:
         groups = (made(self._group, prompt) for prompt in prompts)
         return self._pipeline(self.policy).results(groups, self.selector)
 
-    def stream_ranked(
-        self, rows: Iterable[tuple[Conversation | Task, Sequence[str | Candidate]]]
-    ) -> AsyncGenerator[tuple[int, Result | BonError], None]:
-        """Yield (position, result) for many prompts whose candidates came from elsewhere, otherwise as ``stream``."""
-        return rank(self.scorer, rows, self.selector, prune=self.prune)
-
     def _pipeline(self, policy: Any = None) -> Pipeline:
         return Pipeline(self.scorer, policy, self.budget, self.sampling, self.schedule)
 
     @property
-    def _prunes(self) -> bool:
-        return self.prune and may_prune(self.scorer, self.selector)
+    def _terms(self) -> dict[str, Any]:
+        """What may be given up in a group, sampled or not."""
+        return {
+            "prune": self.prune and may_prune(self.scorer, self.selector),
+            "stop_at": getattr(self.budget, "stop_at", None),
+            "whole": self.scorer.needs.group,
+        }
 
     def _group(
         self, prompt: Conversation | Task, instruction: str | None = None, callback: Callback | None = None
     ) -> Group:
-        return Group(
-            Task.of(prompt, instruction),
-            prune=self._prunes,
-            stop_at=getattr(self.budget, "stop_at", None),
-            whole=self.scorer.needs.group,
-            callback=callback,
-        )
+        return Group(Task.of(prompt, instruction), callback=callback, **self._terms)
 
     def _given(
         self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], instruction: str | None = None
     ) -> Group:
-        whole = self.scorer.needs.group
-        return Group.of(prompt, candidates, instruction=instruction, prune=self._prunes, whole=whole)
+        return Group.of(prompt, candidates, instruction=instruction, **self._terms)
 
     async def aclose(self) -> None:
         """Free the models that were loaded here."""

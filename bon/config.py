@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from bon.best_of_n import BestOfN
-from bon.budget import as_budget
+from bon.budget import Fixed, as_budget
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.models import Model, as_scorer
 from bon.pipeline import SCHEDULES, Schedule
-from bon.selectors import MinReward, as_selector
+from bon.selectors import as_selector
 from bon.spec import BUDGETS, SCORERS, SELECTORS, names_object
 from bon.types import Sampling
 
@@ -106,26 +106,24 @@ class Config:
         Raises:
             InputError: an engine, a function or a selector of the user's own is among them.
         """
-        policy, scorer = bon.given
-        own = None if scorer is None else scorer if isinstance(scorer, str) else SCORERS.spec_of(scorer)
-        if not isinstance(policy, str | Path | Model | None):
+        policy, scorer = (getattr(given, "text", given) for given in bon.given)  # a ``Model`` has its spec
+        if not isinstance(policy, str | Path | None):
             raise InputError(f"the policy {bon.policy.name!r} is an object of its own, and has no spec.")
-        selector: Any = bon.selector
-        least = None
-        if isinstance(selector, MinReward):
-            selector, least = selector.selector, selector.least
-        default = Sampling()
-        sampling = {f.name: getattr(bon.sampling, f.name) for f in dataclasses.fields(Sampling)}
+        selector: Any = bon.given_selector
         return cls(
-            policy=policy.text if isinstance(policy, Model) else None if policy is None else str(policy),
-            scorer=own,
-            n=BUDGETS.spec_of(bon.budget),
-            selector=SELECTORS.spec_of(selector),
-            min_reward=least,
+            policy=None if policy is None else str(policy),
+            scorer=None
+            if scorer is None
+            else str(scorer)
+            if isinstance(scorer, str | Path)
+            else SCORERS.spec_of(scorer),
+            n=bon.budget.n if isinstance(bon.budget, Fixed) else BUDGETS.spec_of(bon.budget),
+            selector=selector if isinstance(selector, str) else SELECTORS.spec_of(selector),
+            min_reward=bon.min_reward,
             prune=bon.prune,
             schedule=bon.schedule,
             threads=bon.threads,
-            sampling={name: value for name, value in sampling.items() if value != getattr(default, name)},
+            sampling=bon.sampling.to_dict(),
         )
 
     def to_dict(self) -> dict[str, Any]:

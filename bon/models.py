@@ -5,6 +5,7 @@ A ``ModelPool`` closes exactly what it loaded. An engine that the caller made st
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -105,6 +106,7 @@ class ModelPool:
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads if threads is None else whole_number("threads", threads, 1)
         self._engines: dict[tuple[Any, ...], Engine] = {}
+        self._wrapped: list[Scorer | FunctionEngine] = []  # around functions that were passed in
         self._lock = threading.Lock()
 
     def engine(self, model: str | Path | Model | None = None, **options: Any) -> Engine:
@@ -139,7 +141,7 @@ class ModelPool:
         if not arguments and model.name != model.runs_on:
             raise InputError(f"the engine {model.engine!r} runs no model, so it cannot be {model.name!r}.")
         defaults = {} if self.threads is None else {"threads": self.threads}
-        engine: Engine = ENGINES.create(model.runs_on, arguments, model.options, defaults)
+        engine: Engine = ENGINES.construct(model.runs_on, arguments, model.options, defaults)
         return engine
 
     def policy(self, policy: Any) -> Generates:
@@ -164,7 +166,7 @@ class ModelPool:
             scorer: see ``as_scorer``.
             policy: what scorers that name no model of their own run on; None is the embedded model.
         """
-        unbound = as_scorer(scorer)
+        unbound = self._unbound(scorer)
         models = [policy if m is None else m for m in unbound.models]
         self.load([Model.of(m) for m in models if not isinstance(m, Engine)])
 
@@ -182,11 +184,21 @@ class ModelPool:
 
     def both(self, policy: Any, scorer: Any) -> tuple[Generates, Scorer]:
         """Policy and scorer, their models loaded together."""
-        named, unbound = self._unloaded(policy), as_scorer(scorer)
+        named, unbound = self._unloaded(policy), self._unbound(scorer)
         wanted = [named, *(named if m is None else m for m in unbound.models)]
         self.load([m for m in wanted if isinstance(m, Model)])
         engine = self.policy(named)
         return engine, self.scorer(unbound, engine)
+
+    def _unbound(self, scorer: Any) -> Scorer:
+        unbound = as_scorer(scorer)
+        if unbound is not scorer:
+            self._wrapped.append(unbound)
+        return unbound
+
+    def _wrap(self, function: Callable[..., Any], name: str | None = None) -> FunctionEngine:
+        self._wrapped.append(engine := FunctionEngine(function, name))
+        return engine
 
     def _unloaded(self, policy: Any) -> Engine | Model:
         if isinstance(policy, Engine) and not isinstance(policy, type):
@@ -197,18 +209,21 @@ class ModelPool:
             found = import_object(policy)
             if isinstance(found, Engine) and not isinstance(found, type):
                 return found
-            if callable(found):
-                return FunctionEngine(found, policy)
+            if callable(found) and not isinstance(found, type):
+                return self._wrap(found, policy)
             raise UserCodeError(f"{policy!r} is no function and no engine, but {type(found).__name__}.")
-        if callable(policy):
-            return FunctionEngine(policy)
+        if callable(policy) and not isinstance(policy, type):
+            return self._wrap(policy)
         raise InputError(f"a policy is a model name, a folder, a URL, an engine or a function, not {policy!r:.80}.")
 
     async def aclose(self) -> None:
-        """Free what was loaded here."""
-        engines, self._engines = list(self._engines.values()), {}
-        for engine in engines:
-            await engine.aclose()
+        """Free what was loaded here, all of it even where something cannot be closed; the first error is raised."""
+        made = [*self._wrapped, *self._engines.values()]
+        self._engines, self._wrapped = {}, []
+        closed = await asyncio.gather(*(one.aclose() for one in made), return_exceptions=True)
+        for error in closed:
+            if error is not None:
+                raise error
 
     async def __aenter__(self) -> Self:
         return self
@@ -248,6 +263,8 @@ def as_scorer(scorer: Any) -> Scorer:
         return scorer
     if scorer is None or isinstance(scorer, str | Path | Model | Engine):
         return Flip(scorer)
+    if isinstance(scorer, type):
+        raise InputError(f"a scorer is an object and not a class: write {scorer.__name__}(...).")
     if callable(scorer):
         return RewardFunction(scorer, name)
     if name is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import sys
@@ -16,23 +17,28 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 
 from bon import portal
-from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, table
+from bon.bench.forward import DifferentTokensError, cache_bytes, measure_forward, plain_forward
+from bon.bench.harness import Pairs, Report, Spread, conditions, forget, interleave, table
 from bon.bench.latency import measure_latency
-from bon.bench.lengths import LONGEST_INSTRUCTION, Lengths, real_lengths
-from bon.bench.models import Filler, describe, dummy_model, random_model
-from bon.bench.opening import Models, forced, forget, open_models
 from bon.bench.pruning import EVERYTHING, PRUNED, Pruning, WinnerChangedError, measure_pruning
-from bon.bench.sharing import DifferentTokensError, cache_bytes, measure_forward, plain_forward
+from bon.best_of_n import BestOfN
+from bon.budget import StopAt
 from bon.cli import main as bon_main
-from bon.engines.base import load_engine
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, UnknownNameError
 from bon.mini.tasks import sample_instructions
-from bon.scorers import Flip
+from bon.models import Model, ModelPool
+from bon.scorers.flip import Flip
 from bon.task import Task
 from bon.types import Sampling
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(SCRIPTS))  # where the scripts' own folder is when they run
+
+from lib.headroom import possible_in_step  # noqa: E402
+from lib.lengths import LONGEST_INSTRUCTION, Lengths, real_lengths  # noqa: E402
+from lib.models import Filler, describe, dummy_model, random_model  # noqa: E402
+from lib.opening import Models, forced, open_models  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +51,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
+
+
+def load(model: Path) -> Any:
+    return ModelPool().engine(model, engine="torch")
 
 
 def last_line(out: str) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def test_an_unknown_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_random_model_never_ends_early_and_its_text_round_trips(small: Path) -> None:
-    engine = load_engine(small)
+    engine = load(small)
     [latency] = measure_latency(
         engine, {"flip": Flip(engine, sampling=Sampling(temperature=0, max_tokens=9))},
         [Task.of("a haiku"), Task.of("the evening")], [4], Sampling(max_tokens=12, seed=0),
@@ -222,7 +226,7 @@ def test_dummies_that_make_no_sense_are_refused(changed: dict[str, Any], message
 
 
 def test_sampling_alone_and_best_of_n_sample_the_same_candidates(small: Path) -> None:
-    engine = load_engine(small)
+    engine = load(small)
     scorer = Flip(engine, sampling=Sampling(temperature=0, max_tokens=4))
     tasks = [Task.of("a haiku"), Task.of("the evening")]
     runs = [measure_latency(engine, {"flip": scorer}, tasks, [2], Sampling(max_tokens=6, seed=3)) for _ in range(2)]
@@ -248,22 +252,30 @@ def test_pruning_counts_what_was_not_decoded() -> None:
     judge = ScriptedEngine(lambda prompt, index: "a b" if "candidate 0" in prompt else "x " * 40)
     measured = measure_pruning(policy, Flip(judge), [Task.of("a b")] * 2, 3, Sampling())
     assert 0.3 < measured.saved(PRUNED).median < 1
-    assert measured.saved(PRUNED).median <= measured.possible_in_step
+    assert measured.saved(PRUNED).median <= possible_in_step(measured)
     assert measured.equal(PRUNED) == 2
     assert isinstance(measured, Pruning)
     assert sum(measured.tokens(EVERYTHING)) > sum(measured.tokens(PRUNED))
 
 
+def test_a_stop_gives_up_given_candidates_as_soon_as_one_has_the_reward() -> None:
+    """Reranking once forgot the budget's reward: what tied with the bound was decoded to its end."""
+    policy = ScriptedEngine(lambda prompt, index: f"candidate {index}")
+    judge = ScriptedEngine(lambda prompt, index: "a b" if "candidate 0" in prompt else "a b " * 20, concurrent=False)
+    stopped = BestOfN(policy, Flip(judge), n=StopAt(0.01)).rerank("a b " * 20, ["candidate 0", "candidate 1"])
+    assert [score.status for score in stopped.scores] == ["ok", "pruned"]
+
+
 def test_plain_forward_decodes_what_transformers_generates(small: Path) -> None:
-    engine = load_engine(small)
-    model = engine._model  # type: ignore[attr-defined]
+    engine = load(small)
+    model = engine._model
     prompts = [[5, 6, 7, 8 + row] for row in range(3)]
     expected = model.generate(torch.tensor(prompts), max_new_tokens=6, do_sample=False)[:, 4:]
     assert torch.equal(plain_forward(model, prompts, steps=5).tokens, expected)
 
 
 def test_both_sides_of_a_forward_benchmark_decode_the_same_and_the_model_stays_as_it_was(small: Path) -> None:
-    model = load_engine(small)._model  # type: ignore[attr-defined]
+    model = load(small)._model
     measured = measure_forward(model, prefix=24, rows=4, own=2, steps=4, rounds=2)
     assert model.config._attn_implementation == "sdpa"
     assert measured["memory"].ratio == Spread(4.0, 4.0, 4.0)
@@ -272,7 +284,7 @@ def test_both_sides_of_a_forward_benchmark_decode_the_same_and_the_model_stays_a
 
 
 def test_a_forward_benchmark_fails_when_the_sides_decode_different_tokens(small: Path) -> None:
-    model = load_engine(small)._model  # type: ignore[attr-defined]
+    model = load(small)._model
 
     def wrong_when_shared(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits if model.config._attn_implementation == "sdpa" else logits.flip(-1)
@@ -297,16 +309,15 @@ def test_a_caches_bytes_are_those_of_its_keys_and_values() -> None:
 
 @pytest.fixture(scope="module")
 def on_vllm() -> Iterator[Models]:
-    engine = load_engine(engine="vllm")
-    models = Models(engine, engine, {})
+    models = Models.load([Model(engine="vllm")], {})
     yield models
     models.close()
 
 
 @pytest.mark.vllm
 def test_all_sides_sample_the_same_candidates_and_find_the_same_winners_reward(on_vllm: Models) -> None:
-    from bon.bench import schedules as s
-    from bon.bench.plain import Job
+    from lib import schedules as s
+    from lib.plain import Job
 
     scorer = Flip(on_vllm.scorer, sampling=Sampling(temperature=0, max_tokens=48))
     jobs = [Job(Task.of(text), Sampling(max_tokens=48, seed=3), scorer) for text in sample_instructions(3, 0)]
@@ -326,8 +337,8 @@ def test_all_sides_sample_the_same_candidates_and_find_the_same_winners_reward(o
 
 @pytest.mark.vllm
 def test_all_sides_decode_as_many_tokens_as_were_drawn(on_vllm: Models) -> None:
-    from bon.bench import schedules as s
-    from bon.bench.plain import Job
+    from lib import schedules as s
+    from lib.plain import Job
 
     extra = forced(on_vllm.policy)
     scorer = Flip(on_vllm.scorer, sampling=Sampling(temperature=0, max_tokens=7, extra=extra))
@@ -340,11 +351,11 @@ def test_all_sides_decode_as_many_tokens_as_were_drawn(on_vllm: Models) -> None:
 
 @pytest.mark.vllm
 def test_a_cache_that_was_emptied_serves_nothing(on_vllm: Models) -> None:
-    from bon.bench.plain import Job, Plain
+    from lib.plain import Job, Plain
 
     scorer = Flip(on_vllm.scorer)
     job = Job(Task.of("Write a reminder. " * 20), Sampling(max_tokens=2, seed=0), scorer)
-    plain = Plain(on_vllm.policy)  # type: ignore[arg-type]
+    plain = Plain(on_vllm.policy)
     forget(on_vllm.policy)
     first, again = (portal.run(plain.sample(job, 1)) for _ in range(2))
     on_vllm.forget()

@@ -14,9 +14,10 @@ import numpy as np
 
 from bon import portal
 from bon.bench.harness import Pairs, Spread, Timed, interleave, milliseconds, table
-from bon.bench.opening import Models
-from bon.bench.plain import Job, Outcome, Plain, policy_of
 from bon.best_of_n import BestOfN
+from bon.budget import Budget, StopAt
+from lib.opening import Models
+from lib.plain import Job, Outcome, Plain, policy_of
 
 ALONE, TOGETHER = "sampling alone", "sampling alone, one request"
 ONE_BY_ONE, GATHER = "barrier, one by one", "barrier, gather"
@@ -112,7 +113,7 @@ def measure_schedules(models: Models, workload: str, jobs: Sequence[Job], n: int
         n: candidates.
         sides: which of this module's names.
     """
-    plain = Plain(models.policy)  # type: ignore[arg-type]
+    plain = Plain(models.policy)
     one_engine = models.policy is models.scorer
     ways: dict[str, Way] = {
         ALONE: lambda job: plain.sample(job, n),
@@ -122,7 +123,7 @@ def measure_schedules(models: Models, workload: str, jobs: Sequence[Job], n: int
         BON: lambda job: _with_bon(models, job, n),
         # What bon chooses where nothing can be skipped; drawn lengths hide from it whether one engine does both.
         EVERYTHING: lambda job: _with_bon(models, job, n, prune=False, schedule="all" if one_engine else "each"),
-        STOPPING: lambda job: _with_bon(models, job, n, stop_at=1.0),
+        STOPPING: lambda job: _with_bon(models, job, StopAt(1.0, most=n)),
     }
 
     def side(way: Way) -> Callable[[int], Outcome]:
@@ -132,8 +133,8 @@ def measure_schedules(models: Models, workload: str, jobs: Sequence[Job], n: int
     return Schedules(workload, n, timed)
 
 
-async def _with_bon(models: Models, job: Job, n: int, **options: Any) -> Outcome:
-    policy = policy_of(models.policy, job)  # type: ignore[arg-type]
+async def _with_bon(models: Models, job: Job, n: int | Budget, **options: Any) -> Outcome:
+    policy = policy_of(models.policy, job)
     bon = BestOfN(policy, job.scorer, n=n, sampling=job.sampling, **options)
     return Outcome.of(await bon.run(job.task))
 

@@ -10,12 +10,12 @@ once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from bon.engines.base import Keep, Prompt
+from bon.engines.base import Keep, Prompt, Request
 from bon.engines.vllm.engine import VLLMEngine
 from bon.engines.vllm.start import RequestOutputKind, SamplingParams
 from bon.scorers.flip import Flip
@@ -84,15 +84,10 @@ class DrawnLengths(VLLMEngine):
         self.__dict__.update(vars(engine))
         self._lengths = lengths
 
-    def _params(self, sampling: Sampling, keep: Keep | None) -> Callable[[tuple[int, ...], int], Any]:
-        make = super()._params(sampling, keep)
-
-        def drawn(ids: tuple[int, ...], sample: int) -> Any:
-            params = make(ids, sample)
-            params.max_tokens = self._lengths[sample]
-            return params
-
-        return drawn
+    def _params(self, request: Request, ids: Sequence[int], sample: int, keep: Keep | None) -> Any:
+        params = super()._params(request, ids, sample, keep)
+        params.max_tokens = self._lengths[sample]
+        return params
 
 
 def policy_of(engine: VLLMEngine, job: Job) -> VLLMEngine:
@@ -113,8 +108,9 @@ class Plain:
 
     async def sample_together(self, job: Job, n: int) -> Outcome:
         """Sampling alone as one request for n samples; they have other seeds, and the model ends them."""
-        ids = self._policy.renderer.render(Prompt.of(job.task.messages))
-        params = _plain(self._policy._params(job.sampling, None)(ids, 0))
+        request = Request(Prompt.of(job.task.messages), job.sampling)
+        ids = self._policy.renderer.render(request.prompt)
+        params = _plain(self._policy._params(request, ids, 0, None))
         params.n = n
         output = await _ask(self._policy, ids, params)
         return Outcome(None, sum(len(sample.token_ids) for sample in output.outputs))
@@ -133,11 +129,12 @@ class Plain:
     async def _sample(self, job: Job, n: int) -> tuple[list[Candidate], Outcome]:
         start = perf_counter()
         engine = policy_of(self._policy, job)
-        ids = engine.renderer.render(Prompt.of(job.task.messages))
-        make = engine._params(job.sampling, None)
+        request = Request(Prompt.of(job.task.messages), job.sampling)
+        ids = engine.renderer.render(request.prompt)
 
         async def one(index: int) -> tuple[Any, float]:
-            return await _ask(engine, ids, _plain(make(ids, index))), perf_counter() - start
+            params = _plain(engine._params(request, ids, index, None))
+            return await _ask(engine, ids, params), perf_counter() - start
 
         asked = await asyncio.gather(*(one(index) for index in range(n)))
         candidates = [_candidate(engine, index, output.outputs[0]) for index, (output, _) in enumerate(asked)]
@@ -152,8 +149,9 @@ class Plain:
         assert isinstance(engine, VLLMEngine)
         if piece is None:
             return Outcome(None, 0)
-        ids = engine.renderer.render(flip.style.prompt(job.task, piece, flip.template))
-        output = await _ask(engine, ids, _plain(engine._params(flip.sampling, None)(ids, 0)))
+        request = Request(flip.style.prompt(job.task, piece, flip.template), flip.sampling)
+        ids = engine.renderer.render(request.prompt)
+        output = await _ask(engine, ids, _plain(engine._params(request, ids, 0, None)))
         [sample] = output.outputs
         inferred = flip.parser.parse(_candidate(engine, 0, sample).text, sample.finish_reason).instruction
         reward = None if inferred is None else flip.similarity(inferred, job.task.instruction).f1

@@ -1,8 +1,8 @@
-"""What computing a common prefix once saves: in a forward pass, in a decode step, in memory, and in scoring.
+"""What computing a common prefix once saves: in a forward pass, in a decode step and in memory.
 
-``measure_forward`` compares bare forward passes: transformers' own, with every row's prompt read in full (one batch,
-``DynamicCache``, its default attention), and bon's rows, which group the prompts by their common prefixes. Both decode
-greedily, and what they decode must be the same. ``measure_scoring`` compares whole calls of the scoring stage.
+Bare forward passes are compared: transformers' own, with every row's prompt read in full (one batch, ``DynamicCache``,
+its default attention), and bon's rows, which group the prompts by their common prefixes. Both decode greedily, and what
+they decode must be the same.
 """
 
 from __future__ import annotations
@@ -16,18 +16,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from bon import portal
 from bon.bench.harness import Pairs, interleave, milliseconds, table
-from bon.best_of_n import BestOfN
 from bon.engines.torch.paths import SharedPath
 from bon.engines.torch.prefix.attention import NAME
 from bon.engines.torch.rows import Rows, Stats, cache_argument
 from bon.errors import BonError
-from bon.scorers.base import Scorer
-from bon.task import Task
 
 PLAIN, SHARED = "plain", "shared"
-ONE_BY_ONE, FUSED, FUSED_SHARED = "one by one", "fused", "fused and shared"
 
 
 class DifferentTokensError(BonError):
@@ -195,32 +190,6 @@ def _different(rows: int, own: int, high: int, draw: torch.Generator) -> list[li
     rest = torch.randint(3, high, (rows, own - 1), generator=draw)
     own_ids: list[list[int]] = torch.cat([first[:, None], rest], 1).tolist()
     return own_ids
-
-
-def measure_scoring(
-    scorers: Mapping[str, Scorer], task: Task, candidates: Callable[[int], Sequence[str]], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds to score all candidates: one call for each, one call for all, one call for all with shared prefixes.
-
-    Args:
-        scorers: the scorer without sharing under ``PLAIN``, with sharing under ``SHARED``.
-        task: what the candidates answer.
-        candidates: round -> texts.
-        rounds: how often.
-    """
-    # A policy is never asked here; nothing is pruned, so that every side decodes every token.
-    plain, shared = (BestOfN(lambda prompt: "", scorers[name], prune=False) for name in (PLAIN, SHARED))
-
-    def rerank(bon: BestOfN, texts: Sequence[str]) -> list[float | None]:
-        return [score.reward for score in portal.run(bon.run_rerank(task, texts)).scores]
-
-    sides: dict[str, Callable[[int], list[float | None]]] = {
-        ONE_BY_ONE: lambda r: [reward for text in candidates(r) for reward in rerank(plain, [text])],
-        FUSED: lambda r: rerank(plain, candidates(r)),
-        FUSED_SHARED: lambda r: rerank(shared, candidates(r)),
-    }
-    timed = interleave(sides, rounds, label="scoring")
-    return {name: [t.seconds for t in of_side] for name, of_side in timed.items()}
 
 
 def forward_table(measured: Sequence[Mapping[str, Pairs]]) -> str:

@@ -8,15 +8,14 @@ from typing import Any
 
 from bon import portal
 from bon.bench.harness import Pairs, Timed, interleave
-from bon.bench.opening import Models
 from bon.best_of_n import BestOfN
-from bon.engines.base import Engine, engine_class, load_engine
-from bon.engines.placement import load_together
-from bon.sampler import Sampled, sample
+from bon.models import Model, ModelPool
 from bon.scorers.flip import Flip
 from bon.scorers.parsing import response_piece
+from bon.spec import ENGINES
 from bon.task import Task
 from bon.types import Candidate, Sampling
+from lib.opening import Models
 
 ONE, TWO = "one engine", "two engines"
 
@@ -38,18 +37,13 @@ def measure_cached_share(models: Models, tasks: Sequence[Task], scorer: Flip, n:
     bon = BestOfN(models.policy, scorer, n=n, sampling=sampling, prune=False)
     served, possible = [], []
     for task in tasks:
-        candidates = portal.run(_sampled(models.policy, task, sampling, n))
+        candidates = portal.run(bon.run(task)).candidates
         models.forget()
         result = portal.run(bon.run_rerank(task, candidates))
         scored = [candidates[s.candidate] for s in result.scores if s.same_as is None and s.status != "empty"]
         served.append(float(result.usage.cached_tokens))
         possible.append(float((len(scored) - 1) * _common(models.scorer, scorer, task, scored)))
     return Pairs("cached_share", {"n": n}, ("from the cache", "could be"), served, possible, "tokens")
-
-
-async def _sampled(engine: Engine, task: Task, sampling: Sampling, n: int) -> list[Candidate]:
-    sampled = [one async for one in sample(engine, [task], sampling, n)]
-    return [one.candidate for one in sampled if isinstance(one, Sampled)]
 
 
 def _common(engine: Any, scorer: Flip, task: Task, candidates: Sequence[Candidate]) -> int:
@@ -69,20 +63,17 @@ def measure_start(model: str | Path, rounds: int, **options: Any) -> Pairs:
         rounds: pairs.
         options: of the engines.
     """
-    started: list[Engine] = []
+    pool = ModelPool()
+    named = [Model(str(model), "vllm", {**options, "seed": seed}) for seed in range(2)]  # or they were the same model
 
     def free() -> None:
-        while started:
-            portal.run(started.pop().aclose())
+        portal.run(pool.aclose())
 
-    def one(round_: int) -> None:
-        started.append(load_engine(model, engine="vllm", **options))
-
-    def two(round_: int) -> None:
-        started.extend(load_together([(model, options), (model, options)]))
-
-    engine_class("vllm")
-    sides: dict[str, Callable[[int], None]] = {ONE: one, TWO: two}
+    ENGINES.load("vllm")
+    sides: dict[str, Callable[[int], None]] = {
+        ONE: lambda round_: pool.load(named[:1]),
+        TWO: lambda round_: pool.load(named),
+    }
     timed: dict[str, list[Timed[None]]] = interleave(sides, rounds, warmup=0, label="start-up", before=free)
     free()
     seconds = {name: [t.seconds for t in ts] for name, ts in timed.items()}

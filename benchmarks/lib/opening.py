@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bon import portal
-from bon.bench.models import SHAPES, describe, dummy_model, open_engine, word_ids
-from bon.engines.base import Engine, load_engine
-from bon.engines.placement import bytes_of, load_together, need_of, place, visible_gpus
-from bon.errors import EngineError, InputError
-from bon.mini import WEIGHTS
-
-RESETS = 5000
-"""Tries to empty a prefix cache."""
+from bon.bench.harness import forget
+from bon.engines.placement import bytes_of, need_of, place, visible_gpus
+from bon.errors import InputError
+from bon.models import Model, ModelPool
+from lib.models import SHAPES, describe, dummy_model, model_of, word_ids
 
 
 def model_options(options: argparse.ArgumentParser) -> None:
@@ -40,17 +36,27 @@ class Models:
     """A policy and a scorer's engine, which are the same object when they are the same model.
 
     Args:
+        pool: what loaded them, and frees them.
         policy: what writes.
         scorer: what infers instructions.
         facts: what they are, for the conditions.
         dummy: whether the weights are random, so that texts say nothing and lengths have to be forced.
     """
 
-    policy: Engine
-    scorer: Engine
+    pool: ModelPool
+    policy: Any
+    scorer: Any
     facts: dict[str, Any]
     dummy: bool = False
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @classmethod
+    def load(cls, models: Sequence[Model], *facts: dict[str, Any], **more: Any) -> Models:
+        """Load one model for both roles, or two together; two on vLLM share a GPU by bon's rule."""
+        pool = ModelPool()
+        pool.load(models)
+        engines = [pool.engine(model) for model in models]
+        return cls(pool, engines[0], engines[-1], {"policy": facts[0], "scorer": facts[-1]}, **more)
 
     def forget(self) -> None:
         """Empty the prefix caches, see ``forget``."""
@@ -58,14 +64,13 @@ class Models:
 
     def close(self) -> None:
         """Free the models."""
-        for engine in {id(engine): engine for engine in (self.policy, self.scorer)}.values():
-            portal.run(engine.aclose())
+        portal.run(self.pool.aclose())
         if self._folder is not None:
             self._folder.cleanup()
 
 
 def open_models(options: argparse.Namespace) -> Models:
-    """Load what the command line names; two models on vLLM start at the same time and share a GPU by bon's rule.
+    """Load what the command line names.
 
     Raises:
         InputError: --dummy without --engine vllm, together with real models, or with more than two shapes.
@@ -73,15 +78,8 @@ def open_models(options: argparse.Namespace) -> Models:
     """
     if options.dummy:
         return _open_dummies(options)
-    facts = {"policy": describe(options.policy), "scorer": describe(options.flip or options.policy)}
-    if options.flip is None:
-        engine = open_engine(options.policy, options)
-        return Models(engine, engine, facts)
-    if options.engine == "vllm":
-        named = [options.policy or WEIGHTS, options.flip]
-        policy, scorer = load_together([(model, {"dtype": options.dtype}) for model in named])
-        return Models(policy, scorer, facts)
-    return Models(open_engine(options.policy, options), open_engine(options.flip, options), facts)
+    folders = [options.policy, *([options.flip] if options.flip else [])]
+    return Models.load([model_of(folder, options) for folder in folders], *map(describe, folders))
 
 
 def _open_dummies(options: argparse.Namespace) -> Models:
@@ -89,17 +87,13 @@ def _open_dummies(options: argparse.Namespace) -> Models:
         raise InputError("--dummy needs --engine vllm: it is vLLM that makes up the weights.")
     if options.policy or options.flip or len(options.dummy) > 2:
         raise InputError("--dummy takes one or two shapes, in place of --policy and --flip.")
-    folder = tempfile.TemporaryDirectory(prefix="bon-dummy-")
-    folders = [dummy_model(Path(folder.name) / str(i), config) for i, config in enumerate(options.dummy)]
+    temporary = tempfile.TemporaryDirectory(prefix="bon-dummy-")
+    folders = [dummy_model(Path(temporary.name) / str(i), config) for i, config in enumerate(options.dummy)]
     names = [config if config in SHAPES else Path(config).stem for config in options.dummy]
     facts = [{**describe(f), "model": f"dummy {name}"} for f, name in zip(folders, names, strict=True)]
-    made = {"dtype": options.dtype, "load_format": "dummy"}
-    if len(folders) == 1:
-        engines: list[Engine] = [load_engine(folders[0], engine="vllm", **made)]
-    else:
-        placed = _placed(folders, [f["parameters"] for f in facts], options.dtype)
-        engines = load_together([(f, {**made, **where}) for f, where in zip(folders, placed, strict=True)])
-    return Models(engines[0], engines[-1], {"policy": facts[0], "scorer": facts[-1]}, True, folder)
+    placed = _placed(folders, [f["parameters"] for f in facts], options.dtype) if len(folders) > 1 else [{}]
+    models = [model_of(f, options, load_format="dummy", **where) for f, where in zip(folders, placed, strict=True)]
+    return Models.load(models, *facts, dummy=True, _folder=temporary)
 
 
 def _placed(folders: Sequence[Path], parameters: Sequence[int], dtype: str) -> list[dict[str, Any]]:
@@ -112,33 +106,11 @@ def _placed(folders: Sequence[Path], parameters: Sequence[int], dtype: str) -> l
     return place([replace(need, weights=size) for need, size in zip(needs, sizes, strict=True)], gpus)
 
 
-def forced(engine: Engine) -> dict[str, Any]:
+def forced(engine: Any) -> dict[str, Any]:
     """``Sampling.extra`` under which a completion on vLLM has ``max_tokens`` tokens, each an ordinary word.
 
     What the words are does not matter, only that there are so many and that they are the same tokens when they are read
     again: the end token is ignored and nothing but words that are one token may be sampled.
     """
-    words = word_ids(engine.renderer.tokenizer)  # type: ignore[attr-defined]
+    words = word_ids(engine.renderer.tokenizer)
     return {"ignore_eos": True, "allowed_token_ids": words}
-
-
-def forget(*engines: Engine) -> None:
-    """Empty the prefix caches of vLLM engines, so that no side finds there what another one computed.
-
-    Other engines keep nothing from one call to the next.
-
-    Raises:
-        EngineError: an engine that is still at work.
-    """
-    for engine in engines:
-        llm = getattr(getattr(engine, "_engine", None), "llm", None)
-        if llm is not None:
-            portal.run(_reset(llm))
-
-
-async def _reset(llm: Any) -> None:
-    for _ in range(RESETS):
-        if await llm.reset_prefix_cache():
-            return
-        await asyncio.sleep(0.002)  # aborted requests free their blocks a step later
-    raise EngineError("the prefix cache cannot be emptied: requests are still running.")

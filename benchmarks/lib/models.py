@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,9 +23,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from bon.engines.base import Engine, load_engine
+from bon.bench.harness import shape_of
 from bon.engines.loading import load_config
 from bon.errors import InputError, UnknownNameError
+from bon.models import MINI, Model
 
 CONTEXT = 8192
 
@@ -151,28 +151,11 @@ def describe(model: str | Path | None) -> dict[str, Any]:
     return {"model": name, **shape_of(load_config(model or WEIGHTS))}
 
 
-def shape_of(config: Any) -> dict[str, Any]:
-    """Size and shape of a transformers configuration."""
-    with torch.device("meta"):
-        count = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    text = config.get_text_config(decoder=True)
-    return {
-        "type": config.model_type,
-        "parameters": count,
-        "layers": text.num_hidden_layers,
-        "width": text.hidden_size,
-        "heads": text.num_attention_heads,
-        "kv_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        "vocabulary": text.vocab_size,
-    }
-
-
-def open_engine(model: str | Path | None, options: argparse.Namespace, **more: Any) -> Engine:
-    """Load a model on the engine, device and dtype that the command line asks for."""
-    name = getattr(options, "engine", "torch")
-    if name == "torch":
-        more = {"device": options.device, **more}
-    return load_engine(model, engine=name, dtype=options.dtype, **more)
+def model_of(folder: str | Path | None, options: argparse.Namespace, **more: Any) -> Model:
+    """A model on the engine, device and dtype that the command line asks for; ``more`` are options of the engine."""
+    engine = getattr(options, "engine", "torch")
+    device = {"device": options.device} if engine == "torch" and options.device else {}
+    return Model(MINI if folder is None else str(folder), engine, {"dtype": options.dtype, **device, **more})
 
 
 class Filler:
