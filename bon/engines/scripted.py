@@ -72,17 +72,14 @@ class ScriptedEngine:
 
     async def _generate(self, requests: Sequence[Request], keep: Keep | None) -> AsyncGenerator[Completion, None]:
         self.calls += 1
-        long = too_long(
-            [_count(request.prompt) for request in requests],
-            None if self.max_model_len is None else self.max_model_len - 1,
-            "prompt",
-        )
+        lengths = [_count(request.prompt) for request in requests]
+        long = too_long(lengths, None if self.max_model_len is None else self.max_model_len - 1, "prompt")
         for index, error in long.items():
             for sample in requests[index].samples:
                 yield Completion.failed(index, sample, error)
         fitting = [(index, request) for index, request in enumerate(requests) if index not in long]
         rows = [_Row(i, r, s, self._draw(r.prompt, s, r.sampling)) for i, r in fitting for s in r.samples]
-        unread = {index: _count(request.prompt) for index, request in fitting}
+        unread = {index: lengths[index] for index, _ in fitting}
         self.running += len(rows)
         left = len(rows)
         try:
@@ -93,7 +90,8 @@ class ScriptedEngine:
                 for done in finished:
                     left -= 1
                     self.running -= 1
-                    yield replace(done, prompt_tokens=unread.pop(done.request_index, 0))
+                    read = unread.pop(done.request_index, 0)
+                    yield replace(done, prompt_tokens=read) if read else done
         finally:
             self.running -= left
 
