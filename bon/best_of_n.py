@@ -8,19 +8,19 @@ evaluations, benchmarks) calls it.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from bon import portal
 from bon.budget import Budget, as_budget
 from bon.engines.base import Engine
-from bon.errors import BonError, InputError, UnknownNameError, user_error
+from bon.errors import BonError, InputError, UnknownNameError, number
 from bon.group import Callback, Group
 from bon.models import Model, ModelPool
-from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order
+from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order, made, may_prune
 from bon.scorers.base import Scorer
-from bon.selectors import Selector, as_selector, only_the_best_counts
+from bon.selectors import Selector, as_selector
 from bon.task import Conversation, Message, Task
 from bon.types import Candidate, Result, Sampling
 
@@ -47,9 +47,11 @@ class BestOfN:
             selectors that look at more than the best one, and by scorers that need all.
         schedule: when candidates are handed to the scorer: "each" as it finishes, "ready" those that are there whenever
             the scorer is free, "all" together at the end; None chooses, see ``Pipeline.schedule_for``.
+        threads: of the arithmetic of models that are loaded here and run on the CPU; None leaves it to their engines.
 
     Attributes:
-        given: policy and scorer as they were passed; ``policy`` and ``scorer`` are what became of them.
+        given, given_selector: policy and scorer, and the selector, as they were passed; ``policy``, ``scorer`` and
+            ``selector`` are what became of them.
 
     Raises:
         InputError: n < 1, an unknown name or option, a model that cannot be loaded.
@@ -66,16 +68,22 @@ class BestOfN:
         min_reward: float | None = None,
         prune: bool = True,
         schedule: Schedule | None = None,
+        threads: int | None = None,
     ) -> None:
         if schedule is not None and schedule not in SCHEDULES:
             raise UnknownNameError("schedule", schedule, SCHEDULES)
         self.budget = as_budget(n)
         self.sampling = Sampling.of(sampling)
         self.selector = as_selector(selector, min_reward, seed=self.sampling.seed)
-        self.prune, self.schedule = prune, schedule
+        self.prune, self.schedule, self.threads = prune, schedule, threads
         self.given = (policy, scorer)
-        self._pool = ModelPool()
-        self.policy, self.scorer = self._pool.both(policy, scorer)
+        self.given_selector, self.min_reward = selector, min_reward
+        self._pool = ModelPool(threads)
+        try:
+            self.policy, self.scorer = self._pool.both(policy, scorer)
+        except BaseException:
+            portal.run(self._pool.aclose())  # the policy may be there, and the scorer's model not
+            raise
 
     @property
     def n(self) -> int | None:
@@ -101,15 +109,19 @@ class BestOfN:
         Raises:
             InputError: what the constructor says of them.
         """
-        return BestOfN(
+        other = BestOfN(
             self.policy,
             scorer or self.scorer,
             n=self.budget if n is None else n,
             sampling=self.sampling if sampling is None else sampling,
-            selector=self.selector,
-            min_reward=min_reward,
+            selector=self.given_selector,
+            min_reward=max(
+                (number("min_reward", m) for m in (min_reward, self.min_reward) if m is not None), default=None
+            ),
             **{"prune": self.prune, "schedule": self.schedule, **changes},
         )
+        other.given = (self.given[0], scorer or self.given[1])
+        return other
 
     @overload
     def __call__(
@@ -156,6 +168,8 @@ class BestOfN:
         """
         bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
         if not _is_list_of_prompts(prompt):
+            if on_error != "raise" or progress:
+                raise InputError("on_error= and progress= are for a list of prompts, and this is one prompt.")
             return portal.run(bon.run(prompt, instruction=instruction))
         if instruction is not None:
             raise InputError("instruction= is for one prompt; in a list, pass Task.of(prompt, instruction) for each.")
@@ -182,11 +196,12 @@ class BestOfN:
         if on_error not in ("raise", "return"):
             raise UnknownNameError("on_error", on_error, ["raise", "return"])
         total = len(prompts) if isinstance(prompts, Sequence) else None
-        outcomes = portal.iterate(in_order(self.stream(prompts)))
-        for _, outcome in tqdm(outcomes, total=total, unit="prompt", disable=None if progress else True):
-            if isinstance(outcome, BonError) and on_error == "raise":
-                raise outcome
-            yield outcome
+        # Closed here: an error that somebody keeps would keep the prompts that are still running alive with it.
+        with closing(portal.iterate(in_order(self.stream(prompts)))) as outcomes:
+            for _, outcome in tqdm(outcomes, total=total, unit="prompt", disable=None if progress else True):
+                if isinstance(outcome, BonError) and on_error == "raise":
+                    raise outcome
+                yield outcome
 
     def rerank(
         self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], *, instruction: str | None = None
@@ -211,6 +226,8 @@ class BestOfN:
             callback: told of each candidate and score as it comes, copies and empty ones included.
             deadline: seconds after which the best so far is returned; the rest is aborted and has the status "late".
         """
+        if deadline is not None:
+            number("deadline", deadline)
         bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
         group = bon._group(prompt, instruction, callback)
         await bon._pipeline(bon.policy).run([group], deadline)
@@ -230,20 +247,8 @@ class BestOfN:
         A prompt that fails yields its error in place of a result, and the others go on. Prompts are read when they are
         needed, on a thread of their own: they may take their time.
         """
-        return self._outcomes(self._pipeline(self.policy), (_made(self._group, prompt) for prompt in prompts))
-
-    def stream_ranked(
-        self, rows: Iterable[tuple[Conversation | Task, Sequence[str | Candidate]]]
-    ) -> AsyncGenerator[tuple[int, Result | BonError], None]:
-        """Yield (position, result) for many prompts whose candidates came from elsewhere, otherwise as ``stream``."""
-        return self._outcomes(self._pipeline(), (_made(self._given, *row) for row in rows))
-
-    async def _outcomes(
-        self, pipeline: Pipeline, groups: Iterable[Group | BonError]
-    ) -> AsyncGenerator[tuple[int, Result | BonError], None]:
-        async with aclosing(pipeline.stream(groups)) as finished:
-            async for position, group in finished:
-                yield position, group if isinstance(group, BonError) else _made(group.result, self.selector)
+        groups = (made(self._group, prompt) for prompt in prompts)
+        return self._pipeline(self.policy).results(groups, self.selector)
 
     def _pipeline(self, policy: Any = None) -> Pipeline:
         return Pipeline(self.scorer, policy, self.budget, self.sampling, self.schedule)
@@ -251,11 +256,10 @@ class BestOfN:
     @property
     def _terms(self) -> dict[str, Any]:
         """What may be given up in a group, sampled or not."""
-        needs = self.scorer.needs
         return {
-            "prune": self.prune and only_the_best_counts(self.selector) and not needs.all_rewards,
+            "prune": self.prune and may_prune(self.scorer, self.selector),
             "stop_at": getattr(self.budget, "stop_at", None),
-            "whole": needs.group,
+            "whole": self.scorer.needs.group,
         }
 
     def _group(
@@ -297,11 +301,3 @@ def _is_list_of_prompts(prompt: Any) -> bool:
         and bool(prompt)
         and not isinstance(prompt[0], Message | Mapping)
     )
-
-
-def _made(make: Callable[..., Any], *args: Any) -> Any:
-    """What ``make`` returns, or the error that belongs in its place."""
-    try:
-        return make(*args)
-    except Exception as error:
-        return user_error("the prompt", error)

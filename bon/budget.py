@@ -6,12 +6,12 @@ in all, and ``stop_at``, where it is not None, the reward at which what is still
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from bon.errors import InputError, whole_number
-from bon.spec import BUDGETS, Specified
+from bon.errors import UnknownNameError, number, whole_number
+from bon.spec import BUDGETS, Specified, split_spec
 
 if TYPE_CHECKING:
     from bon.group import Group
@@ -60,8 +60,7 @@ class StopAt(Specified):
 
     def __post_init__(self) -> None:
         whole_number("most", self.most, 1)
-        if isinstance(self.reward, bool) or not isinstance(self.reward, int | float) or math.isnan(self.reward):
-            raise InputError(f"the reward to stop at must be a number, got {self.reward!r}.")
+        number("the reward to stop at", self.reward)
 
     @property
     def stop_at(self) -> float:
@@ -77,11 +76,20 @@ def as_budget(n: int | str | Budget) -> Budget:
     """Read a number of samples, the spec of a budget ("stop-at:0.9,most=16"), or a budget.
 
     Raises:
-        InputError: n < 1, or none of these.
+        InputError: n < 1, none of these, or a budget whose ``most`` or ``stop_at`` is no number.
     """
     if isinstance(n, str):
-        made: Budget = Fixed(int(n)) if n.strip().lstrip("-").isdigit() else BUDGETS.make(n)
+        if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", n):
+            return Fixed(int(n))
+        if split_spec(n)[0].partition(":")[0] not in BUDGETS:
+            raise UnknownNameError("budget", n, ["a number", *BUDGETS])
+        made: Budget = BUDGETS.make(n)
         return made
-    if isinstance(n, Budget) and not isinstance(n, type):
-        return n
-    return Fixed(whole_number("n", n, 1))
+    if not isinstance(n, Budget) or isinstance(n, type):
+        return Fixed(whole_number("n", n, 1))
+    most, stop_at = (getattr(n, name, None) for name in ("most", "stop_at"))
+    if most is not None:
+        whole_number("the budget's most", most, 1)
+    if stop_at is not None:
+        number("the budget's stop_at", stop_at)
+    return n

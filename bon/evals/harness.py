@@ -43,6 +43,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     sampling: Sampling | Mapping[str, Any] | None = None,
+    threads: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Pass rates of best-of-N under each scorer and each baseline; blocks.
@@ -55,6 +56,7 @@ def evaluate(
         limit: examples at most; None leaves it to the dataset.
         seed: of the examples and of the sampling.
         sampling: of the candidates; temperature 1 and the dataset's ``max_tokens`` where it says nothing.
+        threads: of models that run on the CPU; None leaves it to their engines.
         progress: show progress bars on stderr.
 
     Returns:
@@ -72,7 +74,7 @@ def evaluate(
         whole_number("limit", limit, 1)
     found = as_dataset(dataset)
     how = Sampling.of(sampling or {"max_tokens": found.max_tokens}).replace(seed=seed)
-    pool = ModelPool()
+    pool = ModelPool(threads)
     try:
         engine, ready = _load(pool, policy, scorers)
         evaluation = _Evaluation(engine, ready, n, how, progress)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bon.engines.base import Engine
-from bon.errors import InputError
+from bon.errors import InputError, UnknownNameError
 from bon.spec import Specified
 from bon.task import Task
 from bon.types import Candidate, Score
@@ -80,7 +82,8 @@ class Scorer(ABC, Specified):
 
         Yields:
             (position in ``pending``, score). A candidate that cannot be scored gets the status "failed" with a reason,
-            never a number.
+            never a number; a task that cannot be is ``pending[position].group.fail(error)``. What is raised belongs to
+            the groups that still lack a score; if these are several, each is scored again by itself to see whose it is.
         """
 
     async def aclose(self) -> None:
@@ -105,6 +108,10 @@ class ModelScorer(Scorer):
         from bon.engines.function import FunctionEngine
         from bon.models import Model
 
+        own = [name for name in inspect.signature(type(self)).parameters if name not in ("model", "options")]
+        for option in options:
+            if difflib.get_close_matches(option, own, n=1, cutoff=0.8):  # rather a typo than an option of an engine
+                raise UnknownNameError(f"option of {type(self).__name__}", option, own)
         self._engine: Engine | None = None
         self.model: Model | None = None
         if isinstance(model, str | Path | Model) or (model is None and options):

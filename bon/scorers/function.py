@@ -7,9 +7,9 @@ import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, ClassVar
 
-from bon.errors import InputError
+from bon.errors import BonError, InputError
 from bon.scorers.base import Needs, Pending, Scorer
-from bon.types import Score
+from bon.types import Score, as_reward
 from bon.usercode import UserFunction
 
 
@@ -42,8 +42,7 @@ class RewardFunction(Scorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate; see ``Scorer.score``.
 
-        Raises:
-            UserCodeError: the function raised, or did not return one number or None for each response.
+        A task for which the function raises, or does not return one number or None for each response, has failed.
         """
         by_group: dict[int, list[int]] = {}
         for position, each in enumerate(pending):
@@ -52,16 +51,20 @@ class RewardFunction(Scorer):
             responses = [pending[i].candidate.text for i in positions]
             task = pending[positions[0]].task
             messages = [message.to_dict() for message in task.messages]
-            given = await self._call(messages, responses, *([task] if self._takes_task else []))
-            rewards = self._check(given, len(responses))
+            try:
+                given = await self._call(messages, responses, *([task] if self._takes_task else []))
+                rewards = self._check(given, len(responses))
+            except BonError as error:  # of this task alone, and the function is not called for it again
+                pending[positions[0]].group.fail(error)
+                continue
             for position, reward in zip(positions, rewards, strict=True):
                 gave_none = Score(None, "failed", f"{self.name} gave no reward")
                 yield position, gave_none if reward is None else Score(reward)
 
     def _check(self, rewards: Any, expected: int) -> list[float | None]:
         try:
-            values = [None if reward is None else float(reward) for reward in rewards]
-        except (TypeError, ValueError) as error:
+            values = [None if reward is None else as_reward(reward) for reward in rewards]
+        except (TypeError, InputError) as error:
             raise self._call.error(f"must return numbers, but returned {rewards!r:.80}.") from error
         if len(values) != expected:
             raise self._call.error(f"must return {expected} rewards, but returned {len(values)}.")

@@ -24,7 +24,7 @@ from bon.errors import (
 )
 
 # Not the client's fault, and no model answers until somebody has done something about it.
-BROKEN = (EngineError, UserCodeError, ModelNotFoundError, MissingExtraError)
+BROKEN = (EngineError, ModelNotFoundError, MissingExtraError)
 RETRY_AFTER_S = 5  # where the model's server does not say
 _ADDRESS = re.compile(r"https?://[^\s,;)'\"]*[^\s,;:.)'\"]")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -74,7 +74,7 @@ def bad(param: str, message: str, code: str = "invalid_value") -> ApiError:
 
 
 def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> ApiError:
-    """Put what a run raised into words for the client.
+    """The error that the client gets for what a run raised.
 
     Args:
         error: what was raised.
@@ -91,14 +91,12 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
         wait = error.retry_after if isinstance(error, UnavailableError) else None
         headers = {"retry-after": str(math.ceil(RETRY_AFTER_S if wait is None else max(wait, 1)))}
         return ApiError(503, f"a model of this server failed{about}", "engine_error", headers=headers)
-    if isinstance(error, InputError):
+    if isinstance(error, InputError) and not isinstance(error, UserCodeError):
         name = str(error.name) if isinstance(error, UnknownNameError) else None
         if passed:
             name = name if name in passed else next(iter(passed))
             return ApiError(400, f"{name}: the policy cannot honour this field: {error}", "unsupported_parameter", name)
         return ApiError(400, str(error), "invalid_value", name)
-    if isinstance(error, BonError):
-        return ApiError(503 if error.retryable else 500, _unplaced(error), "failed")
     return ApiError(500, "the server failed on this request; its log has the details.", "internal_error")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from bon.serve.admission import Admission
@@ -69,7 +71,7 @@ class Metrics:
             self.candidates.labels(candidate.finish_reason).inc()
         for status, count in outcome.counts.items():
             self.scores.labels(status).inc(count)
-        best, stop_at = outcome.reward, plan.bon.stop_at
+        best, stop_at = outcome.reward, getattr(plan.bon.budget, "stop_at", None)
         if stop_at is not None and best is not None and best >= stop_at and "pruned" in outcome.counts:
             self.stopped.inc()
         timing, usage = outcome.timing, outcome.usage
@@ -77,10 +79,8 @@ class Metrics:
             self.stage.labels(stage).observe(getattr(timing, stage))
         self.stage.labels("total").observe(queue_s + timing.total)
         self.overlap.inc(timing.overlap)
-        self.tokens.labels("policy", "prompt").inc(usage.policy_prompt_tokens)
-        self.tokens.labels("policy", "completion").inc(usage.policy_completion_tokens)
-        self.tokens.labels("scorer", "prompt").inc(usage.scorer_prompt_tokens)
-        self.tokens.labels("scorer", "completion").inc(usage.scorer_completion_tokens)
+        for model, kind in itertools.product(("policy", "scorer"), ("prompt", "completion")):
+            self.tokens.labels(model, kind).inc(getattr(usage, f"{model}_{kind}_tokens"))
         if usage.cached_tokens:
             self.cached.inc(usage.cached_tokens)
             self.cache_hits.inc()

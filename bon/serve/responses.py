@@ -1,10 +1,15 @@
-"""What is sent back, as the OpenAPI document describes it; ``answers.py`` makes it."""
+"""What is sent back, as the OpenAPI document describes it; ``answers.py`` makes it.
+
+Not ``openai.types``: those are what a client must be ready for, with most fields optional; these are what is sent.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+
+from bon.types import FinishReason, ScoreStatus
 
 
 class ErrorBody(BaseModel):
@@ -35,13 +40,11 @@ class CachedTokens(BaseModel):
     cached_tokens: int
 
 
-class UsageBody(BaseModel):
-    """Tokens of all candidates and all scores, in sum and separately; cached ones are part of the prompt's."""
+class UsageBody(PartUsage):
+    """Tokens of policy and scorer, in sum and separately; a prompt counts as often as it was sent to a model."""
 
-    prompt_tokens: int
-    completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: CachedTokens = Field(description="Of the prompt tokens, those that were not computed.")
     policy: PartUsage
     scorer: PartUsage
 
@@ -50,9 +53,10 @@ class ScoreBody(BaseModel):
     """What is known of one candidate."""
 
     index: int
-    finish_reason: str | None
+    finish_reason: FinishReason = Field(description="'abort' where it was stopped because it was not needed.")
     reward: float | None
-    status: str
+    status: ScoreStatus
+    explanation: str | None = Field(description="What the scorer says about the reward.")
     inferred: str | None = Field(description="The instruction that was inferred from the candidate.")
     matched: list[tuple[int, int]] = Field(description="Spans of ``inferred`` whose words are in the instruction.")
     precision: float | None
@@ -61,7 +65,7 @@ class ScoreBody(BaseModel):
     reason: str | None = Field(description="Why there is no reward.")
     same_as: int | None = Field(description="An identical candidate, whose score this is.")
     text: str | None = Field(default=None, description="With return_candidates.")
-    completion_tokens: int | None = None
+    completion_tokens: int | None
     sampled_s: float = Field(description="When it was finished, from the start of the run.")
     scored_s: tuple[float, float] | None = Field(description="When its score was started and finished.")
 
@@ -87,7 +91,7 @@ class BestOfNBody(BaseModel):
     mean_reward: float | None
     reason: str | None = Field(description="Why there is no winner, or why no more was done.")
     deadline_passed: bool
-    statuses: dict[str, int]
+    statuses: dict[ScoreStatus, int]
     choices: list[ScoreBody] = Field(description="Scores of the returned choices, in their order.")
     candidates: list[ScoreBody] | None = Field(default=None, description="All of them, with return_candidates.")
     timing: TimingBody
@@ -127,52 +131,51 @@ class TextLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class ChatChoice(BaseModel):
-    """One of the best."""
-
+class _Choice(BaseModel):
     index: int
-    message: MessageBody
-    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
-class ChatResponse(BaseModel):
-    """OpenAI's chat completion."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: UsageBody
-    best_of_n: BestOfNBody
-
-
-class TextChoice(BaseModel):
+class ChatChoice(_Choice):
     """One of the best."""
 
-    index: int
+    message: MessageBody
+    logprobs: ChatLogprobs | None
+
+
+class TextChoice(_Choice):
+    """One of the best."""
+
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
 
 
-class CompletionResponse(BaseModel):
-    """OpenAI's text completion."""
-
+class _Response(BaseModel):
     id: str
-    object: Literal["text_completion"]
     created: int
     model: str
-    choices: list[TextChoice]
     usage: UsageBody
     best_of_n: BestOfNBody
+
+
+class ChatResponse(_Response):
+    """OpenAI's chat completion."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class CompletionResponse(_Response):
+    """OpenAI's text completion."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
 
 
 class ModelDefaults(BaseModel):
     """What a client may ask for."""
 
-    n: int
+    n: int | None = Field(description="Candidates of a request that does not say, where the budget has a limit.")
     max_n: int
     scorers: list[str]
     scorer: str

@@ -32,9 +32,10 @@ from bon.engines.vllm.start import (
     Started,
     StructuredOutputsParams,
     VLLMClientError,
+    refuse_unknown,
     start,
 )
-from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, UnknownNameError
+from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, PromptTooLongError
 
 _LOGIT_BYTES = 1 << 28  # logits of one prompt that is read with a draft
 _ONLY_THE_FIRST_TOKEN = 1 << 30  # as an interval between outputs: vLLM sends the first token and then the end
@@ -105,7 +106,6 @@ class VLLMEngine:
             self._finalizer()
             raise
         self._ids = itertools.count()
-        self._unfinished = 0
 
     def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
         """Sample completions; see ``Generates.generate``.
@@ -141,20 +141,15 @@ class VLLMEngine:
         lengths = [len(context) + len(target) for context, target in zip(contexts, targets, strict=True)]
         errors = too_long(lengths, self.max_model_len - 1, "prompt and continuation")
 
-        async def rate(index: int) -> Loglikelihood:
-            if index in errors:
-                return Loglikelihood.failed(errors[index])
-            return await self._rate(contexts[index], targets[index])
-
         async def rate_all() -> list[Loglikelihood]:
-            return await asyncio.gather(*map(rate, range(len(contexts))))
+            return await asyncio.gather(*map(self._rate, contexts, targets, map(errors.get, range(len(lengths)))))
 
         return await portal.there(rate_all())
 
     @property
     def full(self) -> bool:
         """See ``bon.engines.base.Batches``."""
-        return self._unfinished >= self._max_num_seqs
+        return self._engine is not None and self._engine.llm.get_num_unfinished_requests() >= self._max_num_seqs
 
     def json_options(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         """See ``bon.engines.base.WritesJSON``."""
@@ -171,15 +166,7 @@ class VLLMEngine:
         """Run samples at the same time and yield each completion as it comes; leaving aborts the rest."""
         for completion in failed:
             yield completion
-
-        async def run(sample: Running) -> Completion:
-            self._unfinished += 1
-            try:
-                return await sample.run()
-            finally:
-                self._unfinished -= 1
-
-        tasks = [asyncio.create_task(run(sample)) for sample in samples]
+        tasks = [asyncio.create_task(sample.run()) for sample in samples]
         try:
             for finished in asyncio.as_completed(tasks):
                 yield await finished
@@ -188,7 +175,11 @@ class VLLMEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _rate(self, context: Sequence[int], target: Sequence[int]) -> Loglikelihood:
+    async def _rate(
+        self, context: Sequence[int], target: Sequence[int], error: PromptTooLongError | None
+    ) -> Loglikelihood:
+        if error is not None:
+            return Loglikelihood.failed(error)
         if not target:
             return Loglikelihood(0.0, 0, len(context))
         if self._rates_the_end:
@@ -233,8 +224,9 @@ class VLLMEngine:
 
     async def stream(self, ids: Sequence[int], params: Any) -> AsyncGenerator[Any, None]:
         """Outputs of one request to vLLM, as vLLM gives them; on the background loop only. Closing it aborts."""
-        if self._engine is None or self._failure is not None:
-            raise self._failure or EngineError(f"the engine {self.name!r} is closed.")
+        if self._failure is not None:
+            raise self._failure
+        assert self._engine is not None
         with self._errors():
             request = self._engine.llm.generate(
                 {"prompt_token_ids": list(ids)}, params, f"bon-{next(self._ids)}", lora_request=self._lora
@@ -265,9 +257,7 @@ class VLLMEngine:
     def _params(self, request: Request, ids: Sequence[int], sample: int, keep: Keep | None) -> Any:
         """vLLM's sampling parameters of one sample."""
         sampling, extra = request.sampling, dict(request.sampling.extra)
-        for option in extra:
-            if option not in EXTRA:
-                raise UnknownNameError("sampling option of the vllm engine", option, EXTRA)
+        refuse_unknown("sampling option of the vllm engine", extra, EXTRA)
         ends = [] if extra.get("ignore_eos") else sorted(self.renderer.end_ids)
         extra["stop_token_ids"] = [*ends, *extra.get("stop_token_ids", ())]
         interval = None
@@ -279,7 +269,9 @@ class VLLMEngine:
             interval = _ONLY_THE_FIRST_TOKEN  # so that it is known what of the prompt was cached when another one ends
         with self._errors():
             if isinstance(extra.get("structured_outputs"), Mapping):
-                extra["structured_outputs"] = _structure(extra["structured_outputs"])
+                known = [f.name for f in dataclasses.fields(StructuredOutputsParams) if f.init]
+                refuse_unknown("kind of structured output", extra["structured_outputs"], known)
+                extra["structured_outputs"] = StructuredOutputsParams(**extra["structured_outputs"])
             return SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -294,14 +286,6 @@ class VLLMEngine:
                 stream_interval=interval,
                 **extra,
             )
-
-
-def _structure(wanted: Mapping[str, Any]) -> Any:
-    known = [f.name for f in dataclasses.fields(StructuredOutputsParams) if f.init]
-    for name in wanted:
-        if name not in known:
-            raise UnknownNameError("kind of structured output", name, known)
-    return StructuredOutputsParams(**wanted)
 
 
 def _seed(seed: int, prompt: Sequence[int], sample: int) -> int:

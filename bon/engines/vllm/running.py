@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from bon.engines.base import Completion, Keep
-from bon.engines.text.render import Renderer
 from bon.engines.text.watch import KEEP_EVERY, Watch
 from bon.errors import EngineError
 from bon.types import FinishReason
 
-
-class Host(Protocol):
-    """The engine that a sample runs on."""
-
-    name: str
-    renderer: Renderer
-
-    def stream(self, ids: Sequence[int], params: Any) -> AsyncGenerator[Any, None]:
-        """Outputs of one request to vLLM."""
-
-    async def prefill(self, context: Sequence[int], target: Sequence[int]) -> Any:
-        """vLLM's output for context and target, with log-probabilities of the target's tokens, and one more token."""
+if TYPE_CHECKING:
+    from bon.engines.vllm.engine import VLLMEngine
 
 
 @dataclass
@@ -63,7 +51,7 @@ class Running:
         draft: tokens to read along with the prompt; for greedy samples without stop strings.
     """
 
-    engine: Host
+    engine: VLLMEngine
     request_index: int
     sample_index: int
     prompt: SharedPrompt

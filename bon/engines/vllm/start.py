@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,13 @@ BLOCK = 32  # tokens of a cache block on a CPU: only whole blocks are shared, an
 LEAST_CONTEXT = 2048  # tokens that a model which can do as many should at least be able to hold
 
 _ELSEWHERE = frozenset({"load_format", "download_dir"})  # options under which weights are not those in the hub's cache
-OWN_OPTIONS = ("chat_template_kwargs", "lora", "threads")
 
 
-def option_names() -> list[str]:
-    """Every keyword that ``VLLMEngine`` takes."""
-    return [*OWN_OPTIONS, *(f.name for f in dataclasses.fields(AsyncEngineArgs) if f.name != "model")]
+def refuse_unknown(kind: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise an UnknownNameError for the first name that is not a known one."""
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(kind, name, known)
 
 
 class Started:
@@ -129,10 +130,8 @@ def start(model: str | Path, options: Mapping[str, Any], threads: int | None = N
         InputError: a value that vLLM refuses.
         EngineError: the engine did not come up: the message has vLLM's reason.
     """
-    known = option_names()
-    for option in options:
-        if option not in known or option in OWN_OPTIONS:
-            raise UnknownNameError("option of the vllm engine", option, known)
+    vllms = [f.name for f in dataclasses.fields(AsyncEngineArgs) if f.name != "model"]
+    refuse_unknown("option of the vllm engine", options, ["chat_template_kwargs", "lora", "threads", *vllms])
     source = local_folder(model)
     if source is None:
         source = str(model)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bon.engines.base import Batches, Engine, Generates, Keep, Loglikelihood, Partial, Rates, Request, WritesJSON
+from bon.engines.base import Engine, Generates, Keep, Loglikelihood, Partial, Rates, Request, WritesJSON
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.prompts import Style, load_style
 from bon.scorers.base import ModelScorer, Pending
@@ -45,7 +45,8 @@ class Flip(ModelScorer):
         parser: "robust", or "reference" for the paper's released code with its quirks.
         similarity: a name in ``bon.similarity.SIMILARITIES``, or a ``Similarity``.
         samples: reconstructions per candidate; the reward is the mean over those that could be parsed.
-        sampling: how reconstructions are sampled. Greedy for one sample, temperature 1 for several, 512 tokens.
+        sampling: how reconstructions are sampled: a ``Sampling``, or what is to differ from the usual (greedy for one
+            sample, temperature 1 for several, 512 tokens).
         tie_break: between equal rewards, "logprob" prefers the likelier reconstruction, "likelihood" the higher mean
             log p(instruction | response), which costs one more prefill. "none" leaves it to the number of tokens and
             the index, and asks for no log-probabilities: they cost up to a tenth of the time where vLLM's batch is
@@ -89,7 +90,8 @@ class Flip(ModelScorer):
         self.similarity = as_similarity(similarity)
         self.range = (0.0, self.similarity.maximum)
         usual = Sampling(temperature=0.0 if samples == 1 else 1.0, max_tokens=MAX_TOKENS)
-        sampling = usual if sampling is None else Sampling.of(sampling)
+        if not isinstance(sampling, Sampling):
+            sampling = Sampling.of({**usual.to_dict(), **(sampling or {})})
         self.sampling = sampling.replace(logprobs=sampling.logprobs or tie_break == "logprob")
         self.tie_break: TieBreak = tie_break
         self.template = {"enable_thinking": thinking}
@@ -118,7 +120,7 @@ class Flip(ModelScorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate once; each score comes as soon as it is known."""
         runs = []
-        full = isinstance(self.engine, Batches) and self.engine.full
+        full = getattr(self.engine, "full", False)  # Batches; ``isinstance`` of a protocol is slow, once a candidate
         for position, each in enumerate(pending):
             response = response_piece(each.candidate)
             if response is None:
