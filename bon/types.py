@@ -180,7 +180,14 @@ class Usage:
         )
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Usage)))
+        return Usage(  # written out: it is added up several times for each candidate
+            self.policy_prompt_tokens + other.policy_prompt_tokens,
+            self.policy_completion_tokens + other.policy_completion_tokens,
+            self.scorer_prompt_tokens + other.scorer_prompt_tokens,
+            self.scorer_completion_tokens + other.scorer_completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.drafted_tokens + other.drafted_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
