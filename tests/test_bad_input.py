@@ -275,7 +275,10 @@ class NeedsArguments:
     ("arguments", "complaint"),
     [
         (["--policy", "mine:raises", "--scorer", "flip:scripted"], "'mine:raises' raised ValueError: no luck"),
-        (["--policy", "mine:too_few", "--scorer", "flip:scripted"], "'mine:too_few' must return a list of 4 texts, but returned 3"),
+        (
+            ["--policy", "mine:too_few", "--scorer", "flip:scripted"],
+            "'mine:too_few' must return a list of 4 texts, but returned 3",
+        ),
         (["--policy", "mine:no_texts", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 1"),
         (["--policy", "mine:no_list", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 7"),
         (["--policy", "mine:fine", "--scorer", "mine:raises"], "'mine:raises' raised TypeError: raises() takes 1"),

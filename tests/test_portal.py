@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bon import portal
-from bon.cli.interrupt import run_until_interrupted
+from bon.cli.terminal import run_until_interrupted
 from bon.errors import InputError
 
 
