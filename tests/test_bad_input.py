@@ -167,7 +167,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
     ("arguments", "complaint"),
     [
         (["runn"], "No such command 'runn'. Did you mean 'run'?"),
-        (["eval", "mni"], "No such command 'mni'. Did you mean 'mini'?"),
+        (["eval", "mni"], "unknown dataset 'mni'. Did you mean 'mini'?"),
         (["run"], "PROMPT|FILE is missing. Type: bon run --help"),
         (["rerank"], "FILE is missing. Type: bon rerank --help"),
         (["run", "say", "hi"], "unexpected extra argument"),
@@ -223,7 +223,8 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "in.jsonl", "--resume", "--overwrite", "-o", "o", *SCRIPTED], "exclude each other"),
         (["rerank", "nothing", *RANKED], "there is no file 'nothing'"),
         (["tasks", "--count", "0"], "'0'"),
-        (["eval", "mini", "--n-instructions", "0"], "'0'"),
+        (["eval", "mini", "--limit", "0"], "'0'"),
+        (["eval", "mini", "--scorer", "flip", "--scorer", "flip"], "the scorer 'flip' is given twice"),
     ],
 )
 def test_bad_options_are_refused_with_what_to_do(refused, tmp_path, arguments, complaint):

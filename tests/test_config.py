@@ -77,7 +77,7 @@ def test_the_configuration_of_an_object_goes_through_a_file(tmp_path: Path) -> N
     assert Config.read(tmp_path / "bon.toml").build().sampling == bon.sampling
 
 
-@pytest.mark.parametrize("command", ["run", "rerank", "serve", "bench", "eval mini"])
+@pytest.mark.parametrize("command", ["run", "rerank", "serve", "bench"])
 def test_print_config_loads_no_model_and_needs_no_input(run: Any, command: str) -> None:
     model = "/no/such/model"
     policy = [] if command == "rerank" else [model] if command == "serve" else ["--policy", model]

@@ -164,25 +164,31 @@ def test_a_wrong_option_of_another_packages_engine_is_refused(theirs: dict[str, 
 
 # --- Adding one ------------------------------------------------------------------------------------------------------
 
-DEFAULTS = {"flip": {"bon.models"}, "fixed": {"bon.budget"}}
-"""A default has to be named where it is chosen."""
+USED = {
+    "flip": {"bon.models"},  # the default scorer
+    "fixed": {"bon.config", "bon.evals.harness", "bon.serve.plan"},  # what a plain number of candidates is
+    "stop-at": {"bon.serve.plan"},  # the field stop_at of a request
+    "best": {"bon.evals.harness"},
+}
+"""Who makes one by its class; a new one changes none of these."""
 PARTICULAR = ("bon.bench.",)
 """Benchmarks are about particular engines and scorers."""
+SHARED = {"bon", "bon.engines", "bon.scorers", "bon.evals"}
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
 def test_adding_one_takes_one_file_and_one_line(registry: Registry) -> None:
-    """The class of every name is known to its own module, and to no other that would have to learn of a new one."""
+    """A class is known to its own module, or folder, and to no other that would have to learn of a new one."""
     for name, entry in registry._builtin.items():
         home, _, class_name = entry.target.partition(":")
+        folder = home.rpartition(".")[0]
+        own = (home,) if folder in SHARED else (home, folder)
         users = {
             module
             for module, tree in _modules().items()
-            if any(class_name in _names(node) for node in ast.walk(tree)) and not module.startswith(PARTICULAR)
+            if any(class_name in _names(node) for node in ast.walk(tree)) and not module.startswith((*own, *PARTICULAR))
         }
-        exports = {"bon", home.rpartition(".")[0], home}  # of the package, and of the folder that it lives in
-        inside = {module for module in users if module.startswith(home)}
-        assert users - exports - inside <= DEFAULTS.get(name, set()), name
+        assert users - {"bon"} == USED.get(name, set()), name  # "bon" exports it
 
 
 def _modules() -> dict[str, ast.AST]:
