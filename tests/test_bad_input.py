@@ -211,7 +211,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--resume", *SCRIPTED], "--resume is for files of prompts"),
         (["run", "hi", "--all", *SCRIPTED], "--all is for files of prompts"),
         (["run", "hi", "--policy", "scripted,nme=x"], "option of the engine 'scripted' 'nme'. Did you mean 'name'?"),
-        (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "option of the engine 'http' 'dtype'"),
+        (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "option of the HTTP engine 'dtype'"),
         (["run", "hi", "--policy", "x,engine=scripted"], "'scripted' runs no model, so it cannot be 'x'"),
         (["run", "hi", "--policy", "qwen:latest"], "'qwen:latest' is neither a folder nor a model on this machine"),
         (["run", "hi", "--policy", "llama3:8b"], "'llama3:8b' is neither a folder nor a model on this machine"),
