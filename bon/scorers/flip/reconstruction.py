@@ -25,12 +25,14 @@ class FlipDetails:
         inferred: the instruction that backward inference arrived at (of several samples, the one nearest the mean).
         precision, recall: the parts of the F1.
         samples: rewards of the single reconstructions, when there are several.
+        compared: what the F1 counts: "words", or "characters" for an instruction in a script without spaces.
     """
 
     inferred: str | None = None
     precision: float | None = None
     recall: float | None = None
     samples: tuple[float, ...] = ()
+    compared: str = "words"
 
 
 @dataclass
@@ -161,6 +163,7 @@ class Reconstruction:
             precision=self._mean([m.precision for m in self.matches.values()]),
             recall=self._mean([m.recall for m in self.matches.values()]),
             samples=tuple(self.matches[s].f1 for s in sorted(self.matches)) if self.samples > 1 else (),
+            compared=self.matches[nearest].compared,
         )
         reason = self._reason(status)
         return Score(reward, status, reason, inferred, details=details, tie_break=tie_break, usage=usage)
