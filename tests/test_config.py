@@ -90,7 +90,7 @@ def test_print_config_loads_no_model_and_needs_no_input(run: Any, command: str) 
 def test_bon_toml_in_the_current_folder_is_read_and_said_and_options_win(run: Any, tmp_path: Path) -> None:
     (tmp_path / "bon.toml").write_text('policy = "scripted"\nn = 3\nselector = "top-k:2"\n[sampling]\nseed = 1\n')
     code, out, err = run("run", "Say it", "--json")
-    assert (code, err) == (0, "bon: settings come from bon.toml in this folder.\n")
+    assert (code, err) == (0, "bon: settings come from bon.toml in this folder\n")
     assert out.count('"finish_reason"') == 3
     assert run("run", "Say it", "--json", "-n", 5)[1].count('"finish_reason"') == 5
     (tmp_path / "other.toml").write_text('policy = "scripted"\nn = 1\n')
