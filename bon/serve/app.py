@@ -181,9 +181,9 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
     ):
         body = {"content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=takes.__name__)}}}}
         responses = errors | {200: {"model": gives, "content": {"text/event-stream": {}}}}
-        app.post(path, responses=responses, openapi_extra={"requestBody": {"required": True, **body}})(answer)  # type: ignore[arg-type]
+        app.post(path, responses=responses, openapi_extra={"requestBody": {"required": True, **body}})(answer)
     app.get("/v1/models", responses={200: {"model": ModelList}, 401: errors[401]})(server.models)
-    described = {200: {"model": ModelBody}, 401: errors[401], 404: errors[404]}
+    described: dict[int | str, dict[str, Any]] = {200: {"model": ModelBody}, 401: errors[401], 404: errors[404]}
     app.get("/v1/models/{name:path}", responses=described)(server.model)
     app.get("/health", responses={200: {"model": StateBody}})(server.alive)
     unready = {"model": StateBody, "description": "Not now"}
