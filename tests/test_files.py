@@ -77,7 +77,7 @@ def test_a_selector_that_picks_several_has_all_of_them_in_the_row(run, tmp_path)
     rewards = [picked["reward"] for picked in row["picked"]]
     assert rewards == sorted(rewards, reverse=True)
     assert "picked" not in json.loads(run(source, "-n", 2)[1])
-    write_rows(tmp_path / "ranked.jsonl", [{"prompt": "Say it", "candidates": ["Say", "Say it", "it", "no"]}])
+    write_rows(tmp_path / "ranked.jsonl", [{"prompt": "Say it", "candidates": ["Say", "Say it", "nothing", "no"]}])
     row = json.loads(run("ranked.jsonl", "--selector", "top-k:2", command="rerank")[1])
     assert [picked["text"] for picked in row["picked"]] == ["Say it", "Say"]
 
@@ -101,7 +101,9 @@ def test_a_reward_function_sees_the_reference_and_the_other_columns_of_a_row(tmp
 
 
 def test_candidates_are_ranked_without_a_policy_and_a_draw_has_a_seed(run, tmp_path):
-    write_rows(tmp_path / "in.jsonl", [{"id": i, "prompt": "Say it", "candidates": ["Say", "it"]} for i in range(20)])
+    write_rows(
+        tmp_path / "in.jsonl", [{"id": i, "prompt": "Say it", "candidates": [f"Say {i}", "it"]} for i in range(20)]
+    )
     (tmp_path / "bon.toml").write_text('policy = "/no/such/model"\nselector = "softmax:2"\n')
     draws = [run("in.jsonl", "--seed", seed, command="rerank")[1] for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
