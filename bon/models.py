@@ -138,6 +138,8 @@ class ModelPool:
 
     def _make(self, model: Model) -> Engine:
         arguments = [_weights(model)] if ENGINES.takes_argument(model.runs_on) else []
+        if not arguments and model.name != model.runs_on:
+            raise InputError(f"the engine {model.engine!r} runs no model, so it cannot be {model.name!r}.")
         defaults = {} if self.threads is None else {"threads": self.threads}
         engine: Engine = ENGINES.construct(model.runs_on, arguments, model.options, defaults)
         return engine
@@ -174,7 +176,7 @@ class ModelPool:
             if isinstance(policy, FunctionEngine):
                 raise InputError(
                     f"the policy {policy.name!r} is a function, which cannot score by itself. "
-                    "Name a model to score with, for example scorer='flip:Qwen/Qwen3-0.6B'."
+                    "Name a model to score with, for example the scorer flip:Qwen/Qwen3-0.6B."
                 )
             return policy
 
@@ -265,6 +267,8 @@ def as_scorer(scorer: Any) -> Scorer:
         raise InputError(f"a scorer is an object and not a class: write {scorer.__name__}(...).")
     if callable(scorer):
         return RewardFunction(scorer, name)
+    if name is not None:
+        raise UserCodeError(f"{name!r} is no scorer and no function, but {type(scorer).__name__}.")
     raise InputError(f"a scorer is a Scorer, its spec, a model, an engine or a reward function, not {scorer!r:.80}.")
 
 

@@ -25,7 +25,7 @@ from bon.models import ModelPool
 from bon.scorers.base import Pending, Scorer
 from bon.selectors import Selector, only_the_best_counts
 from bon.task import Conversation, Task
-from bon.types import Candidate, Result, Sampling, Usage
+from bon.types import Candidate, Result, Sampling, Score, Usage
 
 T = TypeVar("T")
 
@@ -180,7 +180,7 @@ class Pipeline:
         except EngineError as error:
             for group, candidate in ((p.group, p.candidate) for p in left.values()):
                 if error.retryable:
-                    group.unscored(candidate, error)
+                    group.post(candidate, Score(None, "failed", f"not scored: {error}", error=error))
                 else:
                     group.fail(error)
             for each in pending if not left and not error.retryable else ():

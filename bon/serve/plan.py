@@ -169,11 +169,11 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
     engines += [] if isinstance(bon.policy, FunctionEngine) else [bon.policy]
     for name in SCORERS:
         try:
-            make = SCORERS.load(name)
-            if make is type(bon.scorer):
+            kind = SCORERS.load(name)
+            if kind is type(bon.scorer):
                 own = name
-            elif isinstance(make, type) and issubclass(make, ModelScorer):
-                able = [engine for engine in engines if isinstance(engine, make.ability)]
+            elif isinstance(kind, type) and issubclass(kind, ModelScorer):
+                able = [engine for engine in engines if isinstance(engine, kind.ability)]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
         except Exception as error:  # of another package, whose code may raise anything
             log.warning("the scorer %r is not offered: %s", name, error)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bon.engines.base import Completion, Loglikelihood, Partial, Prompt
-from bon.errors import PromptTooLongError
+from bon.errors import EngineError, PromptTooLongError
 from bon.scorers.base import Pending
 from bon.scorers.parsing import Parsed, Parser
 from bon.similarity import Bound, Match, Similarity, mean_bound
@@ -151,7 +151,9 @@ class Reconstruction:
             usage += Usage(scorer_prompt_tokens=prompt_tokens, cached_tokens=likelihood.cached_tokens)
         if reward is None:
             bound = self.upper_bound if status == "pruned" else None
-            return Score(None, status, self._reason(status), upper_bound=bound, usage=usage)
+            errors = [c.error for c in self.completions.values() if isinstance(c.error, EngineError)]
+            error = errors[0] if errors and status == "failed" else None
+            return Score(None, status, self._reason(status), upper_bound=bound, usage=usage, error=error)
         nearest = min(self.matches, key=lambda s: (abs(self.matches[s].f1 - reward), s))
         inferred = self.parsed[nearest].instruction
         details = FlipDetails(

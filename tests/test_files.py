@@ -13,20 +13,22 @@ import pytest
 from command import in_process_of_its_own, process, rows_of, write_rows
 
 from bon import BestOfN
-from bon.data.rows import BadRow, Row, output_row, read_rows, run_rows
 from bon.cli import main
+from bon.data.rows import BadRow, Row, output_row, read_rows, run_rows
+from bon.data.sink import Output, to_json
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
-from bon.data.sink import Output, to_json
+
+SCRIPTED = {"run": ["--policy", "scripted"], "rerank": ["--scorer", "flip:scripted"]}
 
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """bon run ... --engine scripted, in this process and in a folder of its own."""
+    """bon run on the scripted engine, in this process and in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, command="run"):
-        code = main([command, *map(str, arguments), "--engine", "scripted"])
+        code = main([command, *map(str, arguments), *SCRIPTED[command]])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -87,12 +89,12 @@ def test_rows_are_ranked_in_one_batch_in_order_and_resumed(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "counting.py").write_text(
         "from bon.engines.scripted import ScriptedEngine\n"
-        "flip = ScriptedEngine(lambda text, draw: text.rpartition('Response:\\n')[2], overlaps=False)\n"
+        "flip = ScriptedEngine(lambda text, draw: text.rpartition('Response:\\n')[2], concurrent=False)\n"
     )
     rows = [{"id": i, "prompt": f"Say {i}", "candidates": ["Say", f"Say {i}", "x"]} for i in range(200)]
     write_rows(tmp_path / "in.jsonl", [*rows[:150], {"id": "bad", "prompt": "Say", "candidates": [1]}, *rows[150:]])
     write_rows(tmp_path / "out.jsonl", [{"id": i, "mark": "kept"} for i in range(20)])
-    arguments = ["rerank", "in.jsonl", "--flip", "counting:flip", "-o", "out.jsonl", "--resume", "--skip-bad"]
+    arguments = ["rerank", "in.jsonl", "--scorer", "counting:flip", "-o", "out.jsonl", "--resume", "--skip-bad"]
     assert main(arguments) == 0
     written = rows_of(tmp_path / "out.jsonl")
     assert [row["id"] for row in written] == list(range(200))
@@ -128,7 +130,7 @@ def test_the_instruction_of_a_row_is_what_is_inferred_back(tmp_path):
 
 def test_rows_come_from_standard_input_and_go_to_standard_output(tmp_path):
     lines = b"".join(to_json(row) + b"\n" for row in prompts(3))
-    code, out, err = in_process_of_its_own("run", "-", "-n", 2, "--engine", "scripted", cwd=tmp_path, stdin=lines)
+    code, out, err = in_process_of_its_own("run", "-", "-n", 2, "--policy", "scripted", cwd=tmp_path, stdin=lines)
     assert code == 0, err
     assert {json.loads(line)["id"] for line in out.splitlines()} == {"p0", "p1", "p2"}
     assert err == "", "a pipe gets rows and nothing else"
@@ -320,11 +322,11 @@ def test_each_prompt_that_is_too_long_is_named_with_its_own_count(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.py").write_text(
         "from bon.engines.scripted import ScriptedEngine\n"
-        "policy = ScriptedEngine(max_model_len=8, overlaps=False)\nflip = ScriptedEngine(overlaps=False)\n"
+        "policy = ScriptedEngine(max_model_len=8, concurrent=False)\nflip = ScriptedEngine(concurrent=False)\n"
     )
     lengths = [3, 10, 4, 30]
     write_rows(tmp_path / "in.jsonl", [{"prompt": " ".join(["word"] * length)} for length in lengths])
-    code = main(["run", "in.jsonl", "--policy", "small:policy", "--flip", "small:flip", "--skip-bad"])
+    code = main(["run", "in.jsonl", "--policy", "small:policy", "--scorer", "small:flip", "--skip-bad"])
     captured = capsys.readouterr()
     assert code == 0
     assert {json.loads(line)["line"] for line in captured.out.splitlines()} == {1, 3}
@@ -335,11 +337,11 @@ def test_each_prompt_that_is_too_long_is_named_with_its_own_count(tmp_path, monk
 def test_a_function_that_raises_for_one_row_costs_that_row_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picky.py").write_text(
-        "from bon.engines.scripted import ScriptedEngine\nflip = ScriptedEngine(overlaps=False)\n"
+        "from bon.engines.scripted import ScriptedEngine\nflip = ScriptedEngine(concurrent=False)\n"
         "def policy(prompt):\n    if '3' in prompt: raise ValueError('not three')\n    return prompt\n"
     )
     write_rows(tmp_path / "in.jsonl", prompts(8))
-    code = main(["run", "in.jsonl", "--policy", "picky:policy", "--flip", "picky:flip", "--skip-bad"])
+    code = main(["run", "in.jsonl", "--policy", "picky:policy", "--scorer", "picky:flip", "--skip-bad"])
     captured = capsys.readouterr()
     assert code == 0
     assert len(captured.out.splitlines()) == 7
@@ -441,7 +443,7 @@ def test_a_killed_run_leaves_whole_lines(slow):
 
 
 def test_a_row_is_written_while_the_next_is_awaited_and_ctrl_c_does_not_wait_for_it(tmp_path):
-    running = process("run", "-", "--engine", "scripted", cwd=tmp_path, stdin=subprocess.PIPE)
+    running = process("run", "-", "--policy", "scripted", cwd=tmp_path, stdin=subprocess.PIPE)
     running.stdin.write(to_json({"prompt": "Say hi"}) + b"\n")
     running.stdin.flush()
     assert json.loads(running.stdout.readline())["prompt"] == "Say hi"
@@ -454,7 +456,7 @@ def test_a_row_is_written_while_the_next_is_awaited_and_ctrl_c_does_not_wait_for
 
 
 def test_a_closed_pipe_ends_the_run_without_a_word(slow):
-    running = process("run", "in.jsonl", "-n", 1, "--engine", "scripted", cwd=slow)
+    running = process("run", "in.jsonl", "-n", 1, "--policy", "scripted", cwd=slow)
     running.stdout.readline()
     running.stdout.close()
     running.wait(timeout=60)
