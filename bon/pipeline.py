@@ -385,7 +385,7 @@ async def in_order(outcomes: AsyncGenerator[tuple[int, T], None]) -> AsyncGenera
 
 def _closing(stream: AsyncIterator[T]) -> AbstractAsyncContextManager[AsyncIterator[T]]:
     """Close what a scorer or an engine returned; an iterator of the user's may have nothing to close."""
-    return aclosing(stream) if hasattr(stream, "aclose") else nullcontext(stream)
+    return aclosing(stream) if hasattr(stream, "aclose") else nullcontext(stream)  # type: ignore[type-var]
 
 
 def _candidate(completion: Completion) -> Candidate:
