@@ -118,7 +118,7 @@ class BestOfN:
             min_reward=max(
                 (number("min_reward", m) for m in (min_reward, self.min_reward) if m is not None), default=None
             ),
-            **{"prune": self.prune, "schedule": self.schedule, **changes},
+            **{"prune": self.prune, "schedule": self.schedule, "threads": self.threads, **changes},
         )
         other.given = (self.given[0], scorer or self.given[1])
         return other

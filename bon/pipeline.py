@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -383,9 +383,24 @@ async def in_order(outcomes: AsyncGenerator[tuple[int, T], None]) -> AsyncGenera
                 following += 1
 
 
-def _closing(stream: AsyncIterator[T]) -> AbstractAsyncContextManager[AsyncIterator[T]]:
-    """Close what a scorer or an engine returned; an iterator of the user's may have nothing to close."""
-    return aclosing(stream) if hasattr(stream, "aclose") else nullcontext(stream)  # type: ignore[type-var]
+@asynccontextmanager
+async def _closing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Close what a scorer or an engine returned; an iterator of the user's may have nothing to close.
+
+    Raises:
+        RuntimeError: it was cancelled from within, which must not look like a cancellation of the whole run.
+    """
+    try:
+        yield stream
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RuntimeError("what it was waiting for was cancelled") from error
+    finally:
+        close = getattr(stream, "aclose", None)
+        if close is not None:
+            await close()
 
 
 def _candidate(completion: Completion) -> Candidate:

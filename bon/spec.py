@@ -93,7 +93,7 @@ def _text(name: str, value: Any) -> str:
     value = str(value) if isinstance(value, Path) else getattr(value, "text", value)  # a ``Model`` has its spec
     if isinstance(value, str):
         plain = value.strip() == value and _value(value) == value and not value.startswith(_JSON) and "," not in value
-        return value if plain else json.dumps(value)
+        return value if plain else json.dumps(value, ensure_ascii=False)
     value = value.to_dict() if isinstance(value, Sampling) else dict(value) if isinstance(value, Mapping) else value
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -104,7 +104,7 @@ def _text(name: str, value: Any) -> str:
 def _argument(value: Any) -> str:
     """The text of what stands behind NAME: and before the options."""
     text = _text("its argument", value)
-    return json.dumps(text) if not text or _OPTION.match(text) else text
+    return json.dumps(text, ensure_ascii=False) if not text or _OPTION.match(text) else text
 
 
 class Specified:

@@ -13,12 +13,11 @@ import pytest
 from command import in_process_of_its_own, process, rows_of, write_rows
 
 from bon import BestOfN
-from bon.data.rows import BadRow, Row, output_row, read_rows, run_rows
 from bon.cli import main
+from bon.data.rows import BadRow, Row, output_row, read_rows, run_rows
+from bon.data.sink import Output, to_json
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
-from bon.data.sink import Output, to_json
-
 
 SCRIPTED = {"run": ["--policy", "scripted"], "rerank": ["--scorer", "flip:scripted"]}
 

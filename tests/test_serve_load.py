@@ -321,7 +321,7 @@ def test_a_drain_that_takes_too_long_is_cut_off():
 
 
 def test_the_command_serves_with_keys_from_the_environment_and_never_logs_them():
-    command = ("-m", "bon", "serve", "--engine", "scripted", "--port", "0", "-n", "2", "--api-key", "sk-2")
+    command = ("-m", "bon", "serve", "scripted", "--port", "0", "-n", "2", "--api-key", "sk-2")
     with Process(*command, BON_API_KEY="sk-0,sk-1") as server:
         assert server.ask(["hello"]).status_code == 401
         for key in ("sk-0", "sk-1", "sk-2"):

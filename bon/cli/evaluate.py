@@ -1,4 +1,4 @@
-"""``bon eval``: does the reward pay?"""
+"""``bon eval``: measured quality."""
 
 from __future__ import annotations
 
@@ -7,44 +7,45 @@ from typing import Annotated
 
 import typer
 
-from bon.cli.options import JSON, Policy, Setup, configured, grouped, threads_for
+from bon.cli.options import JSON, Policy, SamplingOptions, Setup, configured, grouped
 
 
 @grouped
 def evaluate(
     dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="mini, or another registered dataset (bon doctor lists them).")
+        str, typer.Argument(metavar="DATASET", help="mini, or another that bon doctor lists; or module:Class.")
     ],
     *,
     setup: Setup,
     policy: Policy = None,
-    scorer: Annotated[
+    scorers: Annotated[
         list[str] | None,
-        typer.Option("--scorer", metavar="SCORER", help="What rewards; repeatable. flip and likelihood by default."),
+        typer.Option("--scorer", metavar="SCORER", help="What is measured; repeatable. By default flip, likelihood."),
     ] = None,
-    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="The largest N.")] = 16,
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="The largest number of candidates.")] = 16,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="ROWS", min=1, help="Examples at most; 500 in mini.")
+        int | None, typer.Option("--limit", metavar="L", min=1, help="Examples at most; else the dataset says it.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of examples and sampling.")] = 0,
+    sampling: SamplingOptions,
     as_json: JSON = False,
 ) -> int:
-    """Pass rates of best-of-N for N = 1, 2, 4, ..., for each scorer, beside random, longest, shortest and oracle."""
-    config = configured(setup, policy=policy)
+    """Measure how much best-of-N gains: pass rates for N = 1, 2, 4, ... under each scorer and under baselines."""
+    config = configured(setup, sampling, policy=policy)
 
+    from bon.cli.options import threads_for
     from bon.cli.terminal import print_json
-    from bon.evals.harness import SCORERS, format_table
-    from bon.evals.harness import evaluate as measured
+    from bon.evals.harness import SCORERS, evaluate, format_table
 
-    report = measured(
+    report = evaluate(
         dataset,
         policy=config.policy,
-        scorers=scorer or ([config.scorer] if config.scorer else SCORERS),
+        scorers=scorers or ([config.scorer] if config.scorer else SCORERS),
         n=n,
         limit=limit,
-        seed=seed,
-        threads=threads_for(config),
+        seed=config.sampling.get("seed", 0),
+        sampling=config.sampling,
         progress=sys.stderr.isatty(),
+        threads=threads_for(config),
     )
     if as_json:
         print_json(report)

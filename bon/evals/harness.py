@@ -43,8 +43,8 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     sampling: Sampling | Mapping[str, Any] | None = None,
-    threads: int | None = None,
     progress: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Pass rates of best-of-N under each scorer and each baseline; blocks.
 
@@ -56,8 +56,8 @@ def evaluate(
         limit: examples at most; None leaves it to the dataset.
         seed: of the examples and of the sampling.
         sampling: of the candidates; temperature 1 and the dataset's ``max_tokens`` where it says nothing.
-        threads: of models that run on the CPU; None leaves it to their engines.
         progress: show progress bars on stderr.
+        threads: as in ``BestOfN``.
 
     Returns:
         ``n_instructions`` (examples), ``failed`` (examples left out, because something about them could not be sampled,
@@ -73,7 +73,8 @@ def evaluate(
     if limit is not None:
         whole_number("limit", limit, 1)
     found = as_dataset(dataset)
-    how = Sampling.of(sampling or {"max_tokens": found.max_tokens}).replace(seed=seed)
+    given = sampling if isinstance(sampling, Sampling) else {"max_tokens": found.max_tokens, **(sampling or {})}
+    how = Sampling.of(given).replace(seed=seed)
     pool = ModelPool(threads)
     try:
         engine, ready = _load(pool, policy, scorers)
