@@ -116,6 +116,8 @@ class Reconstruction:
     @property
     def upper_bound(self) -> float:
         """The highest reward that the candidate can still reach."""
+        if self.samples == 1 and not self.parsed:  # as nearly always, and asked every few tokens
+            return min(self.similarity.maximum, self.bounds[0])
         unfinished = [bound for sample, bound in enumerate(self.bounds) if sample not in self.parsed]
         return min(self.similarity.maximum, mean_bound((m.f1 for m in self.matches.values()), unfinished))
 
