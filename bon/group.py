@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter, time
+from typing import Any
 
 from bon.errors import BonError, EngineError, InputError, user_error
 from bon.scorers.base import Pending
@@ -134,7 +135,8 @@ class Group:
 
     def hopeless(self, upper_bound: float) -> bool:
         """Whether a candidate that can reach ``upper_bound`` at most may be given up."""
-        return self.over or (self.prune and self.best_reward is not None and upper_bound < self.best_reward)
+        best = self.best_reward  # asked of every reconstruction every few tokens
+        return self.error is not None or (best is not None and ((self.prune and upper_bound < best) or self.reached))
 
     def ask(self, more: int) -> int:
         """Note that so many more samples are asked for; returns the index of the first."""
@@ -216,7 +218,8 @@ class Group:
         elif score.reward is None and score.status in ("ok", "repaired", "fallback"):
             score = replace(score, status="failed", reason=score.reason or "the scorer gave no reward")
         self.usage += score.usage
-        self._record(index, replace(score, started=max(0.0, started - self._start), finished=self._now()))
+        self._unscored = score.error or self._unscored
+        self._record(index, score, started=max(0.0, started - self._start), finished=self._now())
         for copy in self._copies.get(candidate.text, [])[1:]:
             self._copy(index, copy)
 
@@ -224,12 +227,6 @@ class Group:
         """Note a reward that is known before its score is whole, so that others can be pruned by it."""
         if reward is not None and (self.best_reward is None or reward > self.best_reward):
             self.best_reward = reward
-
-    def unscored(self, candidate: Candidate, error: BonError) -> None:
-        """Note why a candidate has no score; the others count."""
-        if not self.scored(candidate):
-            self._unscored = error
-            self.post(candidate, Score(None, "failed", reason=f"not scored: {error}"), self._start)
 
     def fail(self, error: BonError) -> None:
         """Note why the task has no result; the first reason stays."""
@@ -280,10 +277,10 @@ class Group:
         return Result(self.task, self.candidates, self.scores, selection, timing, self.usage)
 
     def _copy(self, first: int, index: int) -> None:
-        self._record(index, replace(self._scores[first], same_as=first))
+        self._record(index, self._scores[first], same_as=first)
 
-    def _record(self, index: int, score: Score) -> None:
-        score = replace(score, candidate=index)
+    def _record(self, index: int, score: Score, **stamps: Any) -> None:
+        score = replace(score, candidate=index, **stamps)
         self._scores[index] = score
         self.expect(score.reward)
         self._tell(score)

@@ -184,7 +184,7 @@ class Pipeline:
         except EngineError as error:
             for group, candidate in ((p.group, p.candidate) for p in left.values()):
                 if error.retryable:
-                    group.unscored(candidate, error)
+                    group.post(candidate, Score(None, "failed", f"not scored: {error}", error=error))
                 else:
                     group.fail(error)
             for each in pending if not left and not error.retryable else ():

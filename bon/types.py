@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from bon.errors import InputError, UnknownNameError
+from bon.errors import BonError, InputError, UnknownNameError
 from bon.task import Task
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
+_STATUSES: tuple[ScoreStatus, ...] = get_args(ScoreStatus)
 _SHOWN = 80  # characters of a text in a repr
 
 
@@ -180,7 +181,14 @@ class Usage:
         )
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Usage)))
+        return Usage(  # written out: it is added up several times for each candidate
+            self.policy_prompt_tokens + other.policy_prompt_tokens,
+            self.policy_completion_tokens + other.policy_completion_tokens,
+            self.scorer_prompt_tokens + other.scorer_prompt_tokens,
+            self.scorer_completion_tokens + other.scorer_completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.drafted_tokens + other.drafted_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +207,8 @@ class Score:
         tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
         upper_bound: for "pruned": the reward could not have exceeded this.
         usage: tokens that this score cost.
+        error: for "failed": what went wrong where that says nothing about the candidate (the scorer's model cannot be
+            reached). When no candidate of a task has a reward, it is the task's error.
         candidate: index of the candidate.
         same_as: index of an identical candidate whose score this is.
         started, finished: seconds since the run began.
@@ -217,18 +227,20 @@ class Score:
     tie_break: float | None = None
     upper_bound: float | None = None
     usage: Usage = field(default_factory=Usage)
+    error: BonError | None = None
     candidate: int = -1
     same_as: int | None = None
     started: float = 0.0
     finished: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.status not in get_args(ScoreStatus):
-            raise UnknownNameError("status of a score", self.status, get_args(ScoreStatus))
+        if self.status not in _STATUSES:
+            raise UnknownNameError("status of a score", self.status, _STATUSES)
         if self.reward is not None:
             if self.status not in ("ok", "repaired", "fallback"):
                 raise InputError(f"a score of the status {self.status!r} has no reward, got {self.reward!r}.")
-            object.__setattr__(self, "reward", as_reward(self.reward))  # a number of numpy's or torch's, say
+            if type(self.reward) is not float:
+                object.__setattr__(self, "reward", as_reward(self.reward))  # a number of numpy's or torch's, say
         if self.details is not None and (isinstance(self.details, type) or not dataclasses.is_dataclass(self.details)):
             raise InputError(f"the details of a score are a dataclass, not {type(self.details).__name__}.")
 
@@ -239,7 +251,8 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything a reader of JSON needs; the fields of ``details`` stand beside the others."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("details", "usage")}
+        hidden = ("details", "usage", "error")
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in hidden}
         details = {} if self.details is None else dataclasses.asdict(self.details)
         tokens = {"tokens": self.tokens, "drafted": self.usage.drafted_tokens}
         return {**details, **own, "parts": dict(self.parts), **tokens}

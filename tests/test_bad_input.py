@@ -64,6 +64,7 @@ def refused(capsys, monkeypatch, tmp_path):
         (b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}', "tool_calls belongs to a message"),
         (b'{"prompt": "a", "instruction": 3}', "'instruction' must be text, not 3"),
         (b'{"prompt": "a", "instruction": "b"}', "'b' is not"),
+        (b'{"prompt": "a", "reference": ["b"]}', "'reference' must be text or a number, not ['b']"),
         (b'{"prompt": "a", "id": 1.5}', "'id' must be text or a whole number, not 1.5"),
         (b'{"prompt": "a", "id": true}', "'id' must be text or a whole number, not True"),
         (b'{"prompt": "a", "x": NaN}', "NaN is no JSON number"),
@@ -167,7 +168,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
     ("arguments", "complaint"),
     [
         (["runn"], "No such command 'runn'. Did you mean 'run'?"),
-        (["eval", "mni"], "No such command 'mni'. Did you mean 'mini'?"),
+        (["eval", "mni"], "unknown dataset 'mni'. Did you mean 'mini'?"),
         (["run"], "PROMPT|FILE is missing. Type: bon run --help"),
         (["rerank"], "FILE is missing. Type: bon rerank --help"),
         (["run", "say", "hi"], "unexpected extra argument"),
@@ -211,7 +212,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--resume", *SCRIPTED], "--resume is for files of prompts"),
         (["run", "hi", "--all", *SCRIPTED], "--all is for files of prompts"),
         (["run", "hi", "--policy", "scripted,nme=x"], "option of the engine 'scripted' 'nme'. Did you mean 'name'?"),
-        (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "option of the engine 'http' 'dtype'"),
+        (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "unknown option of the HTTP engine 'dtype'"),
         (["run", "hi", "--policy", "x,engine=scripted"], "'scripted' runs no model, so it cannot be 'x'"),
         (["run", "hi", "--policy", "qwen:latest"], "'qwen:latest' is neither a folder nor a model on this machine"),
         (["run", "hi", "--policy", "llama3:8b"], "'llama3:8b' is neither a folder nor a model on this machine"),
@@ -223,7 +224,8 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "in.jsonl", "--resume", "--overwrite", "-o", "o", *SCRIPTED], "exclude each other"),
         (["rerank", "nothing", *RANKED], "there is no file 'nothing'"),
         (["tasks", "--count", "0"], "'0'"),
-        (["eval", "mini", "--n-instructions", "0"], "'0'"),
+        (["eval", "mini", "--limit", "0"], "'0'"),
+        (["eval", "mini", "--scorer", "flip", "--scorer", "flip"], "the scorer 'flip' is given twice"),
     ],
 )
 def test_bad_options_are_refused_with_what_to_do(refused, tmp_path, arguments, complaint):
@@ -275,7 +277,10 @@ class NeedsArguments:
     ("arguments", "complaint"),
     [
         (["--policy", "mine:raises", "--scorer", "flip:scripted"], "'mine:raises' raised ValueError: no luck"),
-        (["--policy", "mine:too_few", "--scorer", "flip:scripted"], "'mine:too_few' must return a list of 4 texts, but returned 3"),
+        (
+            ["--policy", "mine:too_few", "--scorer", "flip:scripted"],
+            "'mine:too_few' must return a list of 4 texts, but returned 3",
+        ),
         (["--policy", "mine:no_texts", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 1"),
         (["--policy", "mine:no_list", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 7"),
         (["--policy", "mine:fine", "--scorer", "mine:raises"], "'mine:raises' raised TypeError: raises() takes 1"),

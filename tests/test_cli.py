@@ -304,7 +304,15 @@ def test_doctor_explains_which_engine_runs_models_and_how_to_change_that(models,
 
 def test_version_and_help_exit_with_0(run):
     assert run("--version") == (0, f"bon {bon.__version__}\n", "")
-    for arguments in ([], ["--help"], ["run", "--help"], ["rerank", "--help"], ["eval", "mini", "--help"]):
+    for arguments in (
+        [],
+        ["--help"],
+        ["run", "--help"],
+        ["rerank", "--help"],
+        ["eval", "--help"],
+        ["serve", "--help"],
+        ["bench", "--help"],
+    ):
         code, out, err = run(*arguments)
         assert (code, err) == (0, "")
         assert "Usage: bon" in out
@@ -323,6 +331,31 @@ def test_commands_that_need_no_model_load_no_model_library(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_eval_measures_any_scorer_on_a_dataset_by_its_name(run):
+    options = (
+        "--policy",
+        "scripted",
+        "--scorer",
+        "flip:samples=2",
+        "--scorer",
+        "flip",
+        "-n",
+        2,
+        "--limit",
+        3,
+        "--seed",
+        1,
+    )
+    code, out, err = run("eval", "mini", *options, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["n_instructions"] == 3
+    assert {"flip:samples=2", "flip", "random", "oracle"} <= report["best_of"]["2"].keys()
+    code, out, _ = run("eval", "mini", *options)
+    assert code == 0
+    assert "greedy decoding" in out
 
 
 # --- The embedded model ----------------------------------------------------------------------------------------------
@@ -360,6 +393,12 @@ def test_a_file_of_unknown_prompts_gets_one_line_of_warning(run, tmp_path):
     [warning] = [line for line in err.splitlines() if "embedded" in line]
     assert "1 of 2 prompts" in warning
     assert "--policy" in warning
+    write_rows(tmp_path / "in.jsonl", [{**row, "candidates": ["It is physics."]} for row in rows])
+    code, out, err = run("rerank", "in.jsonl")
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert "1 of 2 prompts are outside its world" in err
+    assert "--scorer flip:Qwen" in err
 
 
 @needs_weights

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from bon import portal
-from bon.cli.interrupt import run_until_interrupted
 from bon.errors import InputError
 
 
@@ -191,20 +190,18 @@ async def interrupted(story: list[str], *, hangs: bool = False) -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("door", [portal.run, run_until_interrupted])
-def test_ctrl_c_cancels_and_waits_for_the_clean_up(door) -> None:
+def test_ctrl_c_cancels_and_waits_for_the_clean_up() -> None:
     story: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        door(interrupted(story))
+        portal.run(interrupted(story))
     assert story == ["cancelled", "cleaned up"]
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("door", [portal.run, run_until_interrupted])
-def test_a_second_ctrl_c_does_not_wait(door) -> None:
+def test_a_second_ctrl_c_does_not_wait() -> None:
     story: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        door(interrupted(story, hangs=True))
+        portal.run(interrupted(story, hangs=True))
     assert story == ["cancelled"]
 
 

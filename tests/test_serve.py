@@ -282,25 +282,22 @@ def test_cached_tokens_are_part_of_the_prompt_tokens():
     assert body["prompt_tokens_details"] == {"cached_tokens": 25}
 
 
-class Owned(ScriptedEngine):
-    closed = False
-
-    async def aclose(self):
-        self.closed = True
-
-
 def test_a_server_that_ends_closes_what_its_best_of_n_loaded_and_nothing_of_the_callers(monkeypatch):
     """It closed the engines that were passed in, which others may still use, and never the scorer's own model."""
-    mine = Owned()
-    with served(BestOfN(mine, Flip(mine), n=1)) as site:
+    closed = []
+
+    async def aclose(engine):
+        closed.append(engine)
+
+    monkeypatch.setattr(ScriptedEngine, "aclose", aclose)
+    with served(BestOfN(ScriptedEngine(), Flip(ScriptedEngine()), n=1)) as site:
         assert site.chat().status_code == 200
-    assert not mine.closed
-    made = []
-    monkeypatch.setattr("bon.models._make", lambda model: made.append(Owned(name=model.name)) or made[-1])
-    with served(BestOfN("policy", "flip:scorer", n=1)) as site:
+    assert closed == []
+    bon = BestOfN("scripted,max_model_len=500", "flip:scripted", n=1)
+    with served(bon) as site:
         assert site.chat().status_code == 200
-        assert [engine.name for engine in made] == ["policy", "scorer"]
-    assert [engine.closed for engine in made] == [True, True]
+        assert closed == []
+    assert closed == [bon.policy, bon.scorer.engine]
 
 
 def test_clients_never_see_where_a_model_lies(tmp_path):

@@ -22,8 +22,9 @@ from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.prefix import attention as prefix_attention
 from bon.engines.torch.prefix.attention import NAME, merge, part
 from bon.engines.torch.prefix.shared import Preamble, SharedRows
-from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, preamble, tree
-from bon.engines.torch.rows import PlainRows, Rows, Stats
+from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, pieces, preamble, tree
+from bon.engines.torch.rows import PlainRows, Rows, Run, Stats
+from bon.engines.torch.worker import StoppedError
 from bon.errors import EngineError
 from bon.types import Sampling
 
@@ -83,6 +84,26 @@ def test_a_short_common_start_is_not_worth_a_level() -> None:
     assert preamble([tuple(range(50))]) == ()
 
 
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=12),
+    tokens=st.integers(1, 30),
+    logits=st.integers(1, 30),
+)
+def test_passes_read_every_token_once_and_hold_their_limits(
+    rows: list[tuple[int, int]], tokens: int, logits: int
+) -> None:
+    lengths, wanted = [length for length, _ in rows], [min(rows_) for rows_ in rows]
+    read: list[tuple[int, int]] = []
+    for piece in pieces(lengths, wanted, tokens, logits):
+        single = piece.last == piece.first + 1
+        spans = [(piece.start, piece.stop) if single else (0, lengths[row]) for row in range(piece.first, piece.last)]
+        here = [(row, at) for row, span in enumerate(spans, piece.first) for at in range(*span)]
+        assert 0 < len(here) == piece.stop - piece.start <= tokens
+        assert sum(at >= lengths[row] - wanted[row] for row, at in here) <= logits
+        read += here
+    assert read == [(row, at) for row, length in enumerate(lengths) for at in range(length)]
+
+
 # --- parts of a softmax --------------------------------------------------------------------------------------------
 
 
@@ -125,6 +146,9 @@ def test_causal_and_padded_parts_hide_what_they_must() -> None:
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
+SMALL = {"tokens": 11, "logits": 3}  # of one pass: every row comes in several
+
+
 @cache
 def small(family: str) -> Any:
     return model(family, tokenizer("ascii"))
@@ -163,12 +187,15 @@ def test_logits_are_those_of_plain_rows_while_rows_leave(family: str, seed: int)
     prompts, copies = made_up(seed)
     plain = made.config._attn_implementation
     with torch.inference_mode():
-        expected = run(PlainRows(made, Stats()), prompts, copies, seed)
+        expected = run(PlainRows(Run(made)), prompts, copies, seed)
+        parts = run(PlainRows(Run(made, **SMALL)), prompts, copies, seed)
         made.set_attn_implementation(NAME)
-        found = run(SharedRows(made, Preamble(preamble(prompts)), Stats()), prompts, copies, seed)
+        limits = SMALL if seed else {}
+        found = run(SharedRows(Run(made, **limits), Preamble(preamble(prompts))), prompts, copies, seed)
         made.set_attn_implementation(plain)
-    for a, b in zip(expected, found, strict=True):
+    for a, b, c in zip(expected, found, parts, strict=True):
         torch.testing.assert_close(b.log_softmax(-1), a.log_softmax(-1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(c.log_softmax(-1), a.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,11 +208,38 @@ def test_ratings_are_those_of_plain_rows(family: str) -> None:
     continuations = [*(tuple(random.integers(0, VOCABULARY, n).tolist()) for n in range(1, 7)), long, long, long[:29]]
     plain = made.config._attn_implementation
     with torch.inference_mode():
-        expected = PlainRows(made, Stats()).rate(contexts, continuations)
+        expected = PlainRows(Run(made)).rate(contexts, continuations)
+        parts = PlainRows(Run(made, **SMALL)).rate(contexts, continuations)
         made.set_attn_implementation(NAME)
-        found = SharedRows(made, Preamble(preamble(contexts)), Stats()).rate(contexts, continuations)
+        found = SharedRows(Run(made), Preamble(preamble(contexts))).rate(contexts, continuations)
+        shared_parts = SharedRows(Run(made, **SMALL), Preamble(preamble(contexts))).rate(contexts, continuations)
         made.set_attn_implementation(plain)
-    assert found == pytest.approx(expected, abs=1e-4 * 30)
+    for other in (found, parts, shared_parts):
+        assert other == pytest.approx(expected, abs=1e-4 * 30)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma3", "Gemma2"])
+def test_a_window_slides_over_passes_as_over_one(family: str) -> None:
+    made = model(family, tokenizer("ascii"), sliding_window=12)
+    prompts, copies = made_up(1)
+    with torch.inference_mode():
+        expected, found = (run(PlainRows(Run(made, **limits)), prompts, copies, 0) for limits in ({}, SMALL))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.log_softmax(-1), a.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_call_that_is_stopped_ends_before_the_next_pass() -> None:
+    """A batch could be read for minutes after its caller had gone."""
+    made, passes = small("Llama"), []
+
+    def check() -> None:
+        passes.append(1)
+        if len(passes) == 3:
+            raise StoppedError
+
+    with torch.inference_mode(), pytest.raises(StoppedError):
+        PlainRows(Run(made, tokens=16, check=check)).prefill([tuple(range(90))], [1])
+    assert len(passes) == 3
 
 
 @settings(max_examples=25, deadline=None)
@@ -195,9 +249,9 @@ def test_any_family_of_prompts_gets_the_logits_of_plain_rows(prompts: list[tuple
     prompts = [prompts[i] for i in arrange(prompts)]
     plain = made.config._attn_implementation
     with torch.inference_mode():
-        expected = PlainRows(made, Stats()).prefill(prompts, [1] * len(prompts))
+        expected = PlainRows(Run(made)).prefill(prompts, [1] * len(prompts))
         made.set_attn_implementation(NAME)
-        found = SharedRows(made, Preamble(preamble(prompts)), Stats()).prefill(prompts, [1] * len(prompts))
+        found = SharedRows(Run(made), Preamble(preamble(prompts))).prefill(prompts, [1] * len(prompts))
         made.set_attn_implementation(plain)
     torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
@@ -209,7 +263,7 @@ def test_a_preamble_is_computed_once_for_all_batches_of_a_call() -> None:
     plain = made.config._attn_implementation
     made.set_attn_implementation(NAME)
     with torch.inference_mode():
-        first, second = SharedRows(made, root, stats), SharedRows(made, root, stats)
+        first, second = SharedRows(Run(made, stats), root), SharedRows(Run(made, stats), root)
         first.prefill(prompts[:3], [1] * 3)
         second.prefill(prompts[3:], [1] * 4)
     made.set_attn_implementation(plain)
@@ -223,9 +277,9 @@ def test_keys_and_values_of_a_prefix_exist_once() -> None:
     prompt = tuple(range(64))
     before = made.config._attn_implementation
     with torch.inference_mode():
-        PlainRows(made, plain).prefill([prompt], [32])
+        PlainRows(Run(made, plain)).prefill([prompt], [32])
         made.set_attn_implementation(NAME)
-        SharedRows(made, Preamble(()), shared).prefill([prompt], [32])
+        SharedRows(Run(made, shared), Preamble(())).prefill([prompt], [32])
         made.set_attn_implementation(before)
     per_token = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
     assert shared.prefix_bytes == 64 * per_token
@@ -309,6 +363,9 @@ def test_a_draft_is_taken_up_to_where_the_models_own_choice_departs(folder: Path
     # The last token comes from the logits behind the draft, and every token before it from the draft.
     assert [c.drafted_tokens for c in own] == [c.completion_tokens - 1 for c in plain]
     assert engine.stats.decoded == decoded
+    engine._paths._run = replace(engine._paths._run, tokens=70, logits=70)
+    again = generate(engine, [replace(p, draft=t) for p, t in zip(asked, texts, strict=True)], temperature=0.0)
+    assert [(c.text, c.drafted_tokens) for c in again] == [(c.text, c.drafted_tokens) for c in own]
     half = [replace(p, draft=t[: len(t) // 2] + "#") for p, t in zip(asked, texts, strict=True)]
     for got, text in zip(generate(engine, half, temperature=0.0), texts, strict=True):
         assert got.text == text

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from bon.bench.harness import Pairs, interleave, milliseconds, table
 from bon.engines.torch.paths import SharedPath
 from bon.engines.torch.prefix.attention import NAME
-from bon.engines.torch.rows import Rows, Stats, cache_argument
+from bon.engines.torch.rows import Rows, Run, Stats, cache_argument
 from bon.errors import BonError
 
 PLAIN, SHARED = "plain", "shared"
@@ -69,7 +69,7 @@ def shared_forward(model: Any, prompts: Sequence[tuple[int, ...]], steps: int) -
     rows: list[Rows] = []
 
     def prefill() -> Tensor:
-        rows.append(SharedPath(model, prompts, stats).rows())
+        rows.append(SharedPath(Run(model, stats), prompts).rows())
         return rows[0].prefill(prompts, [1] * len(prompts))
 
     return _run(model.device, prefill, lambda tokens: rows[0].step(tokens), lambda: stats.prefix_bytes, steps)

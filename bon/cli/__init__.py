@@ -45,7 +45,7 @@ def _root(
 
 app.command("run")(run.run)
 app.command("rerank")(rerank.rerank)
-app.add_typer(evaluate.app, name="eval")
+app.command("eval")(evaluate.evaluate)
 app.command("tasks")(tasks.tasks)
 app.command("bench")(bench.bench)
 app.command("serve")(serve.serve)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
+
+from bon.engines import cgroups
 
 
 def kv_bytes_per_token(config: Any, itemsize: int) -> int:
@@ -15,6 +19,29 @@ def kv_bytes_per_token(config: Any, itemsize: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * width * itemsize)
+
+
+def available_bytes(root: Path = cgroups.ROOT) -> int:
+    """Main memory that this process can still take: what the machine has free, or what its control groups leave it.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    free = cgroups.number(root / "proc/meminfo", "MemAvailable:")
+    found = [free * 1024] if free is not None else [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+    for folder in cgroups.folders("memory", root):
+        for limit, usage, cache in _NAMES:
+            most, used = cgroups.number(folder / limit), cgroups.number(folder / usage)
+            if most is not None and used is not None:
+                # Pages of files that nobody has used lately are given back before memory runs out.
+                found.append(most - used + (cgroups.number(folder / "memory.stat", cache) or 0))
+    return max(0, min(found))
+
+
+_NAMES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from bon.engines.base import Completion, Keep, Loglikelihood, Partial, Prompt, Request, check_pairs, too_long
 from bon.errors import EngineError, InputError, UnknownNameError
@@ -72,17 +72,14 @@ class ScriptedEngine:
 
     async def _generate(self, requests: Sequence[Request], keep: Keep | None) -> AsyncGenerator[Completion, None]:
         self.calls += 1
-        long = too_long(
-            [_count(request.prompt) for request in requests],
-            None if self.max_model_len is None else self.max_model_len - 1,
-            "prompt",
-        )
+        lengths = [_count(request.prompt) for request in requests]
+        long = too_long(lengths, None if self.max_model_len is None else self.max_model_len - 1, "prompt")
         for index, error in long.items():
             for sample in requests[index].samples:
                 yield Completion.failed(index, sample, error)
         fitting = [(index, request) for index, request in enumerate(requests) if index not in long]
-        rows = [_Row(i, r, s, self._draw(r.prompt, s, r.sampling)) for i, r in fitting for s in r.samples]
-        unread = {index: _count(request.prompt) for index, request in fitting}
+        unread = {index: lengths[index] for index, _ in fitting}
+        rows = [_Row(i, r, s, self._draw(r.prompt, s, r.sampling), unread) for i, r in fitting for s in r.samples]
         self.running += len(rows)
         left = len(rows)
         try:
@@ -93,7 +90,7 @@ class ScriptedEngine:
                 for done in finished:
                     left -= 1
                     self.running -= 1
-                    yield replace(done, prompt_tokens=unread.pop(done.request_index, 0))
+                    yield done
         finally:
             self.running -= left
 
@@ -160,6 +157,7 @@ class _Row:
     request: Request
     sample_index: int
     words: list[str]
+    unread: dict[int, int]  # requests -> tokens of their prompts, until their first sample ends
     at: int = 0
     done: bool = False
 
@@ -179,6 +177,7 @@ class _Row:
             cumulative_logprob=math.fsum(logprobs),
             logprobs=logprobs,
             pieces=(*self.words[: self.at], *([""] if ended else [])),
+            prompt_tokens=self.unread.pop(self.request_index, 0),
             completion_tokens=len(logprobs),
         )
 

@@ -44,6 +44,7 @@ def evaluate(
     seed: int = 0,
     sampling: Sampling | Mapping[str, Any] | None = None,
     progress: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Pass rates of best-of-N under each scorer and each baseline; blocks.
 
@@ -56,6 +57,7 @@ def evaluate(
         seed: of the examples and of the sampling.
         sampling: of the candidates; temperature 1 and the dataset's ``max_tokens`` where it says nothing.
         progress: show progress bars on stderr.
+        threads: as in ``BestOfN``.
 
     Returns:
         ``n_instructions`` (examples), ``failed`` (examples left out, because something about them could not be sampled,
@@ -71,8 +73,9 @@ def evaluate(
     if limit is not None:
         whole_number("limit", limit, 1)
     found = as_dataset(dataset)
-    how = Sampling.of(sampling or {"max_tokens": found.max_tokens}).replace(seed=seed)
-    pool = ModelPool()
+    given = sampling if isinstance(sampling, Sampling) else {"max_tokens": found.max_tokens, **(sampling or {})}
+    how = Sampling.of(given).replace(seed=seed)
+    pool = ModelPool(threads)
     try:
         engine, ready = _load(pool, policy, scorers)
         evaluation = _Evaluation(engine, ready, n, how, progress)

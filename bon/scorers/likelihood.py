@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bon.engines.base import Engine, Loglikelihood, Prompt, Rates
-from bon.errors import InputError
+from bon.errors import EngineError, InputError
 from bon.prompts import Style, load_style
 from bon.scorers.base import ModelScorer, Pending
 from bon.scorers.parsing import NO_RESPONSE, response_piece
@@ -73,6 +73,8 @@ class BackwardLikelihood(ModelScorer):
 
 def _score(likelihood: Loglikelihood) -> Score:
     if likelihood.error is not None:
+        if isinstance(likelihood.error, EngineError):
+            return Score(None, "failed", f"not scored: {likelihood.error}", error=likelihood.error)
         return Score(None, "failed", f"the response does not fit the scorer: {likelihood.error}")
     usage = Usage(
         scorer_prompt_tokens=likelihood.prompt_tokens + likelihood.tokens, cached_tokens=likelihood.cached_tokens

@@ -119,10 +119,10 @@ class Batch:
         watches = [Watch(renderer, job.index, s, job.stop, None) if stops or keep else None for job, s in pairs]
         self._watches = np.array(watches, dtype=object)
 
-    def run(self, emit: Emit, stopped: Callable[[], bool]) -> None:
-        """Sample until every row has been handed to ``emit``, or until ``stopped``."""
+    def run(self, emit: Emit) -> None:
+        """Sample until every row has been handed to ``emit``."""
         logits = self._read()
-        while not stopped():
+        while True:
             uniforms = None
             if self._uniforms is not None:
                 uniforms = torch.from_numpy(self._uniforms.next()).to(logits.device, torch.float32)

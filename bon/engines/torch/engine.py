@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,18 +28,19 @@ from bon.engines.base import (
     too_long,
 )
 from bon.engines.loading import load
-from bon.engines.memory import kv_bytes_per_token, out_of_memory
+from bon.engines.memory import available_bytes, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
-from bon.engines.torch.decode import MAX_ROWS, Batch, Job, KeepAll, batches
+from bon.engines.torch.decode import Batch, Job, KeepAll, batches
 from bon.engines.torch.paths import Paths
-from bon.engines.torch.rows import Stats
+from bon.engines.torch.rows import Run, Stats
 from bon.engines.torch.worker import Call, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError
 
-_MEMORY_SHARE = 0.25  # of main memory, or of what is free on the GPU, for keys and values
+_MEMORY_SHARE = 0.25  # of the memory that is free once the weights are there, for keys and values
+_MOST_ON_CPU = 1 << 30  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
 _MOST_BATCH_TOKENS = 1 << 19
 _PADDING = 0.1  # share of the tokens of a rating batch that may be padding
-_LOGIT_BYTES = 1 << 28  # logits of one rating batch, and of the drafts of one decoding batch
+_PASS = {"cpu": (1024, 1 << 26), "cuda": (8192, 1 << 28)}  # of one pass: tokens, and bytes of logits
 
 
 class TorchEngine:
@@ -53,7 +53,7 @@ class TorchEngine:
         chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
         max_model_len: tokens of prompt and completion together; None takes the model's own limit.
         max_batch_tokens: tokens whose keys and values one batch may hold; longer work is split. None takes what fits a
-            quarter of the memory.
+            quarter of the memory that is free, on a CPU no more than 1 GiB or half of what the weights take.
         revision: branch, tag or commit of a Hugging Face name.
         trust_remote_code: whether the model may bring its own code.
         share_prefix: compute and store what prompts have in common once. Models for which that does not work take the
@@ -101,8 +101,9 @@ class TorchEngine:
         self.max_model_len = _context(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
         self.stats = Stats()
-        self._paths = Paths(self._model, share_prefix, self.stats)
-        self._vocabulary = int(config.vocab_size)
+        tokens, logit_bytes = _PASS.get(self._device.type, _PASS["cuda"])
+        self._pass = (tokens, max(MOST_DRAFT + 1, logit_bytes // (4 * int(config.vocab_size))))
+        self._paths = Paths(Run(self._model, self.stats, *self._pass), share_prefix)
         self._worker = Worker(self.name, lambda: None)
 
     def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
@@ -172,22 +173,21 @@ class TorchEngine:
         for group in groups.values():
             sampling = requests[group[0]].sampling
             drafts = sampling.temperature == 0 and all(requests[i].n == 1 for i in group)
-            jobs = [self._job(i, requests[i], rendered[i], len(group) if drafts else 0) for i in group]
-            path = self._paths.choose([job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs))
+            jobs = [self._job(i, requests[i], rendered[i], drafts) for i in group]
+            path = self._paths.choose(
+                [job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs), call.check
+            )
             for batch in batches([jobs[at] for at in path.order], self.max_batch_tokens, path.cost):
-                if call.stopped:
-                    return
                 asked = None if keep is None else _in_event_loop(keep, call)
-                Batch(path.rows(), batch, self.renderer, sampling, asked, counted).run(call.emit, lambda: call.stopped)
+                Batch(path.rows(), batch, self.renderer, sampling, asked, counted).run(call.emit)
 
-    def _job(self, index: int, request: Request, ids: tuple[int, ...], drafts: int) -> Job:
-        """A request's work; its draft is read where ``drafts`` rows read theirs together."""
+    def _job(self, index: int, request: Request, ids: tuple[int, ...], drafts: bool) -> Job:
         sampling = request.sampling
         room = sampling.max_tokens
         if self.max_model_len is not None:
             room = min(room, self.max_model_len - len(ids))
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        draft = self._draft(request.prompt, room, drafts) if drafts else ()
+        draft = self.renderer.encode(request.prompt.draft)[: min(MOST_DRAFT, room - 1)] if drafts else ()
         return Job(index, ids, request.samples, room, seed, sampling.stop, draft)
 
     def _rate(self, prompts: Sequence[Prompt], continuations: Sequence[str], end: bool, call: Call) -> None:
@@ -200,10 +200,8 @@ class TorchEngine:
         for i in set(range(len(prompts))) - set(rated):
             failed = Loglikelihood.failed(errors[i]) if i in errors else Loglikelihood(0.0, 0, len(contexts[i]))
             call.emit((i, failed))
-        path = self._paths.choose([contexts[i] for i in rated], max((lengths[i] for i in rated), default=0))
+        path = self._paths.choose([contexts[i] for i in rated], max((lengths[i] for i in rated), default=0), call.check)
         for batch in self._rating_batches([rated[i] for i in path.order], lengths, targets, path.pads):
-            if call.stopped:
-                return
             rows = path.rows()
             totals = rows.rate([contexts[i] for i in batch], [targets[i] for i in batch])
             for at, i in enumerate(batch):
@@ -212,29 +210,22 @@ class TorchEngine:
     def _rating_batches(
         self, order: Sequence[int], lengths: Sequence[int], targets: Sequence[Sequence[int]], pads: bool
     ) -> Iterator[list[int]]:
-        """Neighbours in ``order`` together while the tokens and logits of a batch, and its padding, stay small."""
+        """Neighbours in ``order`` together while the batch stays small, and where rows are padded one pass."""
         batch: list[int] = []
-        real = wanted = 0
+        real = 0
         for i in order:
-            real, wanted = real + lengths[i], wanted + len(targets[i])
-            tokens, positions = real, wanted
+            real += lengths[i]
+            tokens, large = real, real > self.max_batch_tokens
             if pads:
-                tokens = (len(batch) + 1) * max(lengths[j] for j in (*batch[-1:], i))
-                positions = (len(batch) + 1) * max(len(targets[j]) for j in (*batch, i))
-            large = tokens > self.max_batch_tokens or 4 * self._vocabulary * positions > _LOGIT_BYTES
+                rows, (most, positions) = len(batch) + 1, self._pass
+                tokens = rows * max(lengths[j] for j in (*batch[-1:], i))
+                large |= tokens > most or rows * max(len(targets[j]) for j in (*batch, i)) > positions
             if batch and (large or tokens - real > _PADDING * tokens):
                 yield batch
-                batch, real, wanted = [], lengths[i], len(targets[i])
+                batch, real = [], lengths[i]
             batch.append(i)
         if batch:
             yield batch
-
-    def _draft(self, prompt: Prompt, limit: int, rows: int) -> tuple[int, ...]:
-        """As much of a prompt's draft as leaves room for a token and keeps the logits of all rows small."""
-        if not prompt.draft:
-            return ()
-        affordable = _LOGIT_BYTES // (4 * self._vocabulary * min(rows, MAX_ROWS))
-        return self.renderer.encode(prompt.draft)[: min(MOST_DRAFT, limit - 1, affordable)]
 
 
 def _in_event_loop(keep: Keep, call: Call) -> KeepAll:
@@ -264,8 +255,7 @@ def _context(config: Any, wanted: int | None) -> int | None:
 def _affordable_tokens(config: Any, model: Any) -> int:
     """Tokens whose keys and values fit the share of the memory that one batch may take."""
     per_token = kv_bytes_per_token(config, model.dtype.itemsize)
+    free, most = available_bytes(), max(_MOST_ON_CPU, model.get_memory_footprint() // 2)
     if model.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1024, min(_MOST_BATCH_TOKENS, int(_MEMORY_SHARE * memory / per_token)))
+        free = most = torch.cuda.mem_get_info(model.device)[0]
+    return max(1024, min(_MOST_BATCH_TOKENS, int(min(_MEMORY_SHARE * free, most) / per_token)))

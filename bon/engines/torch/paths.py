@@ -7,7 +7,8 @@ wrong answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from bon.engines.memory import out_of_memory
 from bon.engines.torch.prefix.attention import NAME, NotServedError
 from bon.engines.torch.prefix.shared import Preamble, SharedRows
 from bon.engines.torch.prefix.tree import Ids, arrange, preamble
-from bon.engines.torch.rows import PlainRows, Rows, Stats
+from bon.engines.torch.rows import PlainRows, Rows, Run
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +48,13 @@ class PlainPath:
 
     pads = True
 
-    def __init__(self, model: Any, prompts: Sequence[Ids], stats: Stats) -> None:
-        self._model, self._stats = model, stats
+    def __init__(self, run: Run, prompts: Sequence[Ids]) -> None:
+        self._run = run
         self.order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
     def rows(self) -> Rows:
         """A fresh batch."""
-        return PlainRows(self._model, self._stats)
+        return PlainRows(self._run)
 
     def cost(self, prompt: int, copies: int, new: int) -> int:
         """Tokens whose keys and values ``copies`` rows of one prompt need at most."""
@@ -65,14 +66,14 @@ class SharedPath:
 
     pads = False
 
-    def __init__(self, model: Any, prompts: Sequence[Ids], stats: Stats) -> None:
-        self._model, self._stats = model, stats
+    def __init__(self, run: Run, prompts: Sequence[Ids]) -> None:
+        self._run = run
         self._root = Preamble(preamble(prompts))
         self.order = arrange(prompts)
 
     def rows(self) -> Rows:
         """A fresh batch."""
-        return SharedRows(self._model, self._root, self._stats)
+        return SharedRows(self._run, self._root)
 
     def cost(self, prompt: int, copies: int, new: int) -> int:
         """Tokens whose keys and values ``copies`` rows of one prompt need at most."""
@@ -83,36 +84,41 @@ class Paths:
     """Knows whether a model's prefixes can be shared, and sets its attention accordingly.
 
     Args:
-        model: a causal language model of transformers.
+        run: the model, and the limits of a pass.
         share: whether prefixes shall be shared where they can.
-        stats: counts what is computed and stored.
     """
 
-    def __init__(self, model: Any, share: bool, stats: Stats) -> None:
-        self._model, self._stats, self._share = model, stats, share
-        self._plain: str = model.config._attn_implementation
+    def __init__(self, run: Run, share: bool) -> None:
+        self._run, self._share = run, share
+        self._plain: str = run.model.config._attn_implementation
         self._current = self._plain
         self._limit: int | None = None
         self._checked = self._told = False
 
-    def choose(self, prompts: Sequence[Ids], longest: int) -> Path:
-        """The path for these prompts, none of which grows beyond ``longest`` tokens."""
+    def choose(self, prompts: Sequence[Ids], longest: int, check: Callable[[], object]) -> Path:
+        """The path for these prompts, none of which grows beyond ``longest`` tokens.
+
+        Args:
+            prompts: token ids.
+            longest: tokens of the longest, with what is generated.
+            check: see ``Run``.
+        """
         shared = self._can_share() and (self._limit is None or longest <= self._limit)
         if self._share and not shared and not self._told:
             self._told = True
             log.info("prefixes are not shared: some layers attend to %s tokens, %d are needed", self._limit, longest)
         self._attend(NAME if shared else self._plain)
-        return (SharedPath if shared else PlainPath)(self._model, prompts, self._stats)
+        return (SharedPath if shared else PlainPath)(replace(self._run, check=check), prompts)
 
     def close(self) -> None:
         """Let go of the model."""
-        self._model = None
+        self._run = Run(None)
 
     def _can_share(self) -> bool:
         if self._share and not self._checked:
             try:
-                self._limit = longest_served(self._model)
-                check(self._model)
+                self._limit = longest_served(self._run.model)
+                check(self._run.model)
             except NotServedError as error:
                 self._share = False
                 log.info("prefixes are not shared with this model: %s", error)
@@ -122,13 +128,13 @@ class Paths:
                 self._share = False
                 log.warning("prefixes are not shared, as their check failed with %r; this is a fault of bon's", error)
             finally:
-                self._model.set_attn_implementation(self._plain)
+                self._run.model.set_attn_implementation(self._plain)
             self._checked = True
         return self._share
 
     def _attend(self, name: str) -> None:
         if name != self._current:
-            self._model.set_attn_implementation(name)
+            self._run.model.set_attn_implementation(name)
             self._current = name
 
 
@@ -172,9 +178,10 @@ def check(model: Any) -> None:
     alive = np.array([True, False, True, True, True, True])
     found = []
     plain = model.config._attn_implementation
+    run = Run(model, tokens=16)  # so that long rows come in several passes, and short ones share one
     for name in (plain, NAME):
         model.set_attn_implementation(name)
-        rows = PlainRows(model, Stats()) if name == plain else SharedRows(model, Preamble(tuple(root)), Stats())
+        rows = PlainRows(run) if name == plain else SharedRows(run, Preamble(tuple(root)))
         outputs = [rows.prefill(prompts, [1, 2, 1, 2]), rows.step(tokens[0])]
         back = np.argsort(order := rows.select(alive))
         outputs.append(rows.step(tokens[1][torch.from_numpy(order).to(model.device)])[torch.from_numpy(back)])

@@ -8,8 +8,8 @@ ordinary way, through transformers' own cache, and works with every decoder that
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +37,29 @@ class Stats:
     cached: int = 0
     decoded: int = 0
     prefix_bytes: int = 0
+
+
+def _go_on() -> None:
+    """Let a call run to its end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the batches of one call have in common.
+
+    Args:
+        model: a causal language model of transformers.
+        stats: counts what is computed and stored.
+        tokens: tokens that go through the model in one pass at most; it bounds what the layers hold meanwhile.
+        logits: positions whose logits are made in one pass at most.
+        check: called before each pass; ends the call by raising.
+    """
+
+    model: Any
+    stats: Stats = field(default_factory=Stats)
+    tokens: int = 4096
+    logits: int = 1024
+    check: Callable[[], object] = _go_on
 
 
 class Rows(Protocol):
@@ -70,15 +93,14 @@ class PlainRows:
     """Left-padded rows in transformers' ``DynamicCache``.
 
     Args:
-        model: a causal language model of transformers.
-        stats: counts what is computed and stored.
+        run: the model, and its limits.
     """
 
-    def __init__(self, model: Any, stats: Stats) -> None:
-        self._model, self._stats = model, stats
-        self._accepted = set(inspect.signature(model.forward).parameters)
-        self._cache = DynamicCache(config=model.config)
-        self._cache_name = cache_argument(model)
+    def __init__(self, run: Run) -> None:
+        self._run, self._model, self._stats = run, run.model, run.stats
+        self._accepted = set(inspect.signature(run.model.forward).parameters)
+        self._cache = DynamicCache(config=run.model.config)
+        self._cache_name = cache_argument(run.model)
         self._mask: Tensor | None = None  # shape (rows, tokens so far); None where nothing is padded
         self._position = torch.zeros(0, dtype=torch.long)  # shape (rows,): position of each row's next token
         self.cached: list[int] = []
@@ -86,7 +108,8 @@ class PlainRows:
     def prefill(self, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
         """See ``Rows.prefill``."""
         self.cached = [0] * len(prompts)
-        logits = self._forward_padded(prompts, keep=1)[:, -1]
+        *_, (logits, _) = self._forward_padded(prompts, keep=1)
+        logits = logits[:, -1]
         if any(count != 1 for count in copies):
             index = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(logits.device)
             self._take(index)
@@ -103,7 +126,7 @@ class PlainRows:
         """See ``Rows.step``."""
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-        logits = self._forward(tokens.unsqueeze(1), self._position.unsqueeze(1), keep=1)[:, -1]
+        logits = self._forward(tokens.unsqueeze(1), self._position.unsqueeze(1), self._mask, keep=1)[:, -1]
         self._position = self._position + 1
         self._stats.decoded += len(tokens)
         return logits
@@ -118,27 +141,49 @@ class PlainRows:
         """See ``Rows.rate``."""
         self.cached = [0] * len(contexts)
         inputs = [(*a, *b[:-1]) for a, b in zip(contexts, continuations, strict=True)]
-        logits = self._forward_padded(inputs, keep=max(map(len, continuations)))
-        return [
-            float(token_logprobs(row[-len(ids) :], torch.tensor(ids, device=row.device)).sum(dtype=torch.float64))
-            for row, ids in zip(logits, continuations, strict=True)
-        ]
+        totals = torch.zeros(len(inputs), dtype=torch.float64)
+        for logits, behind in self._forward_padded(inputs, keep=max(map(len, continuations))):
+            for row, ids in enumerate(continuations):
+                # Of this row's targets, those that come out of this pass.
+                end = len(ids) - behind
+                if end > 0:
+                    targets = torch.tensor(ids[max(0, end - logits.shape[1]) : end], device=logits.device)
+                    totals[row] += token_logprobs(logits[row, -len(targets) :], targets).double().sum().cpu()
+        return [float(total) for total in totals]
 
-    def _forward_padded(self, prompts: Sequence[Ids], keep: int) -> Tensor:
+    def _forward_padded(self, prompts: Sequence[Ids], keep: int) -> Iterator[tuple[Tensor, int]]:
+        """Read the prompts, some columns of all of them in each pass.
+
+        Yields:
+            Logits of ``keep`` columns or fewer, (rows, columns, vocabulary), and how many columns come behind them.
+        """
         device = self._model.device
         lengths = torch.tensor([len(p) for p in prompts])
         width = int(lengths.max())
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         pad = (width - lengths).to(device).unsqueeze(1)
         positions = (torch.arange(width, device=device) - pad).clamp_(min=0)
-        self._mask = (torch.arange(width, device=device) >= pad).long() if bool((lengths != width).any()) else None
-        self._position = lengths.to(device)
+        mask = (torch.arange(width, device=device) >= pad).long() if bool((lengths != width).any()) else None
+        self._mask, self._position = mask, lengths.to(device)
+        for first, end in self._passes(width, len(prompts), keep):
+            wanted = min(end - first, max(0, keep - (width - end)))
+            part = None if mask is None else mask[:, :end]
+            logits = self._forward(ids[:, first:end], positions[:, first:end], part, keep=max(1, wanted))
+            if wanted:
+                yield logits, width - end
         self._stats.computed += int(lengths.sum())
         self._stats.padding += width * len(prompts) - int(lengths.sum())
-        return self._forward(ids, positions, keep=keep)
 
-    def _forward(self, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
-        inputs = {"attention_mask": self._mask, "position_ids": positions, "logits_to_keep": keep}
+    def _passes(self, width: int, rows: int, keep: int) -> list[tuple[int, int]]:
+        """First column and end of each pass; a single one where a layer cannot take up where it stopped."""
+        kinds = set(getattr(self._model.config.get_text_config(decoder=True), "layer_types", None) or ())
+        most = self._run.tokens if keep == 1 else min(self._run.tokens, self._run.logits)
+        step = max(1, most // rows) if kinds <= {"full_attention", "sliding_attention"} else width
+        return [(first, min(first + step, width)) for first in range(0, width, step)]
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, keep: int) -> Tensor:
+        self._run.check()
+        inputs = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         accepted = {k: v for k, v in inputs.items() if k in self._accepted}
         logits: Tensor = self._model(
             input_ids=ids, use_cache=True, **{self._cache_name: self._cache}, **accepted

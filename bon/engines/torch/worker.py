@@ -38,10 +38,10 @@ class Call:
         self.failure: BaseException | None = None
         self.results: asyncio.Queue[Any] = asyncio.Queue()
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the work shall end."""
-        return self._stopped.is_set()
+    def check(self) -> None:
+        """Raise StoppedError where the work shall end."""
+        if self._stopped.is_set():
+            raise StoppedError
 
     def stop(self) -> None:
         """Let the work end after its current step."""
@@ -67,11 +67,10 @@ class Call:
                 self.stop()
 
         self._post(run)
-        while not self.stopped:
+        while not answer.done():
+            self.check()
             concurrent.futures.wait([answer], _PATIENCE_S)
-            if answer.done():
-                return answer.result()
-        raise StoppedError
+        return answer.result()
 
     def _post(self, function: Callable[[], object]) -> None:
         try:
@@ -106,8 +105,8 @@ class Worker:
         def run() -> None:
             outcome: object = _DONE
             try:
-                if not call.stopped:
-                    work(call)
+                call.check()
+                work(call)
             except StoppedError:
                 outcome = call.failure or _DONE
             except BaseException as error:

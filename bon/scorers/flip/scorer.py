@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bon.engines.base import Batches, Engine, Generates, Keep, Loglikelihood, Partial, Rates, Request, WritesJSON
+from bon.engines.base import Engine, Generates, Keep, Loglikelihood, Partial, Rates, Request, WritesJSON
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.prompts import Style, load_style
 from bon.scorers.base import ModelScorer, Pending
@@ -120,7 +120,7 @@ class Flip(ModelScorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate once; each score comes as soon as it is known."""
         runs = []
-        full = isinstance(self.engine, Batches) and self.engine.full
+        full = getattr(self.engine, "full", False)  # Batches; ``isinstance`` of a protocol is slow, once a candidate
         for position, each in enumerate(pending):
             response = response_piece(each.candidate)
             if response is None:

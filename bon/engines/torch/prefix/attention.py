@@ -248,7 +248,7 @@ class Step:
         for store, new in ((own.keys, key), (own.values, value)):
             if layer not in store or store[layer].shape[2] <= at:
                 old = store.get(layer)
-                wider = new.new_empty(len(new), new.shape[1], at + max(_CHUNK, at // 2), new.shape[2])
+                wider = new.new_empty(len(new), new.shape[1], at + max(_CHUNK, at // 8), new.shape[2])
                 if old is not None:
                     wider[:, :, :at] = old[: len(new), :, :at]
                 store[layer] = wider
@@ -278,24 +278,35 @@ def _grouped_part(level: Level, layer: int, query: Tensor, softcap: float) -> tu
 
 @dataclass
 class Prefill:
-    """Many new tokens for each row, none of which has own tokens yet; rows of one segment stand side by side.
+    """Many new tokens for some rows; rows of one segment stand side by side.
 
     Args:
+        levels: what the rows attend to.
         spans: first token of each row in the pass, and the total at the end.
+        first: index of the first of these rows among the rows of ``levels``.
         store: where keys and values go; None where nothing will attend to them later.
+        slot: where in ``store`` the first row's go.
+        before: columns of ``store`` that the row has already; only a single row may have any.
     """
 
     levels: list[Level]
     spans: Index
+    first: int
     store: Segments | None
+    slot: int
+    before: int = 0
     _blocks: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
+    _places: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float) -> Tensor:
         """See ``Pass.attend``."""
-        own = self._own(query, key, value, softcap)
+        parts = [self._own(query, key, value, softcap)]
+        parts += [self._shared(level, layer, query, softcap) for level in self.levels]
         if self.store is not None:
-            self._keep(layer, key, value)
-        return merge([own, *(self._shared(level, layer, query, softcap) for level in self.levels)])
+            if self.before:
+                parts.append(_part_of_one(self.store, layer, self.slot, self.before, query, softcap))
+            self._keep(self.store, layer, key, value)
+        return merge(parts)
 
     def _own(self, query: Tensor, key: Tensor, value: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
         """Causal attention within each row, rows of similar length padded together."""
@@ -320,29 +331,42 @@ class Prefill:
         return self._blocks
 
     def _shared(self, level: Level, layer: int, query: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-        segments = level.segments
-        means, log_sums = [], []
-        for slot, first, last in _runs(level.slot):
-            q = query[self.spans[first] : self.spans[last]].transpose(0, 1)
-            heads, tokens, per_head, width = q.shape
-            columns = int(segments.lengths[slot])
-            mean, log_sum = part(
-                q.reshape(1, heads, tokens * per_head, width),
-                segments.keys[layer][slot : slot + 1, :, :columns],
-                segments.values[layer][slot : slot + 1, :, :columns],
-                softcap=softcap,
-            )
-            means.append(mean.reshape(heads, tokens, per_head, width).transpose(0, 1))
-            log_sums.append(log_sum.reshape(heads, tokens, per_head).transpose(0, 1))
-        return (means[0], log_sums[0]) if len(means) == 1 else (torch.cat(means), torch.cat(log_sums))
+        parts = []
+        for slot, first, last in _runs(level.slot[self.first : self.first + len(self.spans) - 1]):
+            columns = int(level.segments.lengths[slot])
+            rows = query[self.spans[first] : self.spans[last]]
+            parts.append(_part_of_one(level.segments, layer, slot, columns, rows, softcap))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([mean for mean, _ in parts]), torch.cat([log_sum for _, log_sum in parts])
 
-    def _keep(self, layer: int, key: Tensor, value: Tensor) -> None:
-        assert self.store is not None
-        column = np.arange(self.store.columns)
-        index = self.spans[:-1, None] + np.minimum(column, self.store.lengths[:, None] - 1)
-        tokens = torch.from_numpy(index).to(key.device)
-        self.store.keys[layer] = key[tokens].transpose(1, 2).contiguous()
-        self.store.values[layer] = value[tokens].transpose(1, 2).contiguous()
+    def _keep(self, store: Segments, layer: int, key: Tensor, value: Tensor) -> None:
+        if self._places is None:
+            lengths = np.diff(self.spans)
+            slots = self.slot + np.repeat(np.arange(len(lengths)), lengths)
+            columns = self.before + np.arange(self.spans[-1]) - np.repeat(self.spans[:-1], lengths)
+            self._places = torch.from_numpy(slots).to(key.device), torch.from_numpy(columns).to(key.device)
+        slots_, columns_ = self._places
+        for kept, new in ((store.keys, key), (store.values, value)):
+            if layer not in kept:  # zeros, as nothing writes the padding and it must be finite
+                kept[layer] = new.new_zeros(len(store.lengths), new.shape[1], store.columns, new.shape[2])
+            kept[layer][slots_, :, columns_] = new
+
+
+def _part_of_one(
+    segments: Segments, layer: int, slot: int, columns: int, query: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """The part of all queries (tokens, heads, queries per head, width) over the first columns of one segment."""
+    tokens, heads, per_head, width = query.shape
+    mean, log_sum = part(
+        query.transpose(0, 1).reshape(1, heads, tokens * per_head, width),
+        segments.keys[layer][slot : slot + 1, :, :columns],
+        segments.values[layer][slot : slot + 1, :, :columns],
+        softcap=softcap,
+    )
+    return mean.reshape(heads, tokens, per_head, width).transpose(0, 1), log_sum.reshape(
+        heads, tokens, per_head
+    ).transpose(0, 1)
 
 
 def _runs(slot: Index) -> Iterator[tuple[int, int, int]]:

@@ -11,7 +11,7 @@ everything else takes ``bon.engines.torch.rows.PlainRows``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from bon.engines.torch.prefix.attention import NAME, Index, Level, Pass, Prefill, Segments, Step
-from bon.engines.torch.prefix.tree import Ids, Node, tree
-from bon.engines.torch.rows import Stats, token_logprobs
+from bon.engines.torch.prefix.tree import Ids, Node, Piece, pieces, tree
+from bon.engines.torch.rows import Run, token_logprobs
 
 __all__ = ["NAME", "Preamble", "SharedRows"]
-
-_LOGIT_BYTES = 1 << 27  # logits turned into log-probabilities at a time
 
 
 class Preamble:
@@ -43,14 +41,13 @@ class SharedRows:
     """Rows whose common prefixes exist once; see ``bon.engines.torch.rows.Rows``.
 
     Args:
-        model: a model that ``bon.engines.torch.paths.check`` accepted, its attention implementation set to ``NAME``.
+        run: a model that ``bon.engines.torch.paths.check`` accepted, its attention implementation set to ``NAME``.
         root: the preamble of all prompts of the call; shared by the call's batches.
-        stats: counts what is computed and stored.
     """
 
-    def __init__(self, model: Any, root: Preamble, stats: Stats) -> None:
-        self._model, self._root, self._stats = model, root, stats
-        self._device = model.device
+    def __init__(self, run: Run, root: Preamble) -> None:
+        self._run, self._model, self._root, self._stats = run, run.model, root, run.stats
+        self._device = run.model.device
         self._levels: list[Level] = []
         self._own = Segments(np.zeros(0, dtype=np.int64))
         self._position = torch.zeros(0, dtype=torch.long)
@@ -58,7 +55,7 @@ class SharedRows:
 
     def prefill(self, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
         """See ``Rows.prefill``."""
-        logits = self._read(prompts, [1] * len(prompts), store=True)
+        logits = torch.cat(list(self._read(prompts, [1] * len(prompts), store=True)))
         if max(copies) > 1:
             slot = np.repeat(np.arange(len(prompts)), copies)
             self._push(slot)
@@ -69,21 +66,32 @@ class SharedRows:
 
     def prefill_drafts(self, prompts: Sequence[Ids], drafts: Sequence[Ids]) -> tuple[Tensor, list[list[float]]]:
         """See ``Rows.prefill_drafts``: the drafts are read behind the prompts, and what departs is forgotten."""
-        counts = np.array([len(draft) for draft in drafts])
-        logits = self._read([(*a, *b) for a, b in zip(prompts, drafts, strict=True)], (counts + 1).tolist(), store=True)
-        first = np.cumsum(counts + 1) - counts - 1  # of each row's logits
-        pieces = torch.split(logits, max(1, _LOGIT_BYTES // (4 * logits.shape[-1])))
-        choices = torch.cat([piece.argmax(-1) for piece in pieces]).cpu().numpy()
-        agreed = np.array([agreement(choices[at:], draft) for at, draft in zip(first, drafts, strict=True)])
-        read = [int(at) + i for at, count in zip(first, agreed, strict=True) for i in range(count)]
-        taken = torch.tensor([t for draft, count in zip(drafts, agreed, strict=True) for t in draft[:count]])
-        logprobs = token_logprobs(logits[read], taken.to(self._device, torch.long)).cpu()
-        left = counts - agreed
+        wanted = [len(draft) + 1 for draft in drafts]
+        behind: list[Tensor] = []
+        agreed: list[int] = []
+        logprobs: list[list[float]] = []
+        for logits in self._read([(*a, *b) for a, b in zip(prompts, drafts, strict=True)], wanted, store=True):
+            choices = logits.argmax(-1).cpu().numpy()
+            last: list[int] = []
+            read: list[int] = []
+            taken: list[int] = []
+            at = 0
+            while at < len(choices):  # row by row; a pass holds whole rows
+                draft = drafts[len(agreed)]
+                agreed.append(agreement(choices[at:], draft))
+                read += range(at, at + agreed[-1])
+                taken += draft[: agreed[-1]]
+                last.append(at + agreed[-1])
+                at += len(draft) + 1
+            behind.append(logits[last])
+            ids = torch.tensor(taken, dtype=torch.long, device=self._device)
+            found = token_logprobs(logits[read], ids).cpu()
+            logprobs += [piece.tolist() for piece in torch.split(found, agreed[len(agreed) - len(last) :])]
+        left = np.array(wanted) - 1 - np.array(agreed)
         self._own.crop(self._own.lengths - left, self._device)
         self._position = self._position - torch.from_numpy(left).to(self._device)
         self._note_prefix()
-        behind = torch.from_numpy(first + agreed).to(self._device)
-        return logits[behind], [piece.tolist() for piece in torch.split(logprobs, agreed.tolist())]
+        return torch.cat(behind), logprobs
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Rows.step``."""
@@ -119,16 +127,17 @@ class SharedRows:
         """See ``Rows.rate``."""
         inputs = [(*a, *b[:-1]) for a, b in zip(contexts, continuations, strict=True)]
         counts = [len(c) for c in continuations]
-        logits = self._read(inputs, counts, store=False)
-        self._note_prefix()
         targets = torch.tensor([t for c in continuations for t in c], device=self._device)
-        rows = max(1, _LOGIT_BYTES // (4 * logits.shape[-1]))
-        pieces = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
-        found = torch.cat([token_logprobs(*piece) for piece in pieces]).double().cpu()
-        return [float(one.sum()) for one in torch.split(found, counts)]
+        found: list[Tensor] = []
+        at = 0
+        for logits in self._read(inputs, counts, store=False):
+            found.append(token_logprobs(logits, targets[at : at + len(logits)]).double().cpu())
+            at += len(logits)
+        self._note_prefix()
+        return [float(one.sum()) for one in torch.split(torch.cat(found), counts)]
 
-    def _read(self, prompts: Sequence[Ids], wanted: Sequence[int], *, store: bool) -> Tensor:
-        """Read the prompts as a tree; returns the logits of the ``wanted`` last tokens of each.
+    def _read(self, prompts: Sequence[Ids], wanted: Sequence[int], *, store: bool) -> Iterator[Tensor]:
+        """Read the prompts as a tree; yields the logits of the ``wanted`` last tokens of each, some at a time.
 
         Args:
             prompts: token ids.
@@ -140,33 +149,65 @@ class SharedRows:
         fresh = bool(skip) and self._root.segments is None
         if skip:
             if self._root.segments is None:
-                self._extend([Node(self._root.ids, 0, 0)], [0], store=True)
+                self._extend([Node(self._root.ids, 0, 0)])
                 self._root.segments = self._own
             self._levels = [Level(self._root.segments, np.zeros(len(levels[0]), dtype=np.int64), self._device)]
         self.cached = [skip * (i > 0 or not fresh) + count for i, count in enumerate(saved)]
         self._stats.cached += sum(self.cached)
         for nodes in levels[:-1]:
-            self._extend(nodes, [0] * len(nodes), store=True)
+            self._extend(nodes)
             self._push(np.array([node.parent for node in levels[-1]]))
-        return self._extend(levels[-1], wanted, store=store)
+        return self._passes(levels[-1], wanted, store=store)
 
-    def _extend(self, nodes: Sequence[Node], wanted: Sequence[int], *, store: bool) -> Tensor:
-        """Give each row the tokens of its node as its own; returns the logits of the ``wanted`` last ones of each."""
+    def _extend(self, nodes: Sequence[Node]) -> None:
+        """Give each row the tokens of its node as its own; nobody wants logits."""
+        for _ in self._passes(nodes, [0] * len(nodes), store=True):
+            pass
+
+    def _passes(self, nodes: Sequence[Node], wanted: Sequence[int], *, store: bool) -> Iterator[Tensor]:
+        """Give each row the tokens of its node as its own; yields the logits of the ``wanted`` last ones of each."""
         lengths = np.array([len(node.ids) for node in nodes])
-        spans = np.concatenate([[0], np.cumsum(lengths)])
-        position = np.arange(spans[-1]) + np.repeat(np.array([node.start for node in nodes]) - spans[:-1], lengths)
-        keep = np.concatenate([np.arange(end - count, end) for end, count in zip(spans[1:], wanted, strict=True)])
-        self._own = Segments(lengths, int(lengths.max()))
-        self._own.bias = self._own.padding_bias(self._device)
-        logits = self._forward(
-            torch.tensor([token for node in nodes for token in node.ids], device=self._device),
-            torch.from_numpy(position).to(self._device),
-            Prefill(self._levels, spans, self._own if store else None),
-            torch.from_numpy(keep).to(self._device),
-        )
+        self._own = self._storage(lengths)
+        split: Segments | None = None  # of a row that comes in several passes, where no other is stored
+        for piece in pieces(lengths.tolist(), wanted, self._run.tokens, self._run.logits):
+            if store:
+                yield from self._pass(nodes, wanted, piece, self._own, piece.first)
+            elif piece.stop - piece.start == lengths[piece.first : piece.last].sum():
+                yield from self._pass(nodes, wanted, piece, None, 0)
+            else:
+                split = self._storage(lengths[piece.first : piece.last]) if piece.start == 0 else split
+                yield from self._pass(nodes, wanted, piece, split, 0)
         self._position = torch.tensor([node.start + len(node.ids) for node in nodes], device=self._device)
-        self._stats.computed += int(spans[-1])
-        return logits
+
+    def _pass(
+        self, nodes: Sequence[Node], wanted: Sequence[int], piece: Piece, store: Segments | None, slot: int
+    ) -> Iterator[Tensor]:
+        """One pass through the model; see ``_passes``."""
+        ids: list[int] = []
+        position: list[int] = []
+        keep: list[int] = []
+        spans = [0]
+        for row in range(piece.first, piece.last):
+            node, length = nodes[row], len(nodes[row].ids)
+            start, stop = (piece.start, piece.stop) if piece.last == piece.first + 1 else (0, length)
+            ids += node.ids[start:stop]
+            position += range(node.start + start, node.start + stop)
+            spans.append(len(ids))
+            keep += range(len(ids) - max(0, stop - max(start, length - wanted[row])), len(ids))
+        logits = self._forward(
+            torch.tensor(ids, device=self._device),
+            torch.tensor(position, device=self._device),
+            Prefill(self._levels, np.array(spans), piece.first, store, slot, piece.start),
+            torch.tensor(keep, dtype=torch.long, device=self._device),
+        )
+        self._stats.computed += len(ids)
+        if len(logits):
+            yield logits
+
+    def _storage(self, lengths: Index) -> Segments:
+        segments = Segments(lengths, int(lengths.max()))
+        segments.bias = segments.padding_bias(self._device)
+        return segments
 
     def _push(self, slot: Index) -> None:
         """Make what the rows own shared: new row i attends to what was row slot[i]."""
@@ -177,6 +218,7 @@ class SharedRows:
         self._position = self._position[torch.from_numpy(slot).to(self._device)]
 
     def _forward(self, ids: Tensor, positions: Tensor, current: Pass, keep: Tensor | int) -> Tensor:
+        self._run.check()
         output = self._model(
             input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep, bon_pass=current
         )

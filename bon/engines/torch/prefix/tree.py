@@ -1,13 +1,13 @@
 """Which tokens do prompts share? Found in the token ids themselves, whatever made them.
 
 Three levels are told apart: the preamble that all prompts of a call begin with, the context that neighbours share
-beyond it, and the rest. Pure functions over lists of ids.
+beyond it, and the rest. A level goes through the model in passes of a bounded size. Pure functions over lists of ids.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Ids = tuple[int, ...]
@@ -102,3 +102,43 @@ def tree(prompts: Sequence[Ids], skip: int, wanted: Sequence[int]) -> tuple[list
         contexts.append(Node(prompts[run[0]][skip:end], skip, 0))
         saved += [0] + [end - skip] * (len(run) - 1)
     return [contexts, rest], saved
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one pass reads: rows ``first`` to ``last`` in full, or tokens ``start`` to ``stop`` of a single row."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+def pieces(lengths: Sequence[int], wanted: Sequence[int], tokens: int, logits: int) -> Iterator[Piece]:
+    """Split rows into passes of at most ``tokens`` tokens and ``logits`` positions whose logits are wanted.
+
+    Args:
+        lengths: tokens of each row.
+        wanted: per row, how many of its last tokens' logits are wanted.
+        tokens, logits: limits of a pass. A row that exceeds one is split into passes of its own, the wanted tokens all
+            in the last of them where they fit one.
+    """
+    first = read = made = 0
+    for row, (length, want) in enumerate(zip(lengths, wanted, strict=True)):
+        alone = length > tokens or want > logits
+        if row > first and (alone or read + length > tokens or made + want > logits):
+            yield Piece(first, row, 0, read)
+            first, read, made = row, 0, 0
+        if alone:
+            edges = [length]
+            while edges[-1]:
+                start = max(0, edges[-1] - tokens)
+                if edges[-1] - max(start, length - want) > logits:
+                    start = edges[-1] - logits
+                edges.append(start)
+            yield from (Piece(row, row + 1, start, stop) for start, stop in itertools.pairwise(reversed(edges)))
+            first = row + 1
+        else:
+            read, made = read + length, made + want
+    if first < len(lengths):
+        yield Piece(first, len(lengths), 0, read)
