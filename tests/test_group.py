@@ -115,17 +115,17 @@ def test_without_any_sample_or_any_score_the_reason_is_the_outcome():
     assert unsampled.stuck
     unscored = group_of(TASK, ["a", "b"])
     for candidate in unscored.candidates:
-        unscored.unscored(candidate, UnavailableError("timed out"))
+        unscored.post(candidate, Score(None, "failed", "timed out", error=UnavailableError("timed out")))
     with pytest.raises(UnavailableError, match="timed out"):
         unscored.result(Best())
 
 
 def test_a_candidate_without_a_score_by_an_engines_fault_leaves_the_others():
     group = group_of(TASK, ["a", "b"])
-    group.unscored(group.candidates[0], UnavailableError("timed out"))
+    group.post(group.candidates[0], Score(None, "failed", "timed out", error=UnavailableError("timed out")))
     group.post(group.candidates[1], Score(0.5))
     assert group.result(Best()).text == "b"
-    assert group.scores[0].reason == "not scored: timed out"
+    assert group.scores[0].reason == "timed out"
 
 
 def test_the_first_reason_stays():
