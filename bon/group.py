@@ -26,6 +26,8 @@ from bon.types import Candidate, Result, Score, Timing, Usage
 
 Callback = Callable[[Candidate | Score], None]
 
+_PATIENCE = 4  # samples in a row that may fail before no more are asked for
+
 
 class Group:
     """The candidates of one task.
@@ -65,7 +67,6 @@ class Group:
         self._copies: dict[str, list[int]] = {}  # text -> candidates with it, the first of which is scored
         self._unsampled: BonError | None = None
         self._unscored: BonError | None = None
-        self._round = 0  # the first sample that was asked for last
         self._start, self._started, self._asked_at = perf_counter(), time(), 0.0
 
     @classmethod
@@ -129,9 +130,9 @@ class Group:
 
     @property
     def stuck(self) -> bool:
-        """Whether none of the samples that were asked for last could be made: to ask for more is of no use."""
-        latest = [c for i, c in self._candidates.items() if i >= self._round]
-        return bool(latest) and all(candidate.finish_reason == "error" for candidate in latest)
+        """Whether none of the last few samples could be made: a budget that waits for a reward would ask for ever."""
+        latest = self.candidates[-_PATIENCE:]
+        return len(latest) == _PATIENCE and all(candidate.finish_reason == "error" for candidate in latest)
 
     def hopeless(self, upper_bound: float) -> bool:
         """Whether a candidate that can reach ``upper_bound`` at most may be given up."""
@@ -140,8 +141,8 @@ class Group:
 
     def ask(self, more: int) -> int:
         """Note that so many more samples are asked for; returns the index of the first."""
-        self._round, self.asked, self._asked_at = self.asked, self.asked + more, self._now()
-        return self._round
+        self.asked, self._asked_at = self.asked + more, self._now()
+        return self.asked - more
 
     def admit(
         self,

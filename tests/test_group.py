@@ -112,7 +112,6 @@ def test_without_any_sample_or_any_score_the_reason_is_the_outcome():
         unsampled.admit(Candidate(index, "", "error", error="no"), error=EngineError("no"))
     with pytest.raises(EngineError, match="no"):
         unsampled.result(Best())
-    assert unsampled.stuck
     unscored = group_of(TASK, ["a", "b"])
     for candidate in unscored.candidates:
         unscored.post(candidate, Score(None, "failed", "timed out", error=UnavailableError("timed out")))

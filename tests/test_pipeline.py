@@ -5,8 +5,11 @@ import sqlite3
 import threading
 import time
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scoring import Own, group_of, scored
 
 import bon.pipeline
@@ -551,6 +554,116 @@ def test_prompt_tokens_are_counted_whichever_sample_fails():
     result = BestOfN(Flaky(["a b c", "d"]), Own(lambda e: 0.5), n=2)(PROMPT)
     assert result.usage.policy_prompt_tokens == 8
     assert result.candidates[0].finish_reason == "error"
+
+
+class Chaos:
+    """A policy, a scorer, a budget and a selector that do what the prompt says, and every other prompt no harm."""
+
+    KINDS = (
+        "fine", "copies", "refused", "crash", "short", "twice", "half failed", "all failed", "empty",
+        "scorer raises", "scorer unavailable", "scorer dies", "scorer forgets", "scorer twice", "scorer nan",
+        "scorer cancelled", "budget raises", "selector raises",
+    )  # fmt: skip
+    FINE = ("fine", "copies", "half failed", "empty", "scorer nan")
+    most = 4
+
+    def __init__(self, *, concurrent, whole, rounds):
+        self.concurrent, self.rounds = concurrent, rounds
+        self.policy = self.Policy(lambda text, draw: f"{text} {draw}", concurrent=concurrent)
+        self.scorer = self.Judge(concurrent, whole)
+
+    class Policy(ScriptedEngine):
+        def generate(self, requests, *, keep=None):
+            if any("refused" in request.prompt.turns[-1].text for request in requests):
+                raise InputError("refused")
+            return super().generate(requests, keep=keep)
+
+        async def _generate(self, requests, keep):
+            kinds = [request.prompt.turns[-1].text.partition(": ")[2] for request in requests]
+            if "crash" in kinds:
+                raise IndexError("crash")
+            async for c in super()._generate(requests, keep):
+                kind = kinds[c.request_index]
+                if kind == "copies":
+                    c = replace(c, text=kind)
+                elif kind == "empty":
+                    c = replace(c, text=" " if c.sample_index % 2 else c.text)
+                elif kind == "all failed" or (kind == "half failed" and c.sample_index % 2):
+                    c = Completion.failed(c.request_index, c.sample_index, UnavailableError("gone"))
+                elif kind == "short" and c.sample_index == 1:
+                    continue
+                yield c
+                if kind == "twice":
+                    yield c
+
+    class Judge(Scorer):
+        def __init__(self, concurrent, whole):
+            self.concurrent, self.needs = concurrent, Needs(group=whole, all_rewards=whole)
+
+        async def score(self, pending):
+            for position, each in enumerate(pending):
+                kind = each.task.instruction.partition(": ")[2]
+                await asyncio.sleep(0)
+                if kind == "scorer raises":
+                    raise ValueError(kind)
+                if kind == "scorer dies":
+                    raise EngineError(kind)
+                if kind == "scorer unavailable":
+                    raise UnavailableError(kind)
+                if kind == "scorer cancelled":
+                    raise asyncio.CancelledError
+                if kind != "scorer forgets":
+                    yield position, Score(float("nan") if kind == "scorer nan" and each.candidate.index else 0.5)
+                if kind == "scorer twice":
+                    yield position, Score(0.5)
+
+    def more(self, group):
+        if "budget raises" in group.task.instruction and group.asked:
+            raise KeyError("budget")
+        return min(self.most // self.rounds, self.most - group.asked)
+
+    @staticmethod
+    def select(rewards, order, texts):
+        if any("selector raises" in text for text in texts):
+            raise KeyError("selector")
+        return Best()(rewards, order, texts)
+
+
+@given(
+    st.lists(st.sampled_from(Chaos.KINDS), min_size=1, max_size=7),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([None, "each", "ready", "all"]),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_goes_wrong_each_prompt_has_one_outcome_in_its_place(kinds, concurrent, whole, rounds, schedule, live):
+    chaos = Chaos(concurrent=concurrent, whole=whole, rounds=rounds)
+    bon = BestOfN(chaos.policy, chaos.scorer, n=chaos, selector=chaos.select, schedule=schedule)
+    prompts = [f"{i}: {kind}" for i, kind in enumerate(kinds)]
+
+    async def run():
+        before = asyncio.all_tasks()
+        async with asyncio.timeout(60), aclosing(bon.stream(prompts)) as stream:
+            found = [outcome async for outcome in stream]
+        if live:
+            runs = (bon.run(p, callback=lambda event: None, deadline=60) for p in prompts)
+            found += enumerate(await asyncio.gather(*runs, return_exceptions=True), len(prompts))
+        return sorted(found, key=lambda pair: pair[0]), await idle(before)
+
+    found, left = asyncio.run(run())
+    assert not left
+    assert [position for position, _ in found] == list(range(len(found)))
+    # A model that died, and a policy that returned a sample twice, may take those with them that ran in one call.
+    shared = not concurrent and {"scorer dies", "twice", "scorer unavailable"} & {*kinds}
+    for kind, (_, outcome) in zip(kinds * 2, found, strict=False):
+        assert isinstance(outcome, Result | BonError)
+        if kind not in Chaos.FINE:
+            assert isinstance(outcome, BonError)
+        elif not shared:
+            assert outcome.reward == 0.5
+            assert [s.candidate for s in outcome.scores] == [0, 1, 2, 3]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
