@@ -323,7 +323,7 @@ def test_the_policys_own_model_scores_when_no_other_is_named():
 
 
 def test_a_function_policy_needs_a_scorer_and_says_so():
-    with pytest.raises(InputError, match="Name a model to score with, for example scorer="):
+    with pytest.raises(InputError, match="Name a model to score with, for example the scorer flip:"):
         BestOfN(lambda prompt: "x")
 
 

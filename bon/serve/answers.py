@@ -49,11 +49,11 @@ class Answer:
 
     def opening(self) -> bytes:
         """The first chunk of a stream."""
-        return self._chunk({"role": "assistant", "content": ""} if self._chat else "")
+        return self._chunk({"role": "assistant", "content": ""})
 
     def progress(self, about: dict[str, Any]) -> bytes:
         """A chunk that reports on the work; its delta is empty."""
-        return self._chunk({} if self._chat else "", best_of_n=about)
+        return self._chunk({}, best_of_n=about)
 
     def news(self, event: Candidate | Score) -> dict[str, Any]:
         """A candidate that was finished or scored."""
@@ -68,14 +68,14 @@ class Answer:
             if self._chat and place:
                 yield self._chunk({"role": "assistant", "content": ""}, place)
             for piece in _PIECE.findall(_content(pick) or ""):
-                yield self._chunk({"content": piece} if self._chat else piece, place)
+                yield self._chunk({"content": piece}, place)
             if self._chat and pick and pick.tool_calls:
                 calls = [{"index": i, **call} for i, call in enumerate(pick.tool_calls)]
                 yield self._chunk({"tool_calls": calls}, place)
             if self._chat and pick is None:
                 yield self._chunk({"refusal": result.selection.reason}, place)
             evidence = {"best_of_n": self._evidence(result, picks, queue_s)} if place == len(picks) - 1 else {}
-            yield self._chunk({} if self._chat else "", place, _ended(pick), self._logprobs(pick), **evidence)
+            yield self._chunk({}, place, _ended(pick), self._logprobs(pick), **evidence)
         if self._plan.request.stream_options and self._plan.request.stream_options.include_usage:
             yield _event({**self._head(self._kind), "choices": [], "usage": usage_body(result.usage)})
         yield DONE
@@ -190,10 +190,10 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._plan.model}
 
     def _chunk(
-        self, delta: Any, place: int = 0, finish_reason: str | None = None, logprobs: Any = None, **more: Any
+        self, delta: dict[str, Any], place: int = 0, ended: str | None = None, logprobs: Any = None, **more: Any
     ) -> bytes:
-        content = {"delta": delta} if self._chat else {"text": delta}
-        choice = {"index": place, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+        content = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
+        choice = {"index": place, **content, "logprobs": logprobs, "finish_reason": ended}
         return _event({**self._head(self._kind), "choices": [choice], **more})
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -131,11 +130,11 @@ class Server:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "bon", "best_of_n": about}
 
     async def alive(self) -> Response:
-        """Say that the process answers."""
+        """Report that the process answers."""
         return json_response({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Say whether a request sent now would be answered."""
+        """Report whether a request sent now would be answered."""
         self.health.probe()
         if self.admission.draining:
             return json_response({"status": "draining", "reason": "the server is shutting down"}, 503)
@@ -170,7 +169,7 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
         yield
         await bon.aclose()
 
-    app = FastAPI(title="bon", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = _App(title="bon", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.server = server
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": what} for status, what in _ERRORS.items()
@@ -183,8 +182,8 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
         responses = errors | {200: {"model": gives, "content": {"text/event-stream": {}}}}
         app.post(path, responses=responses, openapi_extra={"requestBody": {"required": True, **body}})(answer)
     app.get("/v1/models", responses={200: {"model": ModelList}, 401: errors[401]})(server.models)
-    described: dict[int | str, dict[str, Any]] = {200: {"model": ModelBody}, 401: errors[401], 404: errors[404]}
-    app.get("/v1/models/{name:path}", responses=described)(server.model)
+    about_one = {200: {"model": ModelBody}} | {status: errors[status] for status in (401, 404)}
+    app.get("/v1/models/{name:path}", responses=about_one)(server.model)
     app.get("/health", responses={200: {"model": StateBody}})(server.alive)
     unready = {"model": StateBody, "description": "Not now"}
     app.get("/ready", responses={200: {"model": StateBody}, 503: unready})(server.ready)
@@ -193,7 +192,6 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
         app.get("/", include_in_schema=False)(server.page)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(HTTPException, _answer)
-    app.openapi = _openapi(app)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
@@ -263,15 +261,13 @@ def _answer(request: Request, error: Exception) -> Response:
     return answer.response()
 
 
-def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """Describe the requests as well: the routes read their bodies themselves, so FastAPI does not know them."""
+class _App(FastAPI):
+    """Describes the requests as well: the routes read their bodies themselves, so FastAPI does not know them."""
 
-    def describe() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None:
             wanted = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
             _, schemas = models_json_schema(wanted, ref_template=_SCHEMAS)  # type: ignore[arg-type]
-            app.openapi_schema["components"]["schemas"].update(schemas["$defs"])
-        return app.openapi_schema
-
-    return describe
+            super().openapi()["components"]["schemas"].update(schemas["$defs"])
+        return super().openapi()

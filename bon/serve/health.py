@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from time import monotonic
 
 from bon.best_of_n import BestOfN
@@ -41,24 +42,21 @@ class Health:
         self._probed = -PROBE_EVERY_S
         self.reason: str | None = None
 
-    def saw(self, outcome: Result | BaseException) -> None:
+    def saw(self, outcome: Result | BaseException, *, probed: bool = False) -> None:
         """Take the outcome of a run into account.
 
         What a server behind this one refuses may be the request's own fault; a probe finds out.
         """
-        if isinstance(outcome, RefusedError):
+        if isinstance(outcome, RefusedError) and not probed:
             self._start_probe()
         elif isinstance(outcome, BROKEN):
-            self._failed(outcome)
+            if self.reason is None:
+                log.error("engine failed", extra={"fields": {"event": "unready", "reason": str(outcome)}})
+            self.reason = str(outcome)
         elif isinstance(outcome, Result) and set(outcome.counts) != {"late"}:
             if self.reason is not None:
                 log.info("engine works again", extra={"fields": {"event": "ready"}})
             self.reason = None
-
-    def _failed(self, error: Exception) -> None:
-        if self.reason is None:
-            log.error("engine failed", extra={"fields": {"event": "unready", "reason": str(error)}})
-        self.reason = str(error)
 
     def probe(self) -> None:
         """Try the models in the background if they failed and were not tried just now."""
@@ -66,26 +64,20 @@ class Health:
             self._start_probe()
 
     def _start_probe(self) -> None:
-        if self._running is None:
+        if self._running is None or self._running.done():
             self._probed = monotonic()
             self._running = asyncio.create_task(self._try())
 
     async def _try(self) -> None:
-        try:
+        with suppress(ApiError):  # no room for a probe now
             ticket = self._admission.ticket()
-        except ApiError:  # no room for a probe now
-            self._running = None
-            return
-        try:
-            async with asyncio.timeout(PROBE_TAKES_S):
-                await ticket.turn()
-                self.saw(await self._probe.run("Say yes."))
-        except TimeoutError:
-            pass
-        except BROKEN as error:
-            self._failed(error)
-        except Exception as error:
-            log.warning("probe failed", exc_info=error, extra={"fields": {"event": "probe_failed"}})
-        finally:
-            ticket.leave()
-            self._running = None
+            try:
+                async with asyncio.timeout(PROBE_TAKES_S):
+                    await ticket.turn()
+                    self.saw(await self._probe.run("Say yes."))
+            except BROKEN as error:
+                self.saw(error, probed=True)
+            except Exception as error:
+                log.warning("probe failed", exc_info=error, extra={"fields": {"event": "probe_failed"}})
+            finally:
+                ticket.leave()

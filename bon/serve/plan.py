@@ -175,6 +175,6 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
             elif isinstance(kind, type) and issubclass(kind, ModelScorer):
                 able = [engine for engine in engines if isinstance(engine, kind.ability)]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
-        except Exception as error:  # of another package: the server does without it
+        except Exception as error:  # of another package, whose code may raise anything
             log.warning("the scorer %r is not offered: %s", name, error)
     return {own: bon.scorer} | {name: scorer for name, scorer in others.items() if name != own}

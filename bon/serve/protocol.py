@@ -14,42 +14,23 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-)
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from bon.serve.failures import ApiError, bad
 from bon.task import Message
 
 _ABOUT_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
-# Handed to the policy's engine when they change anything.
-POLICY_FIELDS = (
-    *_ABOUT_TOOLS,
-    "response_format",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "reasoning_effort",
-    "verbosity",
-    *("repetition_penalty", "ignore_eos", "min_tokens"),  # vLLM's, which its own clients send
-)
 _NEUTRAL = {
     "response_format": {"type": "text"},
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
-    "repetition_penalty": 1,
-    "ignore_eos": False,
-    "min_tokens": 0,
+    **{"repetition_penalty": 1, "ignore_eos": False, "min_tokens": 0},  # vLLM's, which its own clients send
 }
+# Handed to the policy's engine when they change anything.
+POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity")
 
 
 class _Body(BaseModel):
@@ -134,8 +115,7 @@ class ChatMessage(_Body):
     @property
     def message(self) -> Message:
         """The turn with its content as one string."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         calls = tuple(call.model_dump() for call in self.tool_calls or ())
         return Message(self.role, text, calls, self.tool_call_id)
 
@@ -203,9 +183,13 @@ class _Common(_Body):
     @property
     def stops(self) -> tuple[str, ...] | None:
         """Stop strings; None when the request does not say."""
-        if self.stop is None:
-            return None
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        return None if stops is None else tuple(stops)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of one completion at most."""
+        return self.max_tokens
 
     @property
     def passed(self) -> dict[str, Any]:
@@ -272,11 +256,6 @@ class CompletionRequest(_Common):
         """The prompt."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
-    @property
-    def length(self) -> int | None:
-        """Tokens of one completion at most."""
-        return self.max_tokens
-
 
 B = TypeVar("B", bound=_Common)
 
@@ -297,7 +276,7 @@ def parse(kind: type[B], body: bytes) -> B:
         raise ApiError(400, f"the body is not valid JSON: {error}.", "invalid_json") from error
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply.", "invalid_json") from error
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         raise _failure(kind, error.errors(include_url=False), data) from error
 
 

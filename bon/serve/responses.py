@@ -27,26 +27,15 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-class PartUsage(BaseModel):
-    """Tokens of the policy, or of the scorer."""
+class UsageBody(BaseModel):
+    """Tokens of policy and scorer, in sum and separately; a prompt counts as often as it was sent to a model."""
 
     prompt_tokens: int
     completion_tokens: int
-
-
-class CachedTokens(BaseModel):
-    """Tokens that were not computed."""
-
-    cached_tokens: int
-
-
-class UsageBody(PartUsage):
-    """Tokens of policy and scorer, in sum and separately; a prompt counts as often as it was sent to a model."""
-
     total_tokens: int
-    prompt_tokens_details: CachedTokens = Field(description="Of the prompt tokens, those that were not computed.")
-    policy: PartUsage
-    scorer: PartUsage
+    prompt_tokens_details: dict[Literal["cached_tokens"], int] = Field(description="Those that were not computed.")
+    policy: dict[Literal["prompt_tokens", "completion_tokens"], int]
+    scorer: dict[Literal["prompt_tokens", "completion_tokens"], int]
 
 
 class ScoreBody(BaseModel):
@@ -70,16 +59,6 @@ class ScoreBody(BaseModel):
     scored_s: tuple[float, float] | None = Field(description="When its score was started and finished.")
 
 
-class TimingBody(BaseModel):
-    """Seconds."""
-
-    queue_s: float
-    sample_s: float
-    score_s: float
-    overlap_s: float
-    total_s: float
-
-
 class BestOfNBody(BaseModel):
     """The evidence."""
 
@@ -94,7 +73,7 @@ class BestOfNBody(BaseModel):
     statuses: dict[ScoreStatus, int]
     choices: list[ScoreBody] = Field(description="Scores of the returned choices, in their order.")
     candidates: list[ScoreBody] | None = Field(default=None, description="All of them, with return_candidates.")
-    timing: TimingBody
+    timing: dict[Literal["queue_s", "sample_s", "score_s", "overlap_s", "total_s"], float]
 
 
 class MessageBody(BaseModel):
@@ -106,48 +85,22 @@ class MessageBody(BaseModel):
     tool_calls: list[dict[str, Any]] | None = None
 
 
-class TokenLogprob(BaseModel):
-    """A token of the answer."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-    top_logprobs: list[Any] = Field(max_length=0)
-
-
-class ChatLogprobs(BaseModel):
-    """The tokens of the answer, when they were asked for."""
-
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class TextLogprobs(BaseModel):
-    """The tokens of the answer, when they were asked for."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: None
-    text_offset: list[int]
-
-
 class _Choice(BaseModel):
     index: int
     finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: dict[str, Any] | None = Field(description="The tokens of the answer, in OpenAI's format, on request.")
 
 
 class ChatChoice(_Choice):
     """One of the best."""
 
     message: MessageBody
-    logprobs: ChatLogprobs | None
 
 
 class TextChoice(_Choice):
     """One of the best."""
 
     text: str
-    logprobs: TextLogprobs | None
 
 
 class _Response(BaseModel):
