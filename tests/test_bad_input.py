@@ -299,9 +299,7 @@ class NeedsArguments:
     ],
 )
 @pytest.mark.parametrize("from_file", [False, True])
-def test_functions_that_do_not_keep_their_side_are_named(
-    tmp_path, arguments, complaint, from_file, monkeypatch, capsys
-):
+def test_a_function_that_misbehaves_is_named(tmp_path, arguments, complaint, from_file, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(USER_CODE)
     (tmp_path / "broken.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)

@@ -230,7 +230,7 @@ def test_an_output_that_exists_is_not_touched_without_being_told(run, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "precious\n"
 
 
-def test_overwrite_begins_anew(run, tmp_path):
+def test_overwrite_replaces_what_was_there(run, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", prompts(2))
     (tmp_path / "out.jsonl").write_text("old\n" * 50)
     assert run(source, "-n", 1, "-o", "out.jsonl", "--overwrite")[0] == 0
