@@ -135,7 +135,8 @@ class Group:
 
     def hopeless(self, upper_bound: float) -> bool:
         """Whether a candidate that can reach ``upper_bound`` at most may be given up."""
-        return self.over or (self.prune and self.best_reward is not None and upper_bound < self.best_reward)
+        best = self.best_reward  # asked of every reconstruction every few tokens
+        return self.error is not None or (best is not None and ((self.prune and upper_bound < best) or self.reached))
 
     def ask(self, more: int) -> int:
         """Note that so many more samples are asked for; returns the index of the first."""

@@ -171,6 +171,10 @@ class Pipeline:
 
     async def _score(self, pending: Sequence[Pending]) -> None:
         """Score candidates and post each score as it comes; what goes wrong is noted in the groups that it concerns."""
+        for group, candidate in ((p.group, p.candidate) for p in pending if p.group.reached and not p.group.whole):
+            if not group.scored(candidate):
+                reason = "another candidate has reached the reward to stop at"
+                group.post(candidate, Score(None, "pruned", reason=reason), perf_counter())
         pending = [p for p in pending if p.group.error is None and (p.group.whole or not p.group.scored(p.candidate))]
         if not pending:
             return

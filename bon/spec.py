@@ -232,7 +232,9 @@ class Registry:
                     f"{option}= is what stands behind {name}: already. An option of a model is quoted with it: "
                     f'{name}:"MODEL,{option}=VALUE"'
                 )
-            if option not in named and not open_ended:
+            # An option of the scorer's model passes on, but not one that is nearly an option of the scorer.
+            near = difflib.get_close_matches(option, named, n=1, cutoff=0.75)
+            if option not in named and (near or not open_ended):
                 raise UnknownNameError(f"option of the {self.kind} {name!r}", option, named)
         options = {**{k: v for k, v in (defaults or {}).items() if k in parameters}, **options}
         try:

@@ -18,6 +18,7 @@ from bon.task import Task
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
+_STATUSES: tuple[ScoreStatus, ...] = get_args(ScoreStatus)
 _SHOWN = 80  # characters of a text in a repr
 
 
@@ -233,12 +234,13 @@ class Score:
     finished: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.status not in get_args(ScoreStatus):
-            raise UnknownNameError("status of a score", self.status, get_args(ScoreStatus))
+        if self.status not in _STATUSES:
+            raise UnknownNameError("status of a score", self.status, _STATUSES)
         if self.reward is not None:
             if self.status not in ("ok", "repaired", "fallback"):
                 raise InputError(f"a score of the status {self.status!r} has no reward, got {self.reward!r}.")
-            object.__setattr__(self, "reward", as_reward(self.reward))  # a number of numpy's or torch's, say
+            if type(self.reward) is not float:
+                object.__setattr__(self, "reward", as_reward(self.reward))  # a number of numpy's or torch's, say
         if self.details is not None and (isinstance(self.details, type) or not dataclasses.is_dataclass(self.details)):
             raise InputError(f"the details of a score are a dataclass, not {type(self.details).__name__}.")
 

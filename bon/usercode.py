@@ -40,7 +40,7 @@ class UserFunction:
         self._is_async = is_async(function)
         self._threads: dict[int, ThreadPoolExecutor] = {}  # process id -> thread: a forked child's copy would not run
 
-    async def __call__(self, messages: Sequence[Mapping[str, Any]], *args: Any) -> Any:
+    async def __call__(self, messages: Sequence[Mapping[str, Any]], *args: Any, **named: Any) -> Any:
         """Call the function.
 
         Raises:
@@ -49,9 +49,9 @@ class UserFunction:
         prompt = messages[0]["content"] if len(messages) == 1 else list(messages)
         with self._mapped():
             if self._is_async:
-                result = self._function(prompt, *args)
+                result = self._function(prompt, *args, **named)
             else:
-                call = functools.partial(copy_context().run, self._blocking, prompt, *args)
+                call = functools.partial(copy_context().run, self._blocking, prompt, *args, **named)
                 result = await asyncio.get_running_loop().run_in_executor(self._thread(), call)
             return await result if inspect.isawaitable(result) else result
 
@@ -60,9 +60,9 @@ class UserFunction:
             self._threads[os.getpid()] = ThreadPoolExecutor(1, f"bon-{self.name}")
         return self._threads[os.getpid()]
 
-    def _blocking(self, *args: Any) -> Any:
+    def _blocking(self, *args: Any, **named: Any) -> Any:
         with self._mapped():  # here already: a StopIteration cannot be an asyncio future's error
-            return self._function(*args)
+            return self._function(*args, **named)
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:

@@ -64,6 +64,7 @@ def refused(capsys, monkeypatch, tmp_path):
         (b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}', "tool_calls belongs to a message"),
         (b'{"prompt": "a", "instruction": 3}', "'instruction' must be text, not 3"),
         (b'{"prompt": "a", "instruction": "b"}', "'b' is not"),
+        (b'{"prompt": "a", "reference": ["b"]}', "'reference' must be text or a number, not ['b']"),
         (b'{"prompt": "a", "id": 1.5}', "'id' must be text or a whole number, not 1.5"),
         (b'{"prompt": "a", "id": true}', "'id' must be text or a whole number, not True"),
         (b'{"prompt": "a", "x": NaN}', "NaN is no JSON number"),
@@ -211,7 +212,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--resume", *SCRIPTED], "--resume is for files of prompts"),
         (["run", "hi", "--all", *SCRIPTED], "--all is for files of prompts"),
         (["run", "hi", "--policy", "scripted,nme=x"], "option of the engine 'scripted' 'nme'. Did you mean 'name'?"),
-        (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "option of the HTTP engine 'dtype'"),
+        (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "unknown option of the HTTP engine 'dtype'"),
         (["run", "hi", "--policy", "x,engine=scripted"], "'scripted' runs no model, so it cannot be 'x'"),
         (["run", "hi", "--policy", "qwen:latest"], "'qwen:latest' is neither a folder nor a model on this machine"),
         (["run", "hi", "--policy", "llama3:8b"], "'llama3:8b' is neither a folder nor a model on this machine"),
@@ -298,9 +299,7 @@ class NeedsArguments:
     ],
 )
 @pytest.mark.parametrize("from_file", [False, True])
-def test_functions_that_do_not_keep_their_side_are_named(
-    tmp_path, arguments, complaint, from_file, monkeypatch, capsys
-):
+def test_a_function_that_misbehaves_is_named(tmp_path, arguments, complaint, from_file, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(USER_CODE)
     (tmp_path / "broken.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)

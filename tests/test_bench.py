@@ -400,7 +400,7 @@ def test_throughput_of_a_dummy_runs_to_its_last_line(capsys: pytest.CaptureFixtu
 
 @pytest.mark.vllm
 def test_bon_bench_measures_models_on_vllm(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "--engine", "vllm", "-n", "3", "--max-tokens", "8", "--quick", "--json"]
+    arguments = ["bench", "--policy", "mini,engine=vllm", "-n", "3", "--max-tokens", "8", "--quick", "--json"]
     assert bon_main(arguments) == 0
     result = last_line(capsys.readouterr().out)
     assert set(result["ratios"]) == {"overhead", "overhead_likelihood", "pruning_saved", "stopping_saved"}

@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import cache
+from itertools import count
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, EngineError, InputError, UnknownNameError
 from bon.models import ModelPool
 
+numbers = count()
 PROMPT = "Write a slogan for a bakery called Sunrise and its warm bread"
 
 
@@ -178,6 +180,15 @@ def test_stop_at_works_with_a_scorer_of_ones_own_which_posts_nothing():
     result = BestOfN(engine, Own(lambda e: 1.0 if e.candidate.text == "good" else 0.1), n="stop-at:1.0,most=2")(PROMPT)
     assert [c.finish_reason for c in result.candidates] == ["stop", "abort"]
     assert engine.decoded < 100
+
+
+def test_what_comes_after_the_reward_to_stop_at_is_not_scored():
+    """A function cannot be stopped, so its other answers still came, and each was scored for nothing."""
+    scorer = Own(lambda e: 1.0)
+    result = BestOfN(lambda prompt: f"answer {next(numbers)}", scorer, n="stop-at:1.0,most=9", schedule="each")(PROMPT)
+    assert len(result.candidates) == 9
+    assert sum(map(len, scorer.calls)) < 9
+    assert [s.status for s in result.scores].count("pruned") == 9 - sum(map(len, scorer.calls))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -393,6 +393,12 @@ def test_a_file_of_unknown_prompts_gets_one_line_of_warning(run, tmp_path):
     [warning] = [line for line in err.splitlines() if "embedded" in line]
     assert "1 of 2 prompts" in warning
     assert "--policy" in warning
+    write_rows(tmp_path / "in.jsonl", [{**row, "candidates": ["It is physics."]} for row in rows])
+    code, out, err = run("rerank", "in.jsonl")
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert "1 of 2 prompts are outside its world" in err
+    assert "--scorer flip:Qwen" in err
 
 
 @needs_weights

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import rows_of, write_rows
+from command import in_process_of_its_own, rows_of, write_rows
 
 from bon import BestOfN, Flip, StopAt
 from bon.cli import main
@@ -78,10 +78,12 @@ def test_the_configuration_of_an_object_goes_through_a_file(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("command", ["run", "rerank", "serve", "bench"])
-def test_print_config_loads_no_model_and_needs_no_input(run: Any, command: str) -> None:
+def test_print_config_loads_no_model_and_needs_no_input(run: Any, tmp_path: Path, command: str) -> None:
     model = "/no/such/model"
     policy = [] if command == "rerank" else [model] if command == "serve" else ["--policy", model]
-    code, out, err = run(*command.split(), *policy, "--scorer", f"likelihood:{model}", "--print-config")
+    arguments = (command, *policy, "--scorer", f"likelihood:{model}", "--print-config")
+    # The server takes over the log of its process.
+    code, out, err = in_process_of_its_own(*arguments, cwd=tmp_path) if command == "serve" else run(*arguments)
     assert (code, err) == (0, "")
     assert f'scorer = "likelihood:{model}"' in out
     assert command == "rerank" or f'policy = "{model}"' in out

@@ -68,6 +68,47 @@ def test_all_writes_every_candidate_and_score(run, tmp_path):
     assert {"timing", "usage", "ranking"} <= row.keys()
 
 
+def test_a_selector_that_picks_several_has_all_of_them_in_the_row(run, tmp_path):
+    """It wrote the winner alone."""
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "Say it to them all loud and clear"}])
+    row = json.loads(run(source, "-n", 8, "--selector", "top-k:3")[1])
+    assert len(row["picked"]) == 3
+    assert row["picked"][0] == {"text": row["text"], "reward": row["reward"]}
+    rewards = [picked["reward"] for picked in row["picked"]]
+    assert rewards == sorted(rewards, reverse=True)
+    assert "picked" not in json.loads(run(source, "-n", 2)[1])
+    write_rows(tmp_path / "ranked.jsonl", [{"prompt": "Say it", "candidates": ["Say", "Say it", "nothing", "no"]}])
+    row = json.loads(run("ranked.jsonl", "--selector", "top-k:2", command="rerank")[1])
+    assert [picked["text"] for picked in row["picked"]] == ["Say it", "Say"]
+
+
+@pytest.mark.parametrize("command", ["run", "rerank"])
+def test_a_reward_function_sees_the_reference_and_the_other_columns_of_a_row(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "columns.py").write_text(
+        "def policy(prompt, n): return ['41', '42']\n"
+        "def reward(prompt, responses, task):\n"
+        "    assert task.metadata == {'id': 7, 'tag': ['a']}\n"
+        "    return [float(response == task.reference) for response in responses]\n"
+    )
+    fields = {"id": 7, "prompt": "What is 6 times 7?", "reference": 42, "tag": ["a"], "candidates": ["41", "42"]}
+    write_rows(tmp_path / "in.jsonl", [fields])
+    policy = ["--policy", "columns:policy", "-n", "2"] if command == "run" else []
+    assert main([command, "in.jsonl", *policy, "--scorer", "columns:reward"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["text"], row["reward"], row["reference"]) == ("42", 1.0, 42)
+
+
+def test_candidates_are_ranked_without_a_policy_and_a_draw_has_a_seed(run, tmp_path):
+    write_rows(
+        tmp_path / "in.jsonl", [{"id": i, "prompt": "Say it", "candidates": [f"Say {i}", "it"]} for i in range(20)]
+    )
+    (tmp_path / "bon.toml").write_text('policy = "/no/such/model"\nselector = "softmax:2"\n')
+    draws = [run("in.jsonl", "--seed", seed, command="rerank")[1] for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
 def test_a_field_that_a_result_would_overwrite_is_kept_under_replaced(run, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [{"id": 1, "prompt": "Say hi", "text": "mine", "replaced": "too"}])
     row = json.loads(run(source, "-n", 1)[1])
@@ -189,7 +230,7 @@ def test_an_output_that_exists_is_not_touched_without_being_told(run, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "precious\n"
 
 
-def test_overwrite_begins_anew(run, tmp_path):
+def test_overwrite_replaces_what_was_there(run, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", prompts(2))
     (tmp_path / "out.jsonl").write_text("old\n" * 50)
     assert run(source, "-n", 1, "-o", "out.jsonl", "--overwrite")[0] == 0

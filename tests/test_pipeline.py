@@ -387,8 +387,12 @@ def test_a_reward_function_may_ask_for_the_task():
     def reward(prompt, responses, task):
         return [float(r == task.reference) + task.metadata["bonus"] for r in responses]
 
+    async def by_name(prompt, responses, *, task):
+        return reward(prompt, responses, task)
+
     task = Task((Message("user", "x"),), "x", reference="b", metadata={"bonus": 10})
-    assert BestOfN(ScriptedEngine(["a", "b"]), reward, n=2)(task).reward == 11.0
+    for function in (reward, by_name):
+        assert BestOfN(ScriptedEngine(["a", "b"]), function, n=2)(task).reward == 11.0
 
 
 class Dying(Scorer):

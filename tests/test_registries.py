@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
-from command import ROOT, in_process_of_its_own, rows_of, write_rows
+from command import ROOT, in_process_of_its_own, process, rows_of, write_rows
 
 from bon.spec import BUDGETS, DATASETS, ENGINES, SCORERS, SELECTORS, Registry
 
@@ -142,6 +144,22 @@ def test_another_packages_classes_are_named_in_a_file_and_in_python(theirs: dict
     environment = {**os.environ, **theirs}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout == "counting alone 3 on None\n['three', 'two'] numbers:-1\n", done.stderr
+
+
+def test_another_packages_classes_are_served(theirs: dict[str, str], tmp_path: Path) -> None:
+    arguments = ("serve", "alone", "--scorer", "numbers", "--selector", "second", "-n", 3, "--port", 0)
+    running = process(*arguments, cwd=tmp_path, env=theirs)
+    assert running.stderr is not None
+    try:
+        address = next(found[0] for line in running.stderr if (found := re.search(r"http://[\d.:]+", line.decode())))
+        body = json.dumps({"messages": [{"role": "user", "content": "Count"}]}).encode()
+        request = Request(f"{address}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=30) as response:
+            answer = json.load(response)
+        assert answer["choices"][0]["message"]["content"] == "counting alone 1 on None"
+    finally:
+        running.terminate()
+        running.communicate(timeout=30)
 
 
 def test_doctor_lists_what_other_packages_add_and_what_they_lack(theirs: dict[str, str], tmp_path: Path) -> None:

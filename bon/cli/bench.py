@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bon.cli.options import JSON, Policy, Scorer, Setup, configured, grouped
+from bon.cli.options import JSON, Policy, Scorer, Setup, configured, grouped, loaded
 from bon.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def bench(
     config = configured(setup, policy=policy, scorer=scorer)
 
     from bon.bench.command import bench as measure
-    from bon.cli.options import loaded
 
     tasks = _tasks(prompts, seed)
     with loaded(config) as (engine, judge):

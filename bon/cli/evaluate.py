@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bon.cli.options import JSON, Policy, SamplingOptions, Setup, configured, grouped
+from bon.cli.options import JSON, Policy, SamplingOptions, Setup, configured, grouped, threads_for
 
 
 @grouped
@@ -32,7 +32,6 @@ def evaluate(
     """Measure how much best-of-N gains: pass rates for N = 1, 2, 4, ... under each scorer and under baselines."""
     config = configured(setup, sampling, policy=policy)
 
-    from bon.cli.options import threads_for
     from bon.cli.terminal import print_json
     from bon.evals.harness import SCORERS, evaluate, format_table
 

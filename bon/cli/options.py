@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,14 +177,14 @@ def configured(setup: Setup, *groups: Any, **settings: Any) -> Config:
         InputError: a setting that cannot be; where it is in a file the message names that.
         typer.Exit: the settings were to be printed, and are.
     """
-    from bon.cli.terminal import quiet_libraries, say
+    from bon.cli.terminal import quiet_libraries
     from bon.config import Config
     from bon.types import Sampling
 
     path = setup.config
     if path is None and Path(CONFIG).is_file():
         path = Path(CONFIG)
-        say(f"settings come from {CONFIG} in this folder.")
+        logging.getLogger("bon").info("settings come from %s in this folder", CONFIG)
     for group in groups:
         settings |= dataclasses.asdict(group)
     given = {name: value for name, value in {**settings, "threads": setup.threads}.items() if value not in (None, [])}

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bon.cli.options import JSON, Choice, Files, Number, Policy, SamplingOptions, Setup, configured, grouped
+from bon.cli.options import (
+    JSON,
+    Choice,
+    Files,
+    Number,
+    Policy,
+    SamplingOptions,
+    Setup,
+    configured,
+    embedded,
+    grouped,
+    threads_for,
+)
 from bon.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,7 +105,6 @@ def _run_prompt(
     prompt: str, system: str | None, instruction: str | None, config: Config, as_json: bool, trace: Path | None
 ) -> int:
     from bon import portal
-    from bon.cli.options import embedded, threads_for
     from bon.cli.terminal import print_json, say_off_world
     from bon.task import Message, Task
     from bon.trace import Trace

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bon.cli.options import Choice, Number, Setup, configured, grouped, option
+from bon.cli.options import Choice, Number, Setup, configured, grouped, option, threads_for
 from bon.errors import InputError, MissingExtraError
 
 _SERVER, _LIMITS = "Server", "Limits"
@@ -70,10 +70,6 @@ def serve(
 
     Clients change their base URL to http://127.0.0.1:8000/v1. The log goes to standard error, one JSON object a line.
     """
-    config = configured(setup, number, choice, policy=policy)
-
-    from bon.cli.options import threads_for
-
     try:
         from bon.serve.logs import log_json
         from bon.serve.process import serve
@@ -82,7 +78,8 @@ def serve(
         raise MissingExtraError(
             f"the server needs the package {error.name!r}, which", "pip install 'bon[serve]'"
         ) from error
-    log_json()  # before the model loads: what there is to say of that is a line of the log, too
+    log_json()  # first, so that whatever is said of settings and models is a line of the log
+    config = configured(setup, number, choice, policy=policy)
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
         raise InputError(f"--port must be from 0 to 65535, got {port}.")

@@ -19,9 +19,9 @@ class RewardFunction(Scorer):
     Args:
         function: called once for each task as ``function(prompt, responses)`` with all responses of it, copies
             included; returns one number for each, or None where it has none. ``prompt`` is the text when the
-            conversation is a single user message, else the list of role-and-content dicts. A function whose third
-            parameter is called ``task`` gets the ``Task`` as well (its reference, its metadata). Functions that are not
-            async run on a thread of their own, one call at a time.
+            conversation is a single user message, else the list of role-and-content dicts. A function that has a
+            parameter ``task`` gets the ``Task`` as well (its reference, its metadata). Functions that are not async run
+            on a thread of their own, one call at a time.
         name: shown in tables and errors; the function's own name by default.
     """
 
@@ -32,7 +32,7 @@ class RewardFunction(Scorer):
         if not callable(function):
             raise InputError(f"a reward function is a function of (prompt, responses), not {function!r:.80}.")
         self._call = UserFunction(function, "scorer", name)
-        self._takes_task = _third_parameter(function) == "task"
+        self._takes_task = _takes_task(function)
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class RewardFunction(Scorer):
             task = pending[positions[0]].task
             messages = [message.to_dict() for message in task.messages]
             try:
-                given = await self._call(messages, responses, *([task] if self._takes_task else []))
+                given = await self._call(messages, responses, **({"task": task} if self._takes_task else {}))
                 rewards = self._check(given, len(responses))
             except BonError as error:  # of this task alone, and the function is not called for it again
                 pending[positions[0]].group.fail(error)
@@ -77,8 +77,8 @@ class RewardFunction(Scorer):
         self._call.close()
 
 
-def _third_parameter(function: Callable[..., Any]) -> str | None:
+def _takes_task(function: Callable[..., Any]) -> bool:
     try:
-        return [*inspect.signature(function).parameters, None, None, None][2]
+        return "task" in [*inspect.signature(function).parameters][2:]
     except (TypeError, ValueError):  # some builtins have no signature
-        return None
+        return False

@@ -195,7 +195,7 @@ class HTTPEngine:
             raise InputError(
                 f"{self.name!r} over HTTP can rate a text only with its tokenizer at hand: "
                 f"HTTPEngine({self.endpoints.all[0].url!r}, tokenizer='<its name or folder>'). "
-                "Or load the model itself (engine='torch'), or score with Flip, which only samples."
+                "Or load the model itself (NAME,engine=torch), or score with Flip, which only samples."
             )
         renderer, until = self.renderer, self._until()
         starts = [renderer.render(prompt) for prompt in prompts]
@@ -287,7 +287,7 @@ class HTTPEngine:
             link.endpoint.refused.add(f"rating {attempt}")
         raise InputError(
             f"{link.endpoint.url} gives no log-probabilities of a prompt (neither echo nor prompt_logprobs). "
-            "Load the model itself (engine='torch' or 'vllm'), or score with Flip, which only samples."
+            "Load the model itself (NAME,engine=torch or engine=vllm), or score with Flip, which only samples."
         )
 
 

