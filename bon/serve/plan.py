@@ -133,13 +133,11 @@ class Planner:
         return budget
 
     def _task(self, request: ChatRequest | CompletionRequest) -> Task:
-        chat = isinstance(request, ChatRequest)
-        prompt = [m.message for m in request.messages] if isinstance(request, ChatRequest) else request.text
-        instruction, name = request.options.instruction, "messages" if chat else "prompt"
+        name = "messages" if isinstance(request, ChatRequest) else "prompt"
         try:
-            task = Task.of(prompt)
+            task = Task.of(request.conversation)
             name = "best_of_n.instruction"
-            return Task.of(task, instruction)
+            return Task.of(task, request.options.instruction)
         except InputError as error:
             raise bad(name, str(error)) from error
 

@@ -220,10 +220,15 @@ class ChatRequest(_Common):
     prompt_cache_key: str | None = None
 
     @property
+    def conversation(self) -> list[Message]:
+        """What the policy continues."""
+        return [message.message for message in self.messages]
+
+    @property
     def about_tools(self) -> dict[str, Any]:
         """Path -> value of what the messages hold that only a policy behind HTTP can read."""
-        turns = enumerate(message.message.about_tools for message in self.messages)
-        return {f"messages[{i}].{name}": value for i, turn in turns for name, value in turn.items()}
+        turns = enumerate(self.conversation)
+        return {f"messages[{i}].{name}": value for i, turn in turns for name, value in turn.about_tools.items()}
 
     @property
     def length(self) -> int | None:
@@ -252,8 +257,8 @@ class CompletionRequest(_Common):
         return "best_of", self.best_of
 
     @property
-    def text(self) -> str:
-        """The prompt."""
+    def conversation(self) -> str:
+        """What the policy continues."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
