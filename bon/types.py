@@ -241,7 +241,7 @@ class Score:
                 raise InputError(f"a score of the status {self.status!r} has no reward, got {self.reward!r}.")
             if type(self.reward) is not float:
                 object.__setattr__(self, "reward", as_reward(self.reward))  # a number of numpy's or torch's, say
-        if self.details is not None and (isinstance(self.details, type) or not dataclasses.is_dataclass(self.details)):
+        if self.details is not None and not hasattr(type(self.details), "__dataclass_fields__"):
             raise InputError(f"the details of a score are a dataclass, not {type(self.details).__name__}.")
 
     @property
