@@ -17,6 +17,7 @@ A registry holds one line for each class of bon's, and finds those of other pack
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -238,7 +239,7 @@ class Registry:
                 raise UnknownNameError(f"option of the {self.kind} {name!r}", option, named)
         options = {**{k: v for k, v in (defaults or {}).items() if k in parameters}, **options}
         try:
-            inspect.signature(made).bind(*arguments, **options)
+            _signature(made).bind(*arguments, **options)
         except TypeError as error:
             missing = [p.name for p in parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
             needs = f"{name}:{'|'.join(missing).upper()}" if missing else name
@@ -256,7 +257,7 @@ class Registry:
         return first is not None and first.default is first.empty and first.kind < first.VAR_POSITIONAL
 
     def _parameters(self, name: str) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.load(name)).parameters
+        return _signature(self.load(name)).parameters
 
     def spec_of(self, made: object) -> str:
         """The text that makes an object again.
@@ -272,6 +273,9 @@ class Registry:
         given = dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs
         first = given.pop(next(iter(bound.signature.parameters), ""), None) if bound.args else None
         return join_spec(names[0] if first is None else f"{names[0]}:{_argument(first)}", given)
+
+
+_signature = functools.lru_cache(maxsize=256)(inspect.signature)
 
 
 def _loaded(target: str) -> Any:
