@@ -23,6 +23,7 @@ from bon.scorers.base import Scorer
 from bon.selectors import Selector, as_selector
 from bon.task import Conversation, Message, Task
 from bon.types import Candidate, Result, Sampling
+from bon.usercode import is_async
 
 OnError = Literal["raise", "return"]
 
@@ -191,8 +192,6 @@ class BestOfN:
         """
         from tqdm import tqdm
 
-        if isinstance(prompts, str):
-            raise InputError(f"prompts are a list of prompts, not the one text {prompts!r:.60}. Put it into a list.")
         if on_error not in ("raise", "return"):
             raise UnknownNameError("on_error", on_error, ["raise", "return"])
         total = len(prompts) if isinstance(prompts, Sequence) else None
@@ -228,6 +227,8 @@ class BestOfN:
         """
         if deadline is not None:
             number("deadline", deadline)
+        if callback is not None and is_async(callback):
+            raise InputError("the callback is called and not awaited: pass a plain function.")
         bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
         group = bon._group(prompt, instruction, callback)
         await bon._pipeline(bon.policy).run([group], deadline)
@@ -247,6 +248,8 @@ class BestOfN:
         A prompt that fails yields its error in place of a result, and the others go on. Prompts are read when they are
         needed, on a thread of their own: they may take their time.
         """
+        if isinstance(prompts, str):
+            raise InputError(f"prompts are a list of prompts, not the one text {prompts!r:.60}. Put it into a list.")
         groups = (made(self._group, prompt) for prompt in prompts)
         return self._pipeline(self.policy).results(groups, self.selector)
 

@@ -193,6 +193,8 @@ def test_what_is_for_lists_is_refused_for_one_prompt_and_the_other_way_round():
         bon(["Say one thing"], on_error="retrun")
     with pytest.raises(InputError, match="Put it into a list"):
         list(bon.map("Say one thing"))
+    with pytest.raises(InputError, match="Put it into a list"):
+        bon.stream("Say one thing")
 
 
 def test_progress_is_written_to_a_terminal_and_nowhere_else(capsys):
@@ -261,6 +263,16 @@ def test_a_callback_sees_every_candidate_and_score_copies_and_empty_ones_too():
     assert sorted(scores, key=lambda s: s.candidate) == list(result.scores)
     assert [s.status for s in result.scores] == ["ok", "ok", "empty"] * 2
     assert sum(s.same_as is not None for s in result.scores) == 2
+
+
+def test_an_async_callback_is_refused():
+    """Nobody awaited it: it was never run, and nothing said so."""
+
+    async def callback(event):
+        raise AssertionError
+
+    with pytest.raises(InputError, match="called and not awaited"):
+        asyncio.run(BestOfN(ScriptedEngine(), n=1).run(PROMPT, callback=callback))
 
 
 # --- rerank -----------------------------------------------------------------------------------------------------------
