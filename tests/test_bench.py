@@ -466,7 +466,7 @@ def test_a_part_of_gpu_that_fails_does_not_keep_the_others_from_running(
         raise RuntimeError("CUDA error: an illegal instruction\nand more")
 
     monkeypatch.setattr(script("gpu"), "PARTS", {"first": (0.5, fails), "second": (0.5, lambda bench: None)})
-    with pytest.raises(SystemExit, match="first: RuntimeError: CUDA error: an illegal instruction$"):
+    with pytest.raises(SystemExit, match=r"first: RuntimeError: CUDA error: an illegal instruction$"):
         script("gpu").main(["--quick"])
     assert [row["part"] for row in last_line(capsys.readouterr().out)["rows"]] == ["first", "second"]
 
