@@ -6,7 +6,9 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -445,6 +447,55 @@ def test_prefix_sharing_runs_to_its_last_line(small: Path, capsys: pytest.Captur
     assert expected <= set(result["ratios"])
     assert result["ratios"]["prefix_memory"] >= 32
     draw(tmp_path / "prefix_sharing.json")
+
+
+def test_gpu_shows_without_a_gpu_that_it_runs_to_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    script("gpu").main(["--quick", "--dtype", "float32"])
+    result = last_line(capsys.readouterr().out)
+    assert {row["part"]: row["outcome"] for row in result["rows"] if row["case"] == "part"} == dict.fromkeys(
+        ("contract", "greedy", "sharing", "best_of", "budget"), "ok"
+    )
+    assert {"contract", "greedy_float32", "greedy_bfloat16", "overhead_bon16"} <= set(result["ratios"])
+    assert result["ratios"]["contract"] == result["ratios"]["greedy_float32"] == 1
+
+
+def test_a_part_of_gpu_that_fails_does_not_keep_the_others_from_running(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bench: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal instruction\nand more")
+
+    monkeypatch.setattr(script("gpu"), "PARTS", {"first": (0.5, fails), "second": (0.5, lambda bench: None)})
+    with pytest.raises(SystemExit, match=r"first: RuntimeError: CUDA error: an illegal instruction$"):
+        script("gpu").main(["--quick"])
+    assert [row["part"] for row in last_line(capsys.readouterr().out)["rows"]] == ["first", "second"]
+
+
+def test_gpu_ends_at_its_limit_with_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, over = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: (left.append(status), over.set()))
+    monkeypatch.setattr(script("gpu"), "PARTS", {"stuck": (1.0, lambda bench: over.wait(60))})
+    script("gpu").main(["--quick", "--minutes", "0.005"])
+    assert left == [3]
+    assert "Ended after 0.005 minutes" in capsys.readouterr().out
+
+
+def test_a_part_of_gpu_starts_no_step_for_which_there_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(script("gpu"), "perf_counter", lambda: now[0])
+    clock = script("gpu").Clock(10, {"first": 1, "second": 1, "third": 1})
+    assert clock.begin("first")
+    steps = []
+    for step in clock.within(range(9)):
+        steps.append(step)
+        now[0] += 1.5
+    assert steps == [0, 1]
+    assert clock.begin("second")
+    assert clock.budget == 3.5
+    now[0] = 10
+    assert not clock.begin("third")
 
 
 def draw(path: Path) -> None:
