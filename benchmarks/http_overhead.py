@@ -18,11 +18,12 @@ from typing import Any
 import aiohttp
 import orjson
 
-from bon.bench.harness import Pairs, Report, conditions, interleave, parser, script, table
+from bon.bench.harness import Pairs, Report, conditions, interleave, table
 from bon.engines.base import Prompt, Request
 from bon.engines.http.engine import HTTPEngine
 from bon.task import Message
 from bon.types import Sampling
+from lib.scripts import parser, script
 
 N = 32
 TEXT = "The rain falls softly on the red maple, and the garden listens. " * 10

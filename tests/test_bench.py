@@ -216,7 +216,7 @@ def test_dummies_that_make_no_sense_are_refused(changed: dict[str, Any], message
         "engine": "vllm",
         "dummy": ["llama-4.7m"],
         "policy": None,
-        "flip": None,
+        "scorer": None,
         "device": None,
         "dtype": "float32",
     }

@@ -21,7 +21,7 @@ def model_options(options: argparse.ArgumentParser) -> None:
     """Add the options that say what runs."""
     options.add_argument("--engine", default="torch", choices=["torch", "vllm"], help="what runs the models")
     options.add_argument("--policy", type=Path, help="folder of the policy; the mini model when not given")
-    options.add_argument("--flip", type=Path, help="folder of the scorer; the policy when not given")
+    options.add_argument("--scorer", type=Path, help="folder of the scorer; the policy when not given")
     options.add_argument(
         "--dummy",
         nargs="+",
@@ -78,15 +78,15 @@ def open_models(options: argparse.Namespace) -> Models:
     """
     if options.dummy:
         return _open_dummies(options)
-    folders = [options.policy, *([options.flip] if options.flip else [])]
+    folders = [options.policy, *([options.scorer] if options.scorer else [])]
     return Models.load([model_of(folder, options) for folder in folders], *map(describe, folders))
 
 
 def _open_dummies(options: argparse.Namespace) -> Models:
     if options.engine != "vllm":
         raise InputError("--dummy needs --engine vllm: it is vLLM that makes up the weights.")
-    if options.policy or options.flip or len(options.dummy) > 2:
-        raise InputError("--dummy takes one or two shapes, in place of --policy and --flip.")
+    if options.policy or options.scorer or len(options.dummy) > 2:
+        raise InputError("--dummy takes one or two shapes, in place of --policy and --scorer.")
     temporary = tempfile.TemporaryDirectory(prefix="bon-dummy-")
     folders = [dummy_model(Path(temporary.name) / str(i), config) for i, config in enumerate(options.dummy)]
     names = [config if config in SHAPES else Path(config).stem for config in options.dummy]
