@@ -1,11 +1,12 @@
 """What is worth knowing about the torch engine on a CUDA card, found out within a few minutes.
 
-Random models in the shapes of Qwen3-0.6B and Qwen3-4B are made on the spot, nothing is downloaded. Five parts:
+Random models in the shapes of Qwen3-0.6B and Qwen3-4B are made on the spot, nothing is downloaded. Six parts:
 
 - contract: what an engine promises, spot-checked in float32 (`contract`, the share of checks that held; 1);
 - greedy: the share of tokens, up to the first difference, that are those of transformers' `generate`; beside it the
   share of `generate` with itself in a padded batch, which is what rounding alone does (`greedy_float32`, 1);
 - sharing: prefill, decode step and peak memory of rows with a common prefix, plain transformers / bon;
+- sampling: 16 samples of a prompt, transformers' `generate` / bon;
 - best_of: best-of-16 with FLIP / sampling 16 alone, a 4B policy and a 0.6B scorer (`overhead_bon16`);
 - budget: peak memory of a full batch / what `max_batch_tokens` says it holds (`peak_of_budget_...`, 1 plus what the
   layers and the logits need).
@@ -18,17 +19,15 @@ show in seconds that it runs.
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -42,156 +41,24 @@ from bon.bench.forward import (
     plain_forward,
     shared_forward,
 )
-from bon.bench.harness import Pairs, Report, Spread, conditions, table
+from bon.bench.harness import Pairs, Spread, interleave, milliseconds, table
 from bon.bench.latency import Latency, latency_table, measure_latency
-from bon.engines.base import Prompt, Request
+from bon.engines.base import Completion, Prompt, Request
 from bon.engines.loading import load
 from bon.engines.memory import kv_bytes_per_token
 from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.prefix.attention import NAME
 from bon.errors import BonError
-from bon.models import Model, ModelPool
 from bon.scorers.flip import Flip
 from bon.task import Message, Task
 from bon.types import Sampling
+from lib.card import POLICY, SCORER, Bench, Parts
 from lib.contract import CHECKS, collect
-from lib.models import Filler, random_model
-from lib.scripts import parser, script, warn
+from lib.scripts import parser, script
 
-T = TypeVar("T")
-
-SCORER, POLICY = "qwen3-0.6b", "qwen3-4b"
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 0,
-}
 SIZES = ((512, 16), (2048, 32), (512, 64), (4096, 32))  # of the forward passes: prefix, rows
 INSTRUCTION = 24  # tokens
-SPARE = 1 / 16  # of the time, for what is under way when it is over
 OVER = 3  # exit status
-
-
-class Clock:
-    """Divides the time: a part has its share of what is left, and starts a step only where one fits.
-
-    Args:
-        seconds: until the last step should be over.
-        shares: part -> its share, in the order in which they run.
-    """
-
-    def __init__(self, seconds: float, shares: dict[str, float]) -> None:
-        self._end, self._shares = perf_counter() + seconds, dict(shares)
-        self.budget = 0.0
-        self._part_end = self._end
-
-    def begin(self, part: str) -> bool:
-        """Start a part; False where no time is left."""
-        left = self._end - perf_counter()
-        self.budget = max(0.0, left) * self._shares[part] / sum(self._shares.values())
-        del self._shares[part]
-        self._part_end = perf_counter() + self.budget
-        return self.budget > 0
-
-    def within(self, steps: Iterable[T]) -> Iterator[T]:
-        """Those steps that fit, where each takes as long as the longest before it; the first in any case."""
-        longest = 0.0
-        for step in steps:
-            started = perf_counter()
-            if longest and started + longest > self._part_end:
-                return
-            yield step
-            longest = max(longest, perf_counter() - started)
-
-
-class Bench:
-    """The models, the clock and the report of one run.
-
-    Args:
-        options: of the command line.
-        folder: where models are written.
-    """
-
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options, self.folder = options, folder
-        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.small = options.quick or self.device.type != "cuda"
-        self.clock = Clock(60 * options.minutes * (1 - SPARE), {name: share for name, (share, _) in PARTS.items()})
-        self.pool = ModelPool()
-        facts = {"device": str(self.device), "dtype": options.dtype, "minutes": options.minutes}
-        shapes = f"{SCORER} and {POLICY}" + (" made tiny" if self.small else "")
-        self.report = Report("gpu", conditions(seed=options.seed, shapes=shapes, **facts))
-        if self.device.type == "cuda":
-            self.report.conditions["gpu_bytes"] = torch.cuda.mem_get_info(self.device)[1]
-        self.failed: list[str] = []
-
-    @property
-    def rounds(self) -> int:
-        """Rounds of a comparison."""
-        return 1 if self.small else 2
-
-    @cached_property
-    def filler(self) -> Filler:
-        """Makes text."""
-        return Filler(self.engine(SCORER, dtype="float32").renderer.tokenizer, self.options.seed)
-
-    def model(self, shape: str) -> Path:
-        """The folder of a random model, made when it is first asked for."""
-        folder = self.folder / shape
-        if not folder.exists():
-            random_model(folder, shape, seed=self.options.seed, **(TINY if self.small else {}))
-            self.free()
-        return folder
-
-    def engine(self, shape: str, **options: Any) -> TorchEngine:
-        """The engine of a shape, loaded once for the same options."""
-        given = {"device": str(self.device), "dtype": self.options.dtype, **options}
-        engine = self.pool.engine(Model(str(self.model(shape)), "torch", given))
-        assert isinstance(engine, TorchEngine)
-        return engine
-
-    def run(self) -> None:
-        """Run the parts; one that fails does not keep the others from running."""
-        lines = []
-        for name, (_, part) in PARTS.items():
-            started, rows = perf_counter(), len(self.report.rows)
-            outcome = "ok"
-            try:
-                if self.clock.begin(name):
-                    part(self)
-                else:
-                    outcome = "no time left"
-            except Exception as error:  # the card is lent for minutes: what else can be found out should be
-                outcome = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                self.failed.append(f"{name}: {outcome}")
-            self.free()
-            seconds = perf_counter() - started
-            warn(f"{name}: {outcome}, {seconds:.0f} s {self.report.rows[rows:]}")
-            row = {"case": "part", "part": name, "seconds": seconds, "budget": self.clock.budget, "outcome": outcome}
-            self.report.rows.append(row)
-            lines.append([name, f"{seconds:.1f}", f"{self.clock.budget:.0f}", outcome[:50]])
-        self.report.text.append(table(["part", "seconds", "budget", "outcome"], lines))
-
-    def free(self) -> None:
-        """Give memory back that nothing refers to, so that the next model finds it."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def peak(self, work: Callable[[], object]) -> int | None:
-        """Bytes that a piece of work takes at most beyond what is there; None where torch does not count them."""
-        self.free()
-        if self.device.type != "cuda":
-            work()
-            return None
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        work()
-        return torch.cuda.max_memory_allocated(self.device) - before
 
 
 def contract(bench: Bench) -> None:
@@ -200,8 +67,9 @@ def contract(bench: Bench) -> None:
     prompts = [_prompt(bench.filler(tokens)) for tokens in (20, 40, 60)]
     broken = []
     for name, check in CHECKS.items():
+        said = {}
         try:
-            held, said = portal.run(check(engine, prompts)), {}
+            held = portal.run(check(engine, prompts))
         except BonError as error:
             held, said = False, {"error": str(error)}
         bench.report.rows.append({"case": "contract", "check": name, "held": held, **said})
@@ -220,7 +88,7 @@ def greedy(bench: Bench) -> None:
     for dtype in bench.clock.within(("float32", "bfloat16")):
         engine = bench.engine(SCORER, dtype=dtype)
         asked = [Request(p, Sampling(temperature=0, max_tokens=tokens)) for p in prompts]
-        made = [list(c.tokens.ids) if c.tokens else [] for c in portal.run(collect(engine, asked))]
+        made = [list(c.tokens.ids) if c.tokens else [] for c in _sample(engine, asked)]
         ids = [list(engine.renderer.render(p)) for p in prompts]
         plain, _ = load(bench.model(SCORER), device=bench.device, dtype=dtype)
         expected = [row for prompt in ids for row in _generate(plain, [prompt], tokens)]
@@ -276,16 +144,38 @@ def sharing(bench: Bench) -> None:
 def _peaks(bench: Bench, model: Any, prefix: int, rows: int, steps: int) -> dict[str, Pairs]:
     common = torch.randint(3, min(1000, model.config.vocab_size), (prefix,)).tolist()
     prompts = [(*common, 3 + row, 4) for row in range(rows)]
-    usual = model.config._attn_implementation
-    plain = bench.peak(lambda: plain_forward(model, prompts, steps))
-    model.set_attn_implementation(NAME)
+    before = model.config._attn_implementation
     try:
+        model.set_attn_implementation("sdpa")
+        plain = bench.peak(lambda: plain_forward(model, prompts, steps))
+        model.set_attn_implementation(NAME)
         shared = bench.peak(lambda: shared_forward(model, prompts, steps))
     finally:
-        model.set_attn_implementation(usual)
+        model.set_attn_implementation(before)
     if plain is None or shared is None:
         return {}
     return {"peak": Pairs("peak", {"prefix": prefix, "rows": rows}, (PLAIN, SHARED), [plain], [shared], "B")}
+
+
+def sampling(bench: Bench) -> None:
+    """Compare sampling 16 completions of one prompt, end to end, with transformers' ``generate``."""
+    engine = bench.engine(POLICY)
+    length, tokens, n = (50, 4, 4) if bench.small else (1000, 64, 16)
+    prompt = _prompt(bench.filler(length))
+    ids = torch.tensor([engine.renderer.render(prompt)], device=bench.device)
+    plain, _ = load(bench.model(POLICY), device=bench.device, dtype=bench.options.dtype)
+    drawn = {"do_sample": True, "top_k": 0, "num_return_sequences": n, "max_new_tokens": tokens, "pad_token_id": 0}
+    sides: dict[str, Callable[[int], object]] = {
+        "generate": lambda round_: plain.generate(ids, attention_mask=torch.ones_like(ids), **drawn).cpu(),
+        "bon": lambda round_: _sample(engine, [Request(prompt, Sampling(max_tokens=tokens, seed=round_ + 1), n)]),
+    }
+    timed = interleave(sides, bench.rounds)
+    generate, bon = ([t.seconds for t in timed[side]] for side in sides)
+    pairs = Pairs("sampling", {"prompt": ids.shape[1], "n": n, "tokens": tokens}, ("generate", "bon"), generate, bon)
+    bench.report.rows.append(pairs.to_dict())
+    bench.report.ratios["sampling"] = pairs.ratio
+    lines = [[f"{n} of {tokens} tokens, prompt {ids.shape[1]}", *map(milliseconds, pairs.to_dict()["medians"])]]
+    bench.report.text.append(table(["milliseconds", "generate", "bon"], lines))
 
 
 def best_of(bench: Bench) -> None:
@@ -323,9 +213,9 @@ def budget(bench: Bench) -> None:
         config = engine._model.config.get_text_config(decoder=True)
         stated = engine.max_batch_tokens * kv_bytes_per_token(config, engine._model.dtype.itemsize)
         prompts = [_prompt(bench.filler(each)) for _ in range(3 * engine.max_batch_tokens // (2 * each))]
-        portal.run(collect(engine, [Request(prompts[0], Sampling(max_tokens=2))]))  # with what is done once
+        _sample(engine, [Request(prompts[0], Sampling(max_tokens=2))])  # with what is done once
         asked = [Request(p, Sampling(max_tokens=8), 2) for p in prompts]
-        peak = bench.peak(lambda engine=engine, asked=asked: portal.run(collect(engine, asked)))
+        peak = bench.peak(partial(_sample, engine, asked))
         facts = {"max_batch_tokens": engine.max_batch_tokens, "stated_bytes": stated, "peak_bytes": peak}
         bench.report.rows.append({"case": "budget", "engine": name, **facts})
         if peak is not None:
@@ -334,14 +224,18 @@ def budget(bench: Bench) -> None:
     bench.report.text.append(table(["a batch", "tokens", "bytes stated", "bytes at most"], lines))
 
 
-PARTS: dict[str, tuple[float, Callable[[Bench], None]]] = {
+PARTS: Parts = {
     "contract": (0.1, contract),
     "greedy": (0.15, greedy),
     "sharing": (0.35, sharing),  # makes the large model
+    "sampling": (0.1, sampling),
     "best_of": (0.3, best_of),
     "budget": (0.1, budget),
 }
-"""Part -> share of the time, and what it does."""
+
+
+def _sample(engine: TorchEngine, requests: Sequence[Request]) -> list[Completion]:
+    return portal.run(collect(engine, requests))
 
 
 def _prompt(text: str) -> Prompt:
@@ -351,13 +245,15 @@ def _prompt(text: str) -> Prompt:
 def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
     folder = Path(tempfile.mkdtemp(prefix="bon-gpu-"))
-    bench = Bench(options, folder)
+    bench = Bench(options, folder, PARTS)
 
     def over() -> None:
-        bench.report.text.append(f"Ended after {options.minutes:g} minutes: what is missing was not reached.")
-        bench.report.emit(options.out)
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(OVER)  # whatever the card is doing
+        try:
+            bench.report.text.append(f"Ended after {options.minutes:g} minutes: what is missing was not reached.")
+            bench.report.emit(options.out)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os._exit(OVER)  # whatever the card is doing
 
     limit = threading.Timer(60 * options.minutes, over)
     limit.daemon = True

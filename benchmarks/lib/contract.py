@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from bon.engines.base import Completion, Keep, Prompt, Request
 from bon.engines.torch.engine import TorchEngine
@@ -87,7 +88,7 @@ async def greedy(engine: TorchEngine, prompts: Sequence[Prompt]) -> bool:
     return len({c.text for c in await collect(engine, [Request(prompts[0], Sampling(0.0, max_tokens=16), 3)])}) == 1
 
 
-CHECKS: dict[str, Callable[[TorchEngine, Sequence[Prompt]], Awaitable[bool]]] = {
+CHECKS: dict[str, Callable[[TorchEngine, Sequence[Prompt]], Coroutine[Any, Any, bool]]] = {
     check.__name__: check for check in (divided, alone, too_long, closing, keep, likelihoods, greedy)
 }
 """Name -> check."""
