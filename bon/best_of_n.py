@@ -248,7 +248,7 @@ class BestOfN:
         A prompt that fails yields its error in place of a result, and the others go on. Prompts are read when they are
         needed, on a thread of their own: they may take their time.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, str | Mapping):
             raise InputError(f"prompts are a list of prompts, not the one text {prompts!r:.60}. Put it into a list.")
         groups = (made(self._group, prompt) for prompt in prompts)
         return self._pipeline(self.policy).results(groups, self.selector)
@@ -301,6 +301,5 @@ def _is_list_of_prompts(prompt: Any) -> bool:
     return (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
-        and bool(prompt)
-        and not isinstance(prompt[0], Message | Mapping)
+        and not (prompt and isinstance(prompt[0], Message | Mapping))
     )

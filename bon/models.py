@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,8 +65,7 @@ class Model:
             raise InputError(f"{min(twice)} is given twice, in {str(model)!r} and beside it.")
         options = {**given, **options}
         engine = options.pop("engine", engine)
-        if not name:
-            raise InputError("a model's name is empty.")
+        _check_name(name)
         if engine is None and name in ENGINES and not ENGINES.takes_argument(name):
             engine = name
         if engine is not None:
@@ -91,6 +91,16 @@ class Model:
     def embedded(self) -> bool:
         """Whether it is the embedded mini model."""
         return self.name == MINI and self.runs_on in ("torch", "vllm")
+
+
+def _check_name(name: str) -> None:
+    """Refuse what can be no model's name, and say what was probably meant."""
+    if not name:
+        raise InputError("a model's name is empty.")
+    if ":" in name and name.partition(":")[0] in SCORERS:
+        raise InputError(f"{name!r} is a scorer's spec, not a model. Write --scorer {name} or scorer={name!r}.")
+    if re.match(r"(localhost|[\w-]+(\.[\w-]+)+):\d+(/|$)", name) and not os.path.exists(name):
+        raise InputError(f"a server's address begins with http:// or https://. Did you mean http://{name}?")
 
 
 class ModelPool:

@@ -325,10 +325,12 @@ async def score(
     """
     own = ModelPool() if pool is None else pool
     try:
-        ready = own.scorer(scorer)
+        ready = await asyncio.to_thread(own.scorer, scorer)  # loading a model takes seconds
         whole = ready.needs.group
         prune = prune and not ready.needs.all_rewards
-        pairs = ((g.task, g.candidates) if isinstance(g, Group) else g for g in groups)
+        pairs = [(g.task, g.candidates) if isinstance(g, Group) else g for g in groups]
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+            raise InputError("groups are a list of (prompt, candidates) pairs, or of groups.")
         ours = [Group.of(prompt, candidates, prune=prune, whole=whole) for prompt, candidates in pairs]
         async with aclosing(Pipeline(ready).stream(ours)) as finished:
             async for _ in finished:

@@ -185,7 +185,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", " \n", *SCRIPTED], "the prompt is empty"),
         (["run", "caf\udce9", *SCRIPTED], "the prompt is not UTF-8"),
         (["run", "hi", "--policy", "m,engine=trch"], "unknown engine 'trch'. Did you mean 'torch'?"),
-        (["run", "hi", "--policy", "mini,devce=cpu"], "option of the torch engine 'devce'. Did you mean 'device'?"),
+        (["run", "hi", "--policy", "mini,devce=cpu"], "option of the engine 'torch' 'devce'. Did you mean 'device'?"),
         (["run", "hi", "--policy", "mini,seed=1,seed=2"], "seed is given twice in 'mini,seed=1,seed=2'"),
         (["run", "hi", "--threads", "0", *SCRIPTED], "threads must be a whole number of at least 1, got 0"),
         (["run", "hi", "--schedule", "eech", *SCRIPTED], "unknown schedule 'eech'. Did you mean 'each'?"),

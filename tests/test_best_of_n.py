@@ -434,3 +434,10 @@ def test_a_reward_function_may_have_no_reward_for_some():
 def test_a_deadline_is_a_number_of_seconds():
     with pytest.raises(InputError, match="deadline must be a number, got '5'"):
         asyncio.run(BestOfN(ScriptedEngine(), n=1).run(PROMPT, deadline="5"))
+
+
+def test_no_prompts_have_no_results_and_one_message_is_no_list_of_prompts():
+    bon = BestOfN(ScriptedEngine(), n=2)
+    assert bon([]) == []
+    with pytest.raises(InputError, match="prompts are a list of prompts"):
+        list(bon.map({"role": "user", "content": "Say a"}))

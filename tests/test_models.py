@@ -251,3 +251,16 @@ def test_what_is_no_model_is_refused(spec, options, complaint):
 def test_the_same_model_with_its_options_in_another_order_is_the_same():
     assert Model.of("A,x=1,y=2").key == Model.of("A,y=2,x=1").key
     assert Model.of("A,x=1").key != Model.of("A,x=1.0").key
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("localhost:8000/v1", "Did you mean http://localhost:8000/v1"),
+        ("127.0.0.1:8000", "Did you mean http://127.0.0.1:8000"),
+        ("flip:mini", "is a scorer's spec, not a model. Write --scorer flip:mini"),
+    ],
+)
+def test_what_is_no_models_name_is_not_looked_for_on_the_hub(name, remedy):
+    with pytest.raises(InputError, match=remedy):
+        Model.of(name)

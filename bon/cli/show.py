@@ -44,7 +44,9 @@ def _table(result: Result) -> Table:
     table.add_column("status", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("s", justify="right", no_wrap=True)
-    table.add_column("candidate -> instruction inferred from it", overflow="fold", ratio=1)
+    explained = any(score.explanation for score in result.scores)
+    arrow = " -> instruction inferred from it" if explained else ""
+    table.add_column(f"candidate{arrow}", overflow="fold", ratio=1)
     for index in result.selection.ranking:
         candidate, score = result.candidates[index], result.scores[index]
         style = "bold" if index == result.best else ""

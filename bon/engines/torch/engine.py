@@ -31,6 +31,7 @@ from bon.engines.loading import load
 from bon.engines.memory import available_bytes, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
 from bon.engines.torch.decode import Batch, Job, KeepAll, batches
+from bon.engines.torch.pack import pack
 from bon.engines.torch.paths import Paths
 from bon.engines.torch.rows import Run, Stats
 from bon.engines.torch.threads import choose_threads
@@ -105,6 +106,7 @@ class TorchEngine:
         self.renderer = Renderer(tokenizer, chat_template_kwargs, eos_ids=_eos_ids(self._model))
         self.max_model_len = _context(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
+        pack(self._model)
         self.stats = Stats()
         tokens, logit_bytes = _PASS.get(self._device.type, _PASS["cuda"])
         self._pass = (tokens, max(MOST_DRAFT + 1, logit_bytes // (4 * int(config.vocab_size))))
