@@ -18,9 +18,12 @@ import torch
 from tiny import model, save, tokenizer
 
 from bon.engines.base import Completion, Generates, Keep, Partial, Prompt, Rates, Request
+from bon.engines.loading import load
 from bon.engines.text.watch import KEEP_EVERY
+from bon.engines.torch import pack as packing
 from bon.engines.torch.decode import MAX_ROWS, Job, batches
 from bon.engines.torch.engine import TorchEngine
+from bon.engines.torch.pack import PackedLinear
 from bon.engines.torch.sampling import Uniforms, choose, row_key
 from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.task import Message
@@ -57,9 +60,7 @@ def ask(engine: TorchEngine, requests: list[Request], **options: Any) -> list[Co
 
 def own_model(engine: TorchEngine) -> Any:
     """The model as transformers itself runs it."""
-    plain = type(engine._model)(engine._model.config.__class__(**engine._model.config.to_diff_dict()))
-    plain.load_state_dict(engine._model.state_dict())
-    return plain.eval()
+    return load(engine.name)[0]
 
 
 def reference(plain: Any, engine: TorchEngine, prompt: Prompt, tokens: int) -> list[int]:
@@ -148,6 +149,30 @@ def test_splitting_the_work_changes_nothing(tmp_path: Path) -> None:
 def test_equal_prompts_without_a_seed_get_their_own_samples(llama: TorchEngine) -> None:
     done = generate(llama, prompts("Hello", "Hello"), n=2, max_tokens=12)
     assert len({c.text for c in done}) == 4
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_layer_computes_what_the_layer_computes(rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    layer = torch.nn.Linear(24, 60, bias=bias)
+    inputs = torch.randn(2, rows, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedLinear(layer)(inputs), layer(inputs))
+
+
+def test_packing_a_model_changes_no_logits_and_keeps_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_LEAST", 1)
+    made, ids = model("Qwen3", tokenizer("ascii")), torch.arange(12).view(2, 6)
+    layer = weakref.ref(made.model.layers[0].mlp.up_proj.weight)
+    with torch.inference_mode():
+        before = made(ids).logits
+        packing.pack(made)
+        torch.testing.assert_close(made(ids).logits, before)
+    gc.collect()
+    assert layer() is None
+    assert isinstance(made.lm_head, PackedLinear)
+    assert made.get_input_embeddings().weight.shape == (98, 32)
 
 
 # --- requests ------------------------------------------------------------------------------------------------------
@@ -321,8 +346,8 @@ def test_uniform_numbers_belong_to_seed_prompt_and_sample() -> None:
 # --- batches -------------------------------------------------------------------------------------------------------
 
 
-def cost(prompt: int, copies: int, new: int) -> int:
-    return copies * (prompt + new)
+def cost(prompts: int, rows: int, longest: int, new: int) -> int:
+    return rows * (longest + new)
 
 
 def test_batches_hold_the_budget_and_lose_nothing() -> None:
@@ -330,9 +355,10 @@ def test_batches_hold_the_budget_and_lose_nothing() -> None:
     jobs.append(Job(7, (1, 2), range(3 * MAX_ROWS), 5))
     seen = []
     for batch in batches(jobs, 1000, cost):
-        spent = sum(cost(len(j.ids), len(j.samples), j.limit) for j in batch)
-        assert spent <= 1000 or (len(batch) == 1 and len(batch[0].samples) == 1)
-        assert sum(len(j.samples) for j in batch) <= MAX_ROWS
+        rows = sum(len(j.samples) for j in batch)
+        assert rows <= MAX_ROWS
+        if rows > 1:
+            assert cost(len(batch), rows, max(len(j.ids) for j in batch), max(j.limit for j in batch)) <= 1000
         seen += [(j.index, s) for j in batch for s in j.samples]
     assert seen == [(j.index, s) for j in jobs for s in j.samples]
 
