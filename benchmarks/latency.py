@@ -20,16 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bon.bench.harness import Report, conditions, parser, script
+from bon.bench.harness import Report, conditions
 from bon.bench.latency import latency_table, measure_latency
-from bon.bench.lengths import real_lengths
-from bon.bench.models import Filler
-from bon.bench.opening import Models, forced, model_options, open_models
 from bon.mini import WEIGHTS
 from bon.mini.tasks import sample_instructions
-from bon.scorers import BackwardLikelihood, Flip
+from bon.scorers.flip import Flip
+from bon.scorers.likelihood import BackwardLikelihood
 from bon.task import Message, Task
 from bon.types import Sampling
+from lib.lengths import real_lengths
+from lib.models import Filler
+from lib.opening import Models, forced, model_options, open_models
+from lib.scripts import parser, script
 
 NS = (1, 2, 4, 8, 16, 32, 64)
 FLIP, LIKELIHOOD = "FLIP direct", "likelihood"
@@ -75,8 +77,8 @@ def _on_torch(models: Models, options: argparse.Namespace, card: dict[str, Any])
 
 
 def _on_vllm(models: Models, options: argparse.Namespace, card: dict[str, Any]) -> Report:
-    from bon.bench import schedules as s
-    from bon.bench.resources import measure_cached_share
+    from lib import schedules as s
+    from lib.resources import measure_cached_share
 
     rounds = options.prompts or (3 if options.quick else 8)
     ns = options.n or ((1, 16, 32) if options.quick else NS)
@@ -110,7 +112,7 @@ def _on_vllm(models: Models, options: argparse.Namespace, card: dict[str, Any]) 
 
 def _real_jobs(models: Models, options: argparse.Namespace, count: int, n: int) -> list[Any]:
     """Prompts, candidates and reconstructions of real lengths; the words are fillers."""
-    from bon.bench.plain import Job
+    from lib.plain import Job
 
     contexts = [m for m in (models.policy.max_model_len, models.scorer.max_model_len) if m]
     filler = _filler(models, options)
@@ -126,7 +128,7 @@ def _real_jobs(models: Models, options: argparse.Namespace, count: int, n: int) 
 
 def _mini_jobs(models: Models, options: argparse.Namespace, count: int) -> list[Any]:
     """Instructions of the mini world, whose candidates and rewards are what the model makes of them."""
-    from bon.bench.plain import Job
+    from lib.plain import Job
 
     sampling = Sampling(max_tokens=options.max_tokens, seed=options.seed)
     scorer = Flip(models.scorer, sampling=Sampling(temperature=0.0, max_tokens=options.max_tokens))
@@ -145,12 +147,12 @@ def _with_history(models: Models, options: argparse.Namespace, count: int) -> li
 
 
 def _filler(models: Models, options: argparse.Namespace) -> Filler:
-    return Filler(models.policy.renderer.tokenizer, options.seed)  # type: ignore[attr-defined]
+    return Filler(models.policy.renderer.tokenizer, options.seed)
 
 
 def _start(report: Report, options: argparse.Namespace) -> None:
     """Two engines of the policy's model, and one, started while nothing else is."""
-    from bon.bench.resources import measure_start
+    from lib.resources import measure_start
 
     start = measure_start(options.policy or WEIGHTS, 1 if options.quick else 3, dtype=options.dtype)
     report.ratios["two_engine_start"] = start.ratio

@@ -18,9 +18,10 @@ import numpy as np
 import orjson
 import psutil
 
-from bon.bench.harness import Report, Spread, conditions, parser, script, table
-from bon.bench.models import describe
+from bon.bench.harness import Report, Spread, conditions, table
 from bon.mini.tasks import sample_instructions
+from lib.models import describe
+from lib.scripts import parser, script
 
 EVERY = 0.5  # seconds between two looks
 MIB = 1 << 20

@@ -15,22 +15,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bon.bench.harness import Pairs, Report, conditions, milliseconds, parser, script, table
-from bon.bench.models import Filler, describe, open_engine, random_model
-from bon.bench.sharing import (
-    FUSED,
-    FUSED_SHARED,
-    ONE_BY_ONE,
-    PLAIN,
-    SHARED,
-    forward_table,
-    measure_forward,
-    measure_scoring,
-)
+from bon.bench.forward import PLAIN, SHARED, forward_table, measure_forward
+from bon.bench.harness import Pairs, Report, conditions, milliseconds, table
 from bon.engines.loading import load
-from bon.scorers import BackwardLikelihood, Flip
+from bon.models import ModelPool
+from bon.scorers.flip import Flip
+from bon.scorers.likelihood import BackwardLikelihood
 from bon.task import Message, Task
 from bon.types import Sampling
+from lib.models import Filler, describe, model_of, random_model
+from lib.scoring import FUSED, FUSED_SHARED, ONE_BY_ONE, measure_scoring
+from lib.scripts import parser, script
 
 PREFIXES = (64, 128, 256, 512, 1024, 2048, 4096)  # at 32 rows
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # at a prefix of 512
@@ -88,11 +83,12 @@ def _sizes(chosen: list[tuple[int, int]] | None, quick: bool) -> Iterator[tuple[
 
 
 def _scoring(report: Report, model: Path | None, suffix: str, options: argparse.Namespace) -> None:
-    engines = {
-        PLAIN: open_engine(model, options, share_prefix=False),
-        SHARED: open_engine(model, options, share_prefix=True),
+    pool = ModelPool()
+    engines: dict[str, Any] = {
+        PLAIN: pool.engine(model_of(model, options, share_prefix=False)),
+        SHARED: pool.engine(model_of(model, options, share_prefix=True)),
     }
-    filler = Filler(engines[PLAIN].renderer.tokenizer, options.seed)  # type: ignore[attr-defined]
+    filler = Filler(engines[PLAIN].renderer.tokenizer, options.seed)
     instruction, history = filler(INSTRUCTION).strip(), filler(CONTEXT).strip()
     tasks = {
         0: Task.of(instruction),

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 
-from bon.bench.harness import Report, conditions, parser, script
-from bon.bench.opening import forced, model_options, open_models
+from bon.bench.harness import Report, conditions
 from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
 from bon.mini.tasks import sample_instructions
-from bon.scorers import Flip
+from bon.scorers.flip import Flip
 from bon.task import Task
 from bon.types import Sampling
+from lib.headroom import headroom, headroom_text
+from lib.opening import forced, model_options, open_models
+from lib.scripts import parser, script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,9 +38,14 @@ def main(argv: list[str] | None = None) -> None:
         # On vLLM the rounding of the arithmetic depends on what else is running.
         exact = options.engine == "torch" and options.dtype == "float32"
         measured = measure_pruning(models.policy, scorer, tasks, options.n, sampling, exact=exact, before=models.forget)
+        shares = headroom(measured, scorer)
     finally:
         models.close()
-    report = Report("pruning", {**card, "n": options.n, "max_tokens": options.max_tokens}, rows=measured.rows())
+    report = Report(
+        "pruning",
+        {**card, "n": options.n, "max_tokens": options.max_tokens},
+        rows=[{**row, **shares} for row in measured.rows()],
+    )
     if options.engine == "vllm":
         report.ratios["scorer_tokens_saved"] = measured.saved(STOPPED)
     else:
@@ -48,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             "pruning_time": measured.time(PRUNED),
             "pruning_time_stopping": measured.time(STOPPED),
         }
-    report.text.append(measured.text())
+    report.text.append(f"{measured.text()}\n{headroom_text(shares)}")
     report.emit(options.out)
 
 

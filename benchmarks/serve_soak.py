@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 
 from bon import BestOfN
-from bon.bench.harness import Report, Spread, conditions, interleave, parser, table, warn
+from bon.bench.harness import Report, Spread, conditions, interleave, table
 from bon.engines.scripted import ScriptedEngine
+from lib.scripts import parser, warn
 
 SERVER = """
 import sys
@@ -43,7 +44,7 @@ from bon.serve import Settings
 from bon.serve.process import serve
 
 settings = Settings(port=0, max_running=int(sys.argv[2]), max_waiting=int(sys.argv[3]))
-serve(BestOfN(ScriptedEngine(step_seconds=float(sys.argv[1])), n=4, stop_at=1.0), settings)
+serve(BestOfN(ScriptedEngine(step_seconds=float(sys.argv[1])), n="stop-at:1.0,most=4"), settings)
 """
 PATH = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -293,7 +294,7 @@ def added_latency(server: Server, calls: int) -> tuple[Spread, dict[str, float]]
 
     The CPU time of the server says the same on a machine that has other things to do.
     """
-    bon = BestOfN(ScriptedEngine(), n=4, stop_at=1.0)
+    bon = BestOfN(ScriptedEngine(), n="stop-at:1.0,most=4")
     with asyncio.Runner() as runner, server.connection() as connection:
 
         def library(call: int) -> None:

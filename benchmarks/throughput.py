@@ -23,16 +23,17 @@ import numpy as np
 import torch
 
 from bon import BestOfN
-from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, parser, script, table
-from bon.bench.opening import forced, forget, model_options, open_models
+from bon.bench.harness import Pairs, Report, Spread, conditions, forget, interleave, table
 from bon.engines.loading import load
 from bon.mini import WEIGHTS
 from bon.mini.tasks import sample_instructions
 from bon.prompts import load_style
-from bon.scorers import Flip
+from bon.scorers.flip import Flip
 from bon.similarity import WordF1
 from bon.task import Task
 from bon.types import Result, Sampling
+from lib.opening import forced, model_options, open_models
+from lib.scripts import parser, script
 
 BON, VLLM = "bon", "vLLM's generate"
 UNTIED = "bon, no tie-break"
@@ -88,7 +89,7 @@ def _beside_loops(report: Report, bon: BestOfN, prompts: Sequence[str], options:
 
 def _beside_vllm(report: Report, bon: BestOfN, prompts: Sequence[str], options: argparse.Namespace) -> None:
     """Bon and vLLM's own offline engine on the same tokens: tokens a second of bon / of vLLM."""
-    from bon.bench.offline import Offline, requests_of
+    from lib.offline import Offline, requests_of
 
     engine: Any = bon.policy
     offline = Offline(engine)
@@ -159,7 +160,7 @@ def _some(prompts: Sequence[str], round_: int) -> Sequence[str]:
 
 
 def _with_bon(bon: BestOfN, prompts: Sequence[str]) -> tuple[Outcome, list[Result]]:
-    results = list(bon.map(prompts))
+    results = [result for result in bon.map(prompts) if isinstance(result, Result)]
     tokens = sum(r.usage.policy_completion_tokens + r.usage.scorer_completion_tokens for r in results)
     return Outcome(float(np.mean([r.reward or 0.0 for r in results])), tokens), results
 

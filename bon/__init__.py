@@ -17,10 +17,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bon.best_of_n import BestOfN as BestOfN
+    from bon.budget import Fixed as Fixed
+    from bon.budget import StopAt as StopAt
     from bon.engines.base import Engine as Engine
-    from bon.engines.base import load_engine as load_engine
     from bon.errors import BonError as BonError
     from bon.errors import InputError as InputError
+    from bon.group import Group as Group
+    from bon.models import ModelPool as ModelPool
+    from bon.pipeline import score as score
     from bon.scorers.base import Scorer as Scorer
     from bon.scorers.flip import Flip as Flip
     from bon.scorers.function import RewardFunction as RewardFunction
@@ -37,8 +41,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BestOfN": "bon.best_of_n",
+    "Fixed": "bon.budget",
+    "StopAt": "bon.budget",
     "Engine": "bon.engines.base",
-    "load_engine": "bon.engines.base",
+    "Group": "bon.group",
+    "ModelPool": "bon.models",
+    "score": "bon.pipeline",
     "BonError": "bon.errors",
     "InputError": "bon.errors",
     "Scorer": "bon.scorers.base",

@@ -1,55 +1,58 @@
 """Best-of-N: sample, score, select. The file to read first.
 
-``BestOfN._stages`` is the table of contents: candidates come from ``bon.sampler``, rewards from ``bon.scorers``, the
-choice from ``bon.selectors``. Everything else (command line, batch runs, evaluations, benchmarks) calls it.
+``BestOfN`` is configuration and the public methods. Candidates, scores and what goes wrong live in ``bon.group``, one
+for each task; ``bon.pipeline`` fills groups; ``bon.selectors`` chooses. Everything else (command line, server, files,
+evaluations, benchmarks) calls it.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, overload
 
 from bon import portal
-from bon.engines.base import Engine, Partial
-from bon.errors import BonError, InputError, UnknownNameError
-from bon.resolve import as_policy, as_scorer, load_both
-from bon.run import Run, Watch
-from bon.sampler import SCHEDULES, Failed, Sampled, Schedule, given, in_batches, sample
-from bon.scorers.base import Board, Scorer
-from bon.selectors import Selector, as_selector, only_the_best_counts
-from bon.task import Conversation, Task
-from bon.types import Candidate, Result, Sampling, Score
+from bon.budget import Budget, as_budget
+from bon.engines.base import Engine
+from bon.errors import BonError, InputError, UnknownNameError, number
+from bon.group import Callback, Group
+from bon.models import Model, ModelPool
+from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order, made, may_prune
+from bon.scorers.base import Scorer
+from bon.selectors import Selector, as_selector
+from bon.task import Conversation, Message, Task
+from bon.types import Candidate, Result, Sampling
+from bon.usercode import is_async
 
-T = TypeVar("T")
-_Asked = tuple[Conversation | Task, Sequence[str | Candidate] | None]  # a prompt, and its candidates if they are there
-
-# Candidates that go through a one-batch-at-a-time engine together: enough to fill its batches, few enough that results
-# keep coming and memory stays flat over a long file.
-WAVE = 256
+OnError = Literal["raise", "return"]
 
 
 class BestOfN:
     """Sample n candidates of a prompt, score them all, return the best with the evidence.
 
+    Models that are given by name are loaded here and freed by ``close``; an engine that was passed in stays the
+    caller's.
+
     Args:
-        policy: what writes candidates: a model name or folder, an ``Engine``, a function that returns one text or n
-            texts, or None for the embedded mini model.
-        flip: what scores them: a model name or folder, an engine or a function to be asked for the instruction
-            (``Flip``), or any ``Scorer``; None scores with the policy's own model.
-        n: candidates for each prompt.
+        policy: what writes candidates: a model's name, folder or URL, with options if need be
+            ("Qwen/Qwen3-4B,max_model_len=8192"), an ``Engine``, a function that returns one text or n texts, or None
+            for the embedded mini model.
+        scorer: what rewards them: a ``Scorer`` or its spec ("likelihood:Qwen/Qwen3-0.6B"), a reward function, or a
+            model for FLIP to run on; None is FLIP on the policy's own model.
+        n: candidates for each prompt, or a ``Budget`` or its spec ("stop-at:0.9,most=16").
         sampling: how the policy samples; a ``Sampling`` or a mapping with its fields.
-        selector: "best", or one of ``bon.selectors``.
+        selector: "best", another selector's spec ("top-k:3"), or a ``Selector``.
         min_reward: abstain when the best reward is below this.
-        prune: stop scoring a candidate as soon as it provably cannot win; False gives every reward, as do selectors
-            that look at more than the best one (top-k, softmax, votes).
-        stop_at: stop everything for a prompt once a candidate has this reward. At the maximum reward (1.0 for F1)
-            the winner's reward stays what it would have been. None scores all n.
-        engine: which back end loads models given by name; None chooses.
+        prune: stop scoring a candidate as soon as it provably cannot win. Ignored where every reward counts: by
+            selectors that look at more than the best one, and by scorers that need all.
         schedule: when candidates are handed to the scorer: "each" as it finishes, "ready" those that are there whenever
-            the scorer is free, "all" together at the end; None chooses, see ``schedule_for``.
+            the scorer is free, "all" together at the end; None chooses, see ``Pipeline.schedule_for``.
+        threads: of the arithmetic of models that are loaded here and run on the CPU; None leaves it to their engines.
+
+    Attributes:
+        given, given_selector: policy and scorer, and the selector, as they were passed; ``policy``, ``scorer`` and
+            ``selector`` are what became of them.
 
     Raises:
         InputError: n < 1, an unknown name or option, a model that cannot be loaded.
@@ -57,36 +60,42 @@ class BestOfN:
 
     def __init__(
         self,
-        policy: str | Path | Engine | Callable[..., Any] | None = None,
-        flip: str | Path | Engine | Scorer | Callable[..., Any] | None = None,
+        policy: str | Path | Model | Engine | Callable[..., Any] | None = None,
+        scorer: str | Path | Scorer | Engine | Callable[..., Any] | None = None,
         *,
-        n: int = 8,
+        n: int | str | Budget = 8,
         sampling: Sampling | Mapping[str, Any] | None = None,
         selector: str | Selector = "best",
         min_reward: float | None = None,
         prune: bool = True,
-        stop_at: float | None = None,
-        engine: str | None = None,
         schedule: Schedule | None = None,
+        threads: int | None = None,
     ) -> None:
         if schedule is not None and schedule not in SCHEDULES:
             raise UnknownNameError("schedule", schedule, SCHEDULES)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise InputError(f"n must be a whole number of at least 1, got {n!r}.")
-        self.n = n
+        self.budget = as_budget(n)
         self.sampling = Sampling.of(sampling)
-        self.selector = as_selector(selector, min_reward)
-        self.prune, self.stop_at = prune and only_the_best_counts(self.selector), stop_at
-        self._schedule = schedule
-        policy, flip = load_both(policy, flip, engine)
-        self.policy = as_policy(policy, engine)
-        self.scorer = as_scorer(flip, policy, self.policy, engine)
+        self.selector = as_selector(selector, min_reward, seed=self.sampling.seed)
+        self.prune, self.schedule, self.threads = prune, schedule, threads
+        self.given = (policy, scorer)
+        self.given_selector, self.min_reward = selector, min_reward
+        self._pool = ModelPool(threads)
+        try:
+            self.policy, self.scorer = self._pool.both(policy, scorer)
+        except BaseException:
+            portal.run(self._pool.aclose())  # the policy may be there, and the scorer's model not
+            raise
+
+    @property
+    def n(self) -> int | None:
+        """The candidates of a prompt at most, where the budget knows."""
+        return getattr(self.budget, "most", None)
 
     def replace(
         self,
         *,
-        n: int | None = None,
-        sampling: Sampling | None = None,
+        n: int | str | Budget | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         scorer: Scorer | None = None,
         min_reward: float | None = None,
         **changes: Any,
@@ -96,201 +105,182 @@ class BestOfN:
         Args:
             n, sampling, scorer: None keeps what there is.
             min_reward: a minimum beside the one that the selector may have.
-            changes: ``prune``, ``stop_at`` or ``schedule``, where None means None.
+            changes: ``prune`` or ``schedule``, where None means None.
 
         Raises:
             InputError: what the constructor says of them.
         """
-        return BestOfN(
+        other = BestOfN(
             self.policy,
             scorer or self.scorer,
-            n=self.n if n is None else n,
-            sampling=sampling or self.sampling,
-            selector=self.selector,
-            min_reward=min_reward,
-            **{"prune": self.prune, "stop_at": self.stop_at, "schedule": self._schedule, **changes},
+            n=self.budget if n is None else n,
+            sampling=self.sampling if sampling is None else sampling,
+            selector=self.given_selector,
+            min_reward=max(
+                (number("min_reward", m) for m in (min_reward, self.min_reward) if m is not None), default=None
+            ),
+            **{"prune": self.prune, "schedule": self.schedule, "threads": self.threads, **changes},
         )
+        other.given = (self.given[0], scorer or self.given[1])
+        return other
 
-    def __call__(self, prompt: Conversation, *, instruction: str | None = None) -> Result:
-        """Return the best of n for one prompt; blocks (see ``run`` inside an event loop).
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[Message | Mapping[str, Any]] | Task,
+        *,
+        instruction: str | None = None,
+        n: int | str | Budget | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+    ) -> Result: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: list[str | Task | Sequence[Message | Mapping[str, Any]]],
+        *,
+        n: int | str | Budget | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> list[Result | BonError]: ...
+
+    def __call__(
+        self,
+        prompt: Any,
+        *,
+        instruction: str | None = None,
+        n: int | str | Budget | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> Any:
+        """Return the best of n for one prompt, or a list of results for a list of prompts; blocks.
+
+        Inside an event loop ``await run(...)`` instead.
 
         Args:
-            prompt: text, or a list of messages that ends with the user's.
-            instruction: the part of the last user message that is the instruction; the rest of it is context.
+            prompt: text, a list of messages that ends with the user's, or a ``Task``; or a list of any of these.
+            instruction: for one prompt, the part of the last user message that is the instruction; the rest of it is
+                context.
+            n, sampling: in place of the constructor's, for this call.
+            on_error: for a list, whether the first prompt that fails raises its error, or stands in its place.
+            progress: for a list, show a progress bar on a terminal.
         """
-        return portal.run(self.run(prompt, instruction=instruction))
+        bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
+        if not _is_list_of_prompts(prompt):
+            if on_error != "raise" or progress:
+                raise InputError("on_error= and progress= are for a list of prompts, and this is one prompt.")
+            return portal.run(bon.run(prompt, instruction=instruction))
+        if instruction is not None:
+            raise InputError("instruction= is for one prompt; in a list, pass Task.of(prompt, instruction) for each.")
+        return list(bon.map(prompt, on_error=on_error, progress=progress))
 
-    def map(self, prompts: Iterable[Conversation | Task]) -> Iterator[Result]:
+    def map(
+        self, prompts: Iterable[Conversation | Task], *, on_error: OnError = "raise", progress: bool = False
+    ) -> Iterator[Result | BonError]:
         """Yield one result for each prompt, in order; prompts run together where the engines allow it.
 
+        Args:
+            prompts: read when they are needed.
+            on_error: whether the first prompt that fails raises its error, after the results before it, or stands in
+                its place.
+            progress: show a progress bar on a terminal.
+
         Raises:
-            BonError: of the first prompt that fails; results before it have been yielded.
+            BonError: of the first prompt that fails, unless on_error is "return".
         """
-        for _, outcome in portal.iterate(in_order(self.stream(prompts))):
-            if isinstance(outcome, BonError):
-                raise outcome
-            yield outcome
+        from tqdm import tqdm
+
+        if on_error not in ("raise", "return"):
+            raise UnknownNameError("on_error", on_error, ["raise", "return"])
+        total = len(prompts) if isinstance(prompts, Sequence) else None
+        # Closed here: an error that somebody keeps would keep the prompts that are still running alive with it.
+        with closing(portal.iterate(in_order(self.stream(prompts)))) as outcomes:
+            for _, outcome in tqdm(outcomes, total=total, unit="prompt", disable=None if progress else True):
+                if isinstance(outcome, BonError) and on_error == "raise":
+                    raise outcome
+                yield outcome
 
     def rerank(
-        self, prompt: Conversation, candidates: Sequence[str | Candidate], *, instruction: str | None = None
+        self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], *, instruction: str | None = None
     ) -> Result:
         """Score and rank responses that came from elsewhere; blocks."""
-        return portal.run(self.run_rerank(Task.of(prompt, instruction), candidates))
+        return portal.run(self.run_rerank(prompt, candidates, instruction=instruction))
 
     async def run(
         self,
         prompt: Conversation | Task,
         *,
         instruction: str | None = None,
-        watch: Callable[[Candidate | Score], None] | None = None,
+        n: int | str | Budget | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
         deadline: float | None = None,
     ) -> Result:
         """Return the best of n for one prompt.
 
         Args:
-            prompt, instruction: as for ``__call__``.
-            watch: told of each candidate and score as it comes.
+            prompt, instruction, n, sampling: as for ``__call__``.
+            callback: told of each candidate and score as it comes, copies and empty ones included.
             deadline: seconds after which the best so far is returned; the rest is aborted and has the status "late".
         """
-        told = None if watch is None else lambda task, event: watch(event)
-        [outcome] = await self._together([Task.of(prompt, instruction)], None, told, deadline)
-        if isinstance(outcome, BonError):
-            raise outcome
-        return outcome
+        if deadline is not None:
+            number("deadline", deadline)
+        if callback is not None and is_async(callback):
+            raise InputError("the callback is called and not awaited: pass a plain function.")
+        bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
+        group = bon._group(prompt, instruction, callback)
+        await bon._pipeline(bon.policy).run([group], deadline)
+        return group.result(bon.selector)
 
-    async def run_rerank(self, task: Task, candidates: Sequence[str | Candidate]) -> Result:
+    async def run_rerank(
+        self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], *, instruction: str | None = None
+    ) -> Result:
         """Score and rank responses that came from elsewhere."""
-        [outcome] = await self._together([task], [candidates])
-        if isinstance(outcome, BonError):
-            raise outcome
-        return outcome
+        group = self._given(prompt, candidates, instruction)
+        await self._pipeline().run([group])
+        return group.result(self.selector)
 
-    def stream(self, prompts: Iterable[Conversation | Task]) -> AsyncIterator[tuple[int, Result | BonError]]:
+    def stream(self, prompts: Iterable[Conversation | Task]) -> AsyncGenerator[tuple[int, Result | BonError], None]:
         """Yield (position, result) for many prompts as they finish.
 
         A prompt that fails yields its error in place of a result, and the others go on. Prompts are read when they are
         needed, on a thread of their own: they may take their time.
         """
-        overlaps = self.policy.overlaps and self.scorer.overlaps
-        return self._waves(((prompt, None) for prompt in prompts), overlaps)
+        if isinstance(prompts, str):
+            raise InputError(f"prompts are a list of prompts, not the one text {prompts!r:.60}. Put it into a list.")
+        groups = (made(self._group, prompt) for prompt in prompts)
+        return self._pipeline(self.policy).results(groups, self.selector)
 
-    def stream_ranked(
-        self, rows: Iterable[tuple[Conversation | Task, Sequence[str | Candidate]]]
-    ) -> AsyncIterator[tuple[int, Result | BonError]]:
-        """Yield (position, result) for many prompts whose candidates came from elsewhere, otherwise as ``stream``."""
-        return self._waves(rows, self.scorer.overlaps)
+    def _pipeline(self, policy: Any = None) -> Pipeline:
+        return Pipeline(self.scorer, policy, self.budget, self.sampling, self.schedule)
 
-    async def _waves(self, asked: Iterable[_Asked], overlaps: bool) -> AsyncIterator[tuple[int, Result | BonError]]:
-        """Run one prompt beside the other where requests join a running batch, else wave after wave."""
+    @property
+    def _terms(self) -> dict[str, Any]:
+        """What may be given up in a group, sampled or not."""
+        return {
+            "prune": self.prune and may_prune(self.scorer, self.selector),
+            "stop_at": getattr(self.budget, "stop_at", None),
+            "whole": self.scorer.needs.group,
+        }
 
-        def size(item: tuple[int, _Asked]) -> int:
-            candidates = item[1][1]
-            return self.n if candidates is None else len(candidates)
+    def _group(
+        self, prompt: Conversation | Task, instruction: str | None = None, callback: Callback | None = None
+    ) -> Group:
+        return Group(Task.of(prompt, instruction), callback=callback, **self._terms)
 
-        running: dict[asyncio.Future[Any], int] = {}  # and how many candidates each has
-        reading: set[asyncio.Future[Any]] = set()
-        more = True
-        waves = _chunks(enumerate(asked), 1 if overlaps else WAVE, size)
-        async with aclosing(portal.pull(waves)) as chunks:  # type: ignore[type-var]
-            try:
-                while more or running:
-                    if more and not reading and sum(running.values()) < (WAVE if overlaps else 1):
-                        reading = {asyncio.ensure_future(anext(chunks, []))}
-                    done, _ = await asyncio.wait({*running, *reading}, return_when=asyncio.FIRST_COMPLETED)
-                    for read in done & reading:
-                        reading, chunk = set(), read.result()
-                        more = bool(chunk)
-                        if chunk:
-                            running[asyncio.create_task(self._wave(chunk))] = sum(map(size, chunk)) or 1
-                    for wave in done & running.keys():
-                        del running[wave]
-                        for outcome in wave.result():
-                            yield outcome
-            finally:
-                for task in {*running, *reading}:
-                    task.cancel()
-                await asyncio.gather(*running, *reading, return_exceptions=True)
-
-    async def _wave(self, asked: Sequence[tuple[int, _Asked]]) -> list[tuple[int, Result | BonError]]:
-        """Outcomes of prompts that run together."""
-        outcomes: dict[int, Result | BonError] = {}
-        tasks: dict[int, Task] = {}
-        for position, (prompt, _) in asked:
-            try:
-                tasks[position] = Task.of(prompt)
-            except InputError as error:
-                outcomes[position] = error
-        if tasks:
-            lists = [candidates for position, (_, candidates) in asked if position in tasks and candidates is not None]
-            outcomes.update(zip(tasks, await self._together(list(tasks.values()), lists or None), strict=True))
-        return sorted(outcomes.items(), key=lambda item: item[0])
-
-    async def _together(
-        self,
-        tasks: Sequence[Task],
-        candidates: Sequence[Sequence[str | Candidate]] | None,
-        watch: Watch | None = None,
-        deadline: float | None = None,
-    ) -> list[Result | BonError]:
-        """Run tasks at the same time; their candidates are sampled unless they are given."""
-        boards = [Board(self.prune, self.stop_at) for _ in tasks]
-        if candidates is not None:
-            return await self._stages(tasks, boards, given(candidates), watch, deadline)
-
-        def wanted(partial: Partial) -> bool:
-            return not boards[partial.prompt_index].reached
-
-        keep = None if self.stop_at is None else wanted
-        source = sample(self.policy, tasks, self.sampling, self.n, keep=keep)
-        return await self._stages(tasks, boards, source, watch, deadline)
-
-    async def _stages(
-        self,
-        tasks: Sequence[Task],
-        boards: Sequence[Board],
-        source: AsyncIterator[Sampled | Failed],
-        watch: Watch | None,
-        deadline: float | None,
-    ) -> list[Result | BonError]:
-        """Sample, score, select: the whole of best-of-N."""
-        run = Run(tasks, boards, self.scorer, watch)
-        schedule = self.schedule_for(live=watch is not None or deadline is not None)
-        with run.ended(self.n, deadline):
-            async with (
-                asyncio.timeout(deadline),
-                asyncio.TaskGroup() as scoring,
-                aclosing(in_batches(run.admit(source), schedule)) as batches,  # type: ignore[type-var]
-            ):
-                async for batch in batches:
-                    score = scoring.create_task(run.score(batch))
-                    if schedule != "each":
-                        await score
-        return run.outcomes(self.selector)
-
-    def schedule_for(self, *, live: bool = False) -> Schedule:
-        """When candidates are handed to the scorer, unless the user said so.
-
-        A scorer whose requests join a running batch gets each at once: a reward that is there early lets others be
-        pruned or stopped. Where nothing can be skipped and one engine does both, reading candidates only holds up those
-        that are still written, so they are scored together at the end; unless somebody waits for single scores
-        (``live``). A scorer that wants whole batches gets what is ready whenever it is free, or everything at the end
-        where the policy wants the machine for itself as well. ``benchmarks/latency.py --engine vllm`` measures it.
-        """
-        if self._schedule is not None:
-            return self._schedule
-        if not self.scorer.overlaps:
-            return "ready" if self.policy.overlaps else "all"
-        skips = self.prune or self.stop_at is not None
-        one_engine = getattr(self.scorer, "engine", None) is self.policy
-        return "all" if one_engine and not skips and not live else "each"
+    def _given(
+        self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], instruction: str | None = None
+    ) -> Group:
+        return Group.of(prompt, candidates, instruction=instruction, **self._terms)
 
     async def aclose(self) -> None:
-        """Free the models."""
-        await self.scorer.aclose()
-        await self.policy.aclose()
+        """Free the models that were loaded here."""
+        await self._pool.aclose()
 
     def close(self) -> None:
-        """Free the models; blocks."""
+        """Free the models that were loaded here; blocks."""
         portal.run(self.aclose())
 
     def __enter__(self) -> Self:
@@ -299,28 +289,18 @@ class BestOfN:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Self:
+        return self
 
-async def in_order(outcomes: AsyncIterator[tuple[int, T]]) -> AsyncIterator[tuple[int, T]]:
-    """The same (position, outcome) by position, each as soon as those before it have been."""
-    waiting: dict[int, T] = {}
-    following = 0
-    async with aclosing(outcomes):  # type: ignore[type-var]
-        async for position, outcome in outcomes:
-            waiting[position] = outcome
-            while following in waiting:
-                yield following, waiting.pop(following)
-                following += 1
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
 
 
-def _chunks(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items in lists whose sizes add up to ``enough``."""
-    chunk: list[T] = []
-    total = 0
-    for item in items:
-        chunk.append(item)
-        total += size(item)
-        if total >= enough:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
+def _is_list_of_prompts(prompt: Any) -> bool:
+    """Whether a list holds prompts, and not the messages of one."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and bool(prompt)
+        and not isinstance(prompt[0], Message | Mapping)
+    )

@@ -17,6 +17,7 @@ A message says what happened, with the offending value, and what to type next.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -95,3 +96,34 @@ class UnavailableError(EngineError):
 
 class RefusedError(EngineError):
     """A model's server was reached and refused the request, and would again."""
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """Check a whole number.
+
+    Raises:
+        InputError: something else, or less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    return value
+
+
+def number(name: str, value: object) -> float:
+    """Check a number, which may be infinite.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise InputError(f"{name} must be a number, got {value!r}.")
+    return value
+
+
+def user_error(what: str, error: Exception) -> BonError:
+    """The error for what a function or an object of the caller's raised: bon's own as they are."""
+    if isinstance(error, BonError):
+        return error
+    mapped = UserCodeError(f"{what} raised {type(error).__name__}: {error}")
+    mapped.__cause__ = error
+    return mapped

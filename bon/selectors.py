@@ -9,17 +9,19 @@ index. No selector picks a candidate without a reward: when there is no reward a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
+from bon.errors import BonError, InputError, UserCodeError, number, user_error, whole_number
+from bon.spec import SELECTORS, Specified
 from bon.types import Candidate, Score, Selection
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -62,21 +64,24 @@ def _indices(order: Order) -> tuple[int, ...]:
     return tuple(int(i) for i in order)
 
 
-def best(rewards: Array, order: Order, texts: Sequence[str]) -> Selection:
+@dataclass(frozen=True)
+class Best(Specified):
     """Pick the first of the ranking."""
-    ranking = _indices(order)
-    return Selection(ranking[0], ranking, ranking[:1])
+
+    def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
+        """Select."""
+        ranking = _indices(order)
+        return Selection(ranking[0], ranking, ranking[:1])
 
 
-@dataclass(frozen=True, slots=True)
-class TopK:
+@dataclass(frozen=True)
+class TopK(Specified):
     """Pick the k first of the ranking, or as many as have a reward."""
 
     k: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise InputError(f"k must be a whole number >= 1, got {self.k!r}.")
+        whole_number("k", self.k, 1)
 
     def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
         """Select."""
@@ -84,13 +89,14 @@ class TopK:
         return Selection(ranking[0], ranking, ranking[: min(self.k, int((~np.isnan(rewards)).sum()))])
 
 
-@dataclass(frozen=True, slots=True)
-class Softmax:
+@dataclass(frozen=True)
+class Softmax(Specified):
     """Draw one candidate with probability proportional to exp(reward / temperature).
 
     Args:
         temperature: towards 0 the best is always drawn (at 0 it is), towards infinity all are equally likely.
-        seed: the same seed and rewards draw the same candidate; None draws anew every time.
+        seed: the same seed, candidates and rewards draw the same text, and other candidates draw independently; None
+            draws differently every time.
     """
 
     temperature: float = 1.0
@@ -113,12 +119,15 @@ class Softmax:
             with np.errstate(over="ignore"):  # a tiny temperature makes -inf, whose exponential is the right 0
                 weights[scored] = np.exp((rewards[scored] - np.nanmax(rewards)) / self.temperature)
             weights /= weights.sum()
-        drawn = int(np.random.default_rng(self.seed).choice(len(rewards), p=weights))
+        # In ranking order and seeded with the texts: prompts of one file draw independently, shuffled candidates alike.
+        content = hashlib.blake2b("\0".join(sorted(texts)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        seed = None if self.seed is None else [self.seed, int.from_bytes(content)]
+        drawn = ranking[int(np.random.default_rng(seed).choice(len(rewards), p=weights[order]))]
         return Selection(drawn, ranking, (drawn,), tuple(weights.tolist()))
 
 
-@dataclass(frozen=True, slots=True)
-class WeightedVote:
+@dataclass(frozen=True)
+class WeightedVote(Specified):
     r"""Let candidates with the same answer add up their rewards; the best candidate of the winning answer is picked.
 
     Weights are the rewards; where one is negative (log-likelihoods), the lowest reward is subtracted from all. When all
@@ -168,8 +177,8 @@ class WeightedVote:
         return Selection(winner, ranking, (winner,), counted)
 
 
-@dataclass(frozen=True, slots=True)
-class MinReward:
+@dataclass(frozen=True)
+class MinReward(Specified):
     """Abstain when the best reward is below ``least``; otherwise leave the choice to ``selector``.
 
     What ``selector`` chooses among others (top-k, a draw, a vote) are the candidates that reach ``least``.
@@ -189,30 +198,28 @@ class MinReward:
 
 def only_the_best_counts(selector: Selector) -> bool:
     """Whether a selector looks at nothing but the best reward, so that pruning the others changes nothing."""
-    return selector is best or (isinstance(selector, MinReward) and only_the_best_counts(selector.selector))
+    return isinstance(selector, Best) or (isinstance(selector, MinReward) and only_the_best_counts(selector.selector))
 
 
-SELECTORS: Mapping[str, Selector] = {"best": best}
+def as_selector(spec: str | Selector, min_reward: float | None = None, *, seed: int | None = None) -> Selector:
+    """Read a selector's spec ("best", "top-k:3", "softmax:0.5", "vote:REGEX"); a selector passes through.
 
-
-def as_selector(spec: str | Selector, min_reward: float | None = None) -> Selector:
-    """Look a selector up by name; a selector object or function passes through.
+    Args:
+        spec: what to read.
+        min_reward: abstain when the best reward is below this.
+        seed: for selectors that draw and whose spec names none.
 
     Raises:
-        UnknownNameError: no such name.
+        UnknownNameError: no such name, or no such option.
         InputError: something that is not a selector, or a minimum that is not a number.
     """
-    if isinstance(spec, str):
-        if spec not in SELECTORS:
-            raise UnknownNameError("selector", spec, SELECTORS)
-        spec = SELECTORS[spec]
-    if not callable(spec) or isinstance(spec, type):
-        raise InputError(f"a selector is a name or a function of (rewards, order, texts), got {spec!r}.")
+    defaults = {} if seed is None else {"seed": seed}
+    selector: Selector = SELECTORS.make(spec, defaults, objects=True) if isinstance(spec, str) else spec
+    if not callable(selector) or isinstance(selector, type):
+        raise InputError(f"a selector is a name or a function of (rewards, order, texts), got {selector!r}.")
     if min_reward is None:
-        return spec
-    if isinstance(min_reward, bool) or not isinstance(min_reward, int | float) or math.isnan(min_reward):
-        raise InputError(f"min_reward must be a number, got {min_reward!r}.")
-    return MinReward(spec, min_reward)
+        return selector
+    return MinReward(selector, number("min_reward", min_reward))
 
 
 def select(selector: Selector, scores: Sequence[Score], candidates: Sequence[Candidate]) -> Selection:
@@ -223,15 +230,12 @@ def select(selector: Selector, scores: Sequence[Score], candidates: Sequence[Can
         scores: scores[i] is about candidates[i].
 
     Raises:
-        UserCodeError: scores and candidates do not belong together, a reward is not a finite number, or the selector
-            raised or returned something else than a ``Selection``.
+        UserCodeError: scores and candidates do not belong together, or the selector raised or returned something else
+            than a ``Selection``.
     """
     if [s.candidate for s in scores] != [c.index for c in candidates]:
         raise UserCodeError(f"{len(scores)} scores do not belong to {len(candidates)} candidates one by one.")
     rewards = _floats([s.reward for s in scores])
-    for score in scores:
-        if score.reward is not None and not math.isfinite(score.reward):
-            raise UserCodeError(f"the reward of candidate {score.candidate} is {score.reward}, not a finite number.")
     bounds = _floats([s.upper_bound if s.status == "pruned" else None for s in scores])
     order = rank(rewards, _floats([s.tie_break for s in scores]), _floats([s.tokens for s in scores]), bounds)
     if np.isnan(rewards).all():
@@ -253,7 +257,7 @@ def _apply(selector: Selector, rewards: Array, order: Order, texts: Sequence[str
     except BonError:
         raise
     except Exception as error:
-        raise UserCodeError(f"the selector raised {type(error).__name__}: {error}") from error
+        raise user_error("the selector", error) from error
     if not isinstance(selection, Selection):
         raise UserCodeError(f"the selector must return a Selection, got {selection!r:.60}.")
     return selection

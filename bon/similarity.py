@@ -2,7 +2,8 @@
 
 The default is the multiset word F1 of the released code (github.com/yikee/FLIP, ``metrics.py``; SQuAD's metric with a
 score of 0 whenever no word matches, two empty texts included): lower-case, delete ASCII punctuation, drop a/an/the,
-split at white space. Nothing here knows about models or candidates.
+split at white space. A script without spaces would be one giant word there, so an instruction that has one (Chinese,
+Japanese, Thai, ...) is compared by its characters. Nothing here knows about models or candidates.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from bon.errors import InputError, UnknownNameError
+
+Tokenize = Callable[[str], list[str]]
+Compared = Literal["words", "characters", "texts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,13 @@ class Match:
         f1: the reward.
         precision: share of the inferred text that is in the original; None for metrics without one.
         recall: share of the original that was inferred; None for metrics without one.
+        compared: what was counted: "words", "characters" (see ``characters``), or "texts" as a whole.
     """
 
     f1: float
     precision: float | None = None
     recall: float | None = None
+    compared: Compared = "words"
 
 
 class Bound(Protocol):
@@ -87,14 +94,60 @@ def unicode_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", kept).split()
 
 
-def multiset_f1(inferred: Sequence[str], original: Sequence[str]) -> Match:
-    """F1 of two multisets, in the paper's order of floating-point operations; 0 when nothing matches."""
-    same = sum((Counter(inferred) & Counter(original)).values())
+# Letters and marks of the scripts that put no spaces between words. Korean has spaces; digits stay in words.
+_CHARACTER = re.compile(
+    "["
+    "\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # ideographs
+    "\u3031-\u3035\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # kana
+    "\u3105-\u312f\u31a0-\u31bf"  # bopomofo
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf"  # Thai, Lao
+    "\u1780-\u17d3\u17d7\u17dc-\u17dd"  # Khmer
+    "\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\uaa60-\uaa76\uaa7a-\uaa7f"  # Myanmar
+    "\u0f00\u0f40-\u0f84\u0f88-\u0fbc\u1950-\u19c9\u1a20-\u1a7f\uaa80-\uaadd\ua000-\ua4cf"  # Tibetan, Tai, Yi
+    "]"
+)
+# Their punctuation and invisible breaks, which part words; curly double quotes, dashes and dots come with them.
+_MARK = re.compile(
+    "["
+    "\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
+    "\u201c-\u201f\u2010-\u2015\u2025-\u2027\u00b7\u0e2f\u0e4f\u0e5a\u0e5b\u17d4-\u17d6\u17d8-\u17da\u104a-\u104f\u0f01-\u0f14"
+    "\u200b\ufe00-\ufe0f\U000e0100-\U000e01ef"  # zero-width space, variation selectors
+    "]"
+)
+
+
+def characters(text: str, tokenize: Tokenize = words) -> list[str]:
+    """Split a text like ``tokenize``, but each character of a script without spaces is a token of its own.
+
+    Runs of other characters stay words, so text in several scripts works. What comes after such a character or after
+    white space changes nothing before it.
+    """
+    return tokenize(_CHARACTER.sub(r" \g<0> ", _MARK.sub(" ", text)))
+
+
+def _tokenizer(instruction: str, tokenize: Tokenize) -> tuple[Tokenize, Compared]:
+    """How to split texts that are compared with an instruction; decided by it alone: a growing text changes nothing."""
+    if tokenize in WORD_LOCAL and _CHARACTER.search(instruction):
+        return partial(characters, tokenize=tokenize), "characters"
+    return tokenize, "words"
+
+
+WORD_LOCAL: tuple[Tokenize, ...] = (words, unicode_words)
+"""Functions that split each white-space-separated part by itself: what ``F1Bound`` and ``characters`` rely on."""
+
+
+def multiset_f1(inferred: Sequence[str], original: Sequence[str], compared: Compared = "words") -> Match:
+    """F1 of two multisets; 0 when nothing matches."""
+    return _f1((Counter(inferred) & Counter(original)).total(), len(inferred), len(original), compared)
+
+
+def _f1(same: int, inferred: int, original: int, compared: Compared) -> Match:
+    """F1 of so many matches, in the paper's order of floating-point operations."""
     if same == 0:
-        return Match(0.0, 0.0, 0.0)
-    precision = same / len(inferred)
-    recall = same / len(original)
-    return Match(2 * precision * recall / (precision + recall), precision, recall)
+        return Match(0.0, 0.0, 0.0, compared)
+    precision = same / inferred
+    recall = same / original
+    return Match(2 * precision * recall / (precision + recall), precision, recall, compared)
 
 
 def upper_bound(original_words: int, unmatched: int) -> float:
@@ -109,42 +162,60 @@ def upper_bound(original_words: int, unmatched: int) -> float:
 
 
 class F1Bound:
-    """The bound of ``upper_bound`` for a text that grows; the last word counts only once white space follows it."""
+    """The bound of ``upper_bound`` for a text that grows; a word counts only once white space follows it.
 
-    def __init__(self, instruction: str, tokenize: Callable[[str], list[str]] = words) -> None:
-        self._tokenize = tokenize
-        self._left = Counter(tokenize(instruction))
+    Args:
+        instruction: the original.
+        tokenize: one of ``WORD_LOCAL``; another could take back words that were counted.
+    """
+
+    def __init__(self, instruction: str, tokenize: Tokenize = words) -> None:
+        self._tokenize, compared = _tokenizer(instruction, tokenize)
+        self._by_character = compared == "characters"
+        self._left = Counter(self._tokenize(instruction))
         self._size = self._left.total()
-        self._seen = 0
+        self._looked_at = self._counted = 0
         self.unmatched = 0
 
     def update(self, text: str) -> float:
         """Count the words that were finished since the last call, and return the bound."""
-        end = len(text) if text[-1:].isspace() else len(text) - len((text.rsplit(maxsplit=1) or [""])[-1])
-        for word in self._tokenize(text[self._seen : end]):
-            if self._left[word] > 0:
-                self._left[word] -= 1
-            else:
-                self.unmatched += 1
-        self._seen = max(self._seen, end)
+        end = len(text)
+        while end > self._looked_at and not self._ends_word(text[end - 1]):
+            end -= 1
+        if end > self._looked_at:
+            for word in self._tokenize(text[self._counted : end]):
+                if self._left[word] > 0:
+                    self._left[word] -= 1
+                else:
+                    self.unmatched += 1
+            self._counted = end
+        self._looked_at = max(self._looked_at, len(text))
         return upper_bound(self._size, self.unmatched)
+
+    def _ends_word(self, character: str) -> bool:
+        return character.isspace() or (self._by_character and _CHARACTER.match(character) is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class WordF1:
-    """Multiset F1 over words; bounded, so reconstructions can be pruned."""
+    """Multiset F1 over words, or over characters where the instruction's script has no spaces.
+
+    Bounded, so reconstructions can be pruned, unless ``tokenize`` is a function of the caller's, of which nothing is
+    known: its tokens are compared as they are.
+    """
 
     name: str = "word_f1"
-    tokenize: Callable[[str], list[str]] = words
+    tokenize: Tokenize = words
     maximum: float = 1.0
 
     def __call__(self, inferred: str, instruction: str) -> Match:
         """Compare the two texts."""
-        return multiset_f1(self.tokenize(inferred), self.tokenize(instruction))
+        split, compared = _tokenizer(instruction, self.tokenize)
+        return multiset_f1(split(inferred), split(instruction), compared)
 
     def bound(self, instruction: str) -> Bound | None:
         """Start a bound."""
-        return F1Bound(instruction, self.tokenize)
+        return F1Bound(instruction, self.tokenize) if self.tokenize in WORD_LOCAL else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +232,7 @@ class CharNgramF1:
 
     def __call__(self, inferred: str, instruction: str) -> Match:
         """Compare the two texts."""
-        return multiset_f1(self._ngrams(inferred), self._ngrams(instruction))
+        return multiset_f1(self._ngrams(inferred), self._ngrams(instruction), "characters")
 
     def bound(self, instruction: str) -> Bound | None:
         """There is none."""
@@ -174,19 +245,16 @@ class CharNgramF1:
 
 @dataclass(frozen=True, slots=True)
 class RougeL:
-    """F1 over the longest common subsequence of words (ROUGE-L with beta 1, the words of ``words``): order counts."""
+    """F1 over the longest common subsequence of the tokens of ``WordF1`` (ROUGE-L with beta 1): order counts."""
 
     name: str = "rouge_l"
     maximum: float = 1.0
 
     def __call__(self, inferred: str, instruction: str) -> Match:
         """Compare the two texts."""
-        a, b = words(inferred), words(instruction)
-        common = _longest_common_subsequence(a, b)
-        if common == 0:
-            return Match(0.0, 0.0, 0.0)
-        precision, recall = common / len(a), common / len(b)
-        return Match(2 * precision * recall / (precision + recall), precision, recall)
+        split, compared = _tokenizer(instruction, words)
+        a, b = split(inferred), split(instruction)
+        return _f1(_longest_common_subsequence(a, b), len(a), len(b), compared)
 
     def bound(self, instruction: str) -> Bound | None:
         """The multiset bound holds here too: a common subsequence is never longer than the multiset overlap."""
@@ -194,7 +262,10 @@ class RougeL:
 
 
 def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): O(|a|) steps on |b|-bit integers."""
+    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): O(|a|) steps on |b|-bit integers.
+
+    Not rapidfuzz's: it takes words of equal hash for equal, and is 12 MB.
+    """
     where: dict[str, int] = {}
     for i, word in enumerate(b):
         where[word] = where.get(word, 0) | 1 << i
@@ -225,9 +296,9 @@ class EmbeddingSimilarity:
             raise InputError(f"encode must return an array [2, dim] for 2 texts, got shape {vectors.shape}.")
         lengths = np.linalg.norm(vectors, axis=1)
         if not lengths.all():
-            return Match(0.0)
+            return Match(0.0, compared="texts")
         cosine = float(vectors[0] @ vectors[1] / lengths.prod())
-        return Match(min(1.0, max(0.0, cosine)))
+        return Match(min(1.0, max(0.0, cosine)), compared="texts")
 
     def bound(self, instruction: str) -> Bound | None:
         """There is none."""
@@ -265,16 +336,23 @@ def matched_words(inferred: str, instruction: str) -> list[tuple[int, int]]:
 
     Returns:
         (start, end) character spans, in order, one for each white-space-separated part whose words are all still
-        unmatched words of the instruction (as a multiset); articles match nothing and are not listed.
+        unmatched words of the instruction (as a multiset); articles match nothing and are not listed. Where the
+        instruction is compared by characters, its characters are parts too, and spans that touch are joined.
     """
-    left = Counter(words(instruction))
-    spans = []
-    for part in re.finditer(r"\S+", inferred):
-        wanted = Counter(words(part.group()))
+    split, compared = _tokenizer(instruction, words)
+    left = Counter(split(instruction))
+    spans: list[tuple[int, int]] = []
+    for part in (_PART if compared == "characters" else _WORD).finditer(inferred):
+        wanted = Counter(split(part.group()))
         if wanted and wanted <= left:
             left -= wanted
-            spans.append(part.span())
+            start = spans.pop()[0] if spans and spans[-1][1] == part.start() else part.start()
+            spans.append((start, part.end()))
     return spans
+
+
+_WORD = re.compile(r"\S+")
+_PART = re.compile(rf"{_CHARACTER.pattern}|[^\s{_CHARACTER.pattern[1:-1]}{_MARK.pattern[1:-1]}]+")
 
 
 def mean_bound(finished: Iterable[float], unfinished: Iterable[float]) -> float:

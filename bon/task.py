@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -134,11 +134,15 @@ class Task:
         instruction: x, the text that backward inference should recover; the last user message unless the caller says.
         context: what a reader of the response knew beforehand (the history, results of tools, the rest of a long
             prompt), or "".
+        reference: a right answer, for scorers and verifiers that compare with one.
+        metadata: the caller's own columns, which reach scorers and reward functions.
     """
 
     messages: tuple[Message, ...]
     instruction: str
     context: str = ""
+    reference: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, prompt: Conversation | Task, instruction: str | None = None) -> Task:
@@ -148,7 +152,9 @@ class Task:
             InputError: an empty prompt or instruction, or an instruction that is not part of the last user message.
         """
         if isinstance(prompt, Task):
-            return prompt
+            if instruction is None or instruction == prompt.instruction:
+                return prompt
+            return replace(cls.of(prompt.messages, instruction), reference=prompt.reference, metadata=prompt.metadata)
         messages = as_messages(prompt)
         at = max(i for i, message in enumerate(messages) if message.role == "user")
         asked = messages[at].content

@@ -14,8 +14,8 @@ from pathlib import Path
 from time import time
 from typing import Any, BinaryIO
 
+from bon.data.sink import to_json
 from bon.errors import InputError
-from bon.output import to_json
 from bon.types import Candidate, Result, Score
 
 _SHORT = 200  # characters of a text that a trace shows
@@ -127,7 +127,7 @@ def _found(score: Score) -> dict[str, Any]:
     return _known(
         reward=score.reward,
         status=score.status,
-        inferred=None if score.inferred is None else score.inferred[:_SHORT],
+        explanation=None if score.explanation is None else score.explanation[:_SHORT],
         tokens=score.tokens,
         upper_bound=score.upper_bound,
         reason=score.reason,

@@ -11,13 +11,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from bon.errors import InputError, UnknownNameError
+from bon.errors import BonError, InputError, UnknownNameError
 from bon.task import Task
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
+_STATUSES: tuple[ScoreStatus, ...] = get_args(ScoreStatus)
+_SHOWN = 80  # characters of a text in a repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,12 @@ class Sampling:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, in the form that ``of`` reads."""
+        default = Sampling()
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
+
 
 def _require(name: str, value: Any, kind: type, holds: Any, expected: str) -> None:
     numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
@@ -137,6 +145,10 @@ class Candidate:
     error: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise InputError(f"the text of candidate {self.index} must be text, not {type(self.text).__name__}.")
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -169,7 +181,14 @@ class Usage:
         )
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Usage)))
+        return Usage(  # written out: it is added up several times for each candidate
+            self.policy_prompt_tokens + other.policy_prompt_tokens,
+            self.policy_completion_tokens + other.policy_completion_tokens,
+            self.scorer_prompt_tokens + other.scorer_prompt_tokens,
+            self.scorer_completion_tokens + other.scorer_completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.drafted_tokens + other.drafted_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +207,15 @@ class Score:
         tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
         upper_bound: for "pruned": the reward could not have exceeded this.
         usage: tokens that this score cost.
+        error: for "failed": what went wrong where that says nothing about the candidate (the scorer's model cannot be
+            reached). When no candidate of a task has a reward, it is the task's error.
         candidate: index of the candidate.
         same_as: index of an identical candidate whose score this is.
         started, finished: seconds since the run began.
+
+    Raises:
+        InputError: a reward that is no number, a status that does not exist or that goes with no reward, or details
+            that are no dataclass.
     """
 
     reward: float | None
@@ -202,10 +227,22 @@ class Score:
     tie_break: float | None = None
     upper_bound: float | None = None
     usage: Usage = field(default_factory=Usage)
+    error: BonError | None = None
     candidate: int = -1
     same_as: int | None = None
     started: float = 0.0
     finished: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.status not in _STATUSES:
+            raise UnknownNameError("status of a score", self.status, _STATUSES)
+        if self.reward is not None:
+            if self.status not in ("ok", "repaired", "fallback"):
+                raise InputError(f"a score of the status {self.status!r} has no reward, got {self.reward!r}.")
+            if type(self.reward) is not float:
+                object.__setattr__(self, "reward", as_reward(self.reward))  # a number of numpy's or torch's, say
+        if self.details is not None and not hasattr(type(self.details), "__dataclass_fields__"):
+            raise InputError(f"the details of a score are a dataclass, not {type(self.details).__name__}.")
 
     @property
     def tokens(self) -> int:
@@ -214,9 +251,25 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything a reader of JSON needs; the fields of ``details`` stand beside the others."""
-        values = _drop(dataclasses.asdict(self), "details", "usage")
+        hidden = ("details", "usage", "error")
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in hidden}
         details = {} if self.details is None else dataclasses.asdict(self.details)
-        return {**values, **details, "tokens": self.tokens, "drafted": self.usage.drafted_tokens}
+        tokens = {"tokens": self.tokens, "drafted": self.usage.drafted_tokens}
+        return {**details, **own, "parts": dict(self.parts), **tokens}
+
+
+def as_reward(value: Any) -> float:
+    """A number of whatever library as a float; whether it is finite is for the group to say.
+
+    Raises:
+        InputError: it is no number; text that reads as one is none.
+    """
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"a reward must be a number or None, got {value!r:.60}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +429,16 @@ class Result:
         """How many scores have each status."""
         statuses = [score.status for score in self.scores]
         return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+    def __repr__(self) -> str:
+        text = self.text if self.text is None or len(self.text) <= _SHOWN else self.text[:_SHOWN] + "…"
+        return f"Result(text={text!r}, reward={self.reward}, n={len(self.candidates)})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from bon.notebook import table
+
+        return table(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything a reader of JSON needs: text, reward, best, candidates, scores, timing, usage, saved."""

@@ -32,6 +32,13 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class Stream:
+    """An answer of server-sent events, each given as the bytes after ``data:``."""
+
+    events: list[bytes]
+
+
 def error(status: int, message: str, headers: dict[str, str] | None = None, **fields: Any) -> Reply:
     return Reply(status, {"error": {"message": message, **fields}}, headers or {})
 
@@ -42,8 +49,9 @@ HOLD_AT_MOST = 10.0  # seconds
 class FakeServer:
     """Answers every completion with ``text(seen, draw)``, after the faults in ``faults`` are used up.
 
-    A fault is a ``Reply``, one of ``FAULTS``, bytes (sent as a 200), or a dict (sent as JSON). ``refuse`` may look at
-    any request and return a fault or None. ``hold`` holds answers back until that many requests wait at the same time.
+    A fault is a ``Reply``, a ``Stream``, one of ``FAULTS``, bytes (sent as a 200), or a dict (sent as JSON). ``refuse``
+    may look at any request and return a fault or None. ``hold`` holds answers back until that many requests wait at the
+    same time.
     """
 
     def __init__(self, text: Callable[[Seen, int], str] | None = None) -> None:
@@ -95,6 +103,8 @@ class FakeServer:
     async def _die(self) -> None:
         if self._server is not None:
             self._server.close()
+        for _ in range(4):  # a task that is cancelled before its first step leaves the connection it is for open
+            await asyncio.sleep(0)
         for writer in [*self._connections]:
             writer.transport.abort()
         others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
@@ -155,6 +165,11 @@ class FakeServer:
             return False
         if fault == "reset mid-body":
             writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"choi')
+            await writer.drain()
+            return False
+        if isinstance(fault, Stream):
+            start_stream(writer)
+            writer.write(b"".join(b"data: " + event + b"\n\n" for event in fault.events))
             await writer.drain()
             return False
         if fault is not None:

@@ -55,8 +55,8 @@ class Served:
 
 
 @contextmanager
-def served(bon, *, scorers=None, **settings):
-    app = create_app(bon, Settings(port=0, **settings), scorers)
+def served(bon, **settings):
+    app = create_app(bon, Settings(port=0, **settings))
     server = build(app)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

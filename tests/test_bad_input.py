@@ -8,7 +8,8 @@ from command import in_process_of_its_own, write_rows
 
 from bon.cli import main
 
-SCRIPTED = ("--engine", "scripted")
+SCRIPTED = ("--policy", "scripted")
+RANKED = ("--scorer", "flip:scripted")
 
 
 @pytest.fixture
@@ -63,6 +64,7 @@ def refused(capsys, monkeypatch, tmp_path):
         (b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}', "tool_calls belongs to a message"),
         (b'{"prompt": "a", "instruction": 3}', "'instruction' must be text, not 3"),
         (b'{"prompt": "a", "instruction": "b"}', "'b' is not"),
+        (b'{"prompt": "a", "reference": ["b"]}', "'reference' must be text or a number, not ['b']"),
         (b'{"prompt": "a", "id": 1.5}', "'id' must be text or a whole number, not 1.5"),
         (b'{"prompt": "a", "id": true}', "'id' must be text or a whole number, not True"),
         (b'{"prompt": "a", "x": NaN}', "NaN is no JSON number"),
@@ -90,7 +92,7 @@ def test_a_bad_row_is_refused_with_its_file_and_line(refused, tmp_path, line, co
 )
 def test_bad_candidates_are_refused_with_their_file_and_line(refused, tmp_path, candidates, complaint):
     write_rows(tmp_path / "in.jsonl", [{"prompt": "Say hi", "candidates": candidates}])
-    message = refused("rerank", "in.jsonl", *SCRIPTED)
+    message = refused("rerank", "in.jsonl", *RANKED)
     assert "in.jsonl:1: " in message
     assert complaint in message
 
@@ -121,7 +123,7 @@ def test_an_empty_file_is_refused(refused, tmp_path, content):
 @pytest.mark.parametrize("command", ["run", "rerank"])
 def test_a_folder_is_no_input(refused, tmp_path, command):
     (tmp_path / "rows").mkdir()
-    assert "'rows' is a folder" in refused(command, "rows", *SCRIPTED)
+    assert "'rows' is a folder" in refused(command, "rows")
 
 
 @pytest.mark.parametrize(
@@ -166,28 +168,39 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
     ("arguments", "complaint"),
     [
         (["runn"], "No such command 'runn'. Did you mean 'run'?"),
-        (["eval", "mni"], "No such command 'mni'. Did you mean 'mini'?"),
-        (["run"], "Missing argument 'PROMPT|FILE'"),
+        (["eval", "mni"], "unknown dataset 'mni'. Did you mean 'mini'?"),
+        (["run"], "PROMPT|FILE is missing. Type: bon run --help"),
+        (["rerank"], "FILE is missing. Type: bon rerank --help"),
         (["run", "say", "hi"], "unexpected extra argument"),
         (["run", "hi", "--polcy", "x"], "No such option: --polcy. Did you mean '--policy'?"),
-        (["run", "hi", "-n", "many"], "'many'"),
-        (["run", "hi", "-n", "0", *SCRIPTED], "-n must be a whole number of at least 1, got 0"),
+        (["run", "hi", "--flip", "x"], "No such option: --flip"),
+        (["run", "hi", "--stop-at", "0.9"], "No such option: --stop-at. Did you mean '--stop'?"),
+        (["run", "hi", "-n", "many"], "unknown budget 'many'. Known: a number, fixed, stop-at"),
+        (["run", "hi", "-n", "stop-at"], "It is written stop-at:REWARD"),
+        (["run", "hi", "-n", "stop-at:x"], "the reward to stop at must be a number, got 'x'"),
+        (["run", "hi", "-n", "stop-at:0.5,mst=3"], "'mst'. Did you mean 'most'?"),
+        (["run", "hi", "-n", "0", *SCRIPTED], "n must be a whole number of at least 1, got 0"),
         (["run", "hi", "-n", "-3", *SCRIPTED], "got -3"),
         (["run", "", *SCRIPTED], "the prompt is empty"),
         (["run", " \n", *SCRIPTED], "the prompt is empty"),
         (["run", "caf\udce9", *SCRIPTED], "the prompt is not UTF-8"),
-        (["run", "hi", "--engine", "trch"], "unknown engine 'trch'. Did you mean 'torch'?"),
+        (["run", "hi", "--policy", "m,engine=trch"], "unknown engine 'trch'. Did you mean 'torch'?"),
+        (["run", "hi", "--policy", "mini,devce=cpu"], "option of the torch engine 'devce'. Did you mean 'device'?"),
+        (["run", "hi", "--policy", "mini,seed=1,seed=2"], "seed is given twice in 'mini,seed=1,seed=2'"),
+        (["run", "hi", "--threads", "0", *SCRIPTED], "threads must be a whole number of at least 1, got 0"),
+        (["run", "hi", "--schedule", "eech", *SCRIPTED], "unknown schedule 'eech'. Did you mean 'each'?"),
+        (["run", "hi", "--config", "no.toml"], "cannot read the configuration 'no.toml'"),
         (["run", "hi", "--scorer", "likelyhood", *SCRIPTED], "unknown scorer 'likelyhood'. Did you mean 'likelihood'?"),
-        (["run", "hi", "--style", "jsn", *SCRIPTED], "unknown prompt style 'jsn'. Did you mean 'json'?"),
-        (["run", "hi", "--samples", "0", *SCRIPTED], "samples must be a whole number >= 1, got 0"),
-        (["run", "hi", "--scorer", "likelihood", "--style", "json", *SCRIPTED], "--style belongs to the scorer 'flip'"),
+        (["run", "hi", "--scorer", "flip:style=jsn", *SCRIPTED], "unknown prompt style 'jsn'. Did you mean 'json'?"),
+        (["run", "hi", "--scorer", "flip:samples=0", *SCRIPTED], "samples must be a whole number of at least 1, got 0"),
+        (["run", "hi", "--scorer", "likelihood:style=json", *SCRIPTED], "'json' asks for JSON"),
         (["run", "hi", "--selector", "soft-max", *SCRIPTED], "unknown selector 'soft-max'. Did you mean 'softmax'?"),
-        (["run", "hi", "--selector", "top-k", *SCRIPTED], "needs a number, such as top-k:3"),
-        (["run", "hi", "--selector", "top-k:0", *SCRIPTED], "k must be a whole number >= 1, got 0"),
-        (["run", "hi", "--selector", "softmax:hot", *SCRIPTED], "needs a number, such as softmax:0.5"),
-        (["run", "hi", "--selector", "vote", *SCRIPTED], "needs a pattern"),
+        (["run", "hi", "--selector", "top-k", *SCRIPTED], "It is written top-k:K"),
+        (["run", "hi", "--selector", "top-k:0", *SCRIPTED], "k must be a whole number of at least 1, got 0"),
+        (["run", "hi", "--selector", "softmax:hot", *SCRIPTED], "temperature must be a number >= 0, got 'hot'"),
+        (["run", "hi", "--selector", "vote", *SCRIPTED], "It is written vote:EXTRACT"),
         (["run", "hi", "--selector", "vote:(", *SCRIPTED], "not a regular expression"),
-        (["run", "hi", "--selector", "best:1", *SCRIPTED], "takes no value"),
+        (["run", "hi", "--selector", "best:1", *SCRIPTED], "too many positional arguments. It is written best"),
         (["run", "hi", "--min-reward", "nan", *SCRIPTED], "min_reward must be a number"),
         (["run", "hi", "--temperature", "-1", *SCRIPTED], "temperature must be a number >= 0, got -1.0"),
         (["run", "hi", "--top-p", "1.5", *SCRIPTED], "top_p must be a number in (0, 1], got 1.5"),
@@ -198,19 +211,21 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "-o", "out.jsonl", *SCRIPTED], "--output is for files of prompts"),
         (["run", "hi", "--resume", *SCRIPTED], "--resume is for files of prompts"),
         (["run", "hi", "--all", *SCRIPTED], "--all is for files of prompts"),
-        (["run", "hi", "--device", "cpu", *SCRIPTED], "the scripted engine takes no --device"),
-        (["run", "hi", "--device", "cpu", "--engine", "vllm"], "--device is for the engine 'torch'"),
-        (["run", "hi", "--dtype", "float32", "--policy", "http://127.0.0.1:9/v1"], "127.0.0.1:9/v1 is a URL"),
-        (["run", "hi", "--policy", "x", *SCRIPTED], "the scripted engine runs no model, so it cannot be 'x'"),
+        (["run", "hi", "--policy", "scripted,nme=x"], "option of the engine 'scripted' 'nme'. Did you mean 'name'?"),
+        (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "unknown option of the HTTP engine 'dtype'"),
+        (["run", "hi", "--policy", "x,engine=scripted"], "'scripted' runs no model, so it cannot be 'x'"),
+        (["run", "hi", "--policy", "qwen:latest"], "'qwen:latest' is neither a folder nor a model on this machine"),
+        (["run", "hi", "--policy", "llama3:8b"], "'llama3:8b' is neither a folder nor a model on this machine"),
         (["run", "hi", "--policy", "./no/such/model"], "no/such/model"),
         (["run", "hi", "--policy", ""], "a model's name is empty"),
         (["run", "in.jsonl", "--json", *SCRIPTED], "--json is for a single prompt"),
         (["run", "in.jsonl", "--instruction", "x", *SCRIPTED], "rows of a file have a field 'instruction'"),
         (["run", "in.jsonl", "--resume", *SCRIPTED], "--resume needs an output file"),
         (["run", "in.jsonl", "--resume", "--overwrite", "-o", "o", *SCRIPTED], "exclude each other"),
-        (["rerank", "nothing", *SCRIPTED], "there is no file 'nothing'"),
+        (["rerank", "nothing", *RANKED], "there is no file 'nothing'"),
         (["tasks", "--count", "0"], "'0'"),
-        (["eval", "mini", "--n-instructions", "0"], "'0'"),
+        (["eval", "mini", "--limit", "0"], "'0'"),
+        (["eval", "mini", "--scorer", "flip", "--scorer", "flip"], "the scorer 'flip' is given twice"),
     ],
 )
 def test_bad_options_are_refused_with_what_to_do(refused, tmp_path, arguments, complaint):
@@ -250,6 +265,9 @@ def scores_few(prompt, responses):
 def scores_words(prompt, responses):
     return ["good"] * len(responses)
 
+def selects_badly(rewards, order, texts):
+    raise KeyError("x")
+
 class NeedsArguments:
     def __init__(self, x): ...
 """
@@ -258,15 +276,18 @@ class NeedsArguments:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--policy", "mine:raises", "--flip", "mine:fine"], "'mine:raises' raised ValueError: no luck"),
-        (["--policy", "mine:too_few", "--flip", "mine:fine"], "'mine:too_few' must return 4 texts, but returned 3"),
-        (["--policy", "mine:no_texts", "--flip", "mine:fine"], "must return texts, but returned 1"),
-        (["--policy", "mine:no_list", "--flip", "mine:fine"], "must return 4 texts, but returned 7"),
-        (["--policy", "mine:fine", "--flip", "mine:raises"], "'mine:raises' raised ValueError: no luck"),
-        (["--policy", "mine:fine"], "cannot score by itself. Name a model to score with: --flip MODEL"),
+        (["--policy", "mine:raises", "--scorer", "flip:scripted"], "'mine:raises' raised ValueError: no luck"),
+        (
+            ["--policy", "mine:too_few", "--scorer", "flip:scripted"],
+            "'mine:too_few' must return a list of 4 texts, but returned 3",
+        ),
+        (["--policy", "mine:no_texts", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 1"),
+        (["--policy", "mine:no_list", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 7"),
+        (["--policy", "mine:fine", "--scorer", "mine:raises"], "'mine:raises' raised TypeError: raises() takes 1"),
+        (["--policy", "mine:fine"], "cannot score by itself. Name a model to score with"),
         (["--policy", "mine:number"], "'mine:number' is no function and no engine, but int"),
         (["--policy", "mine:missing"], "the module 'mine' has no 'missing'"),
-        (["--policy", "nowhere.at.all:f"], "there is no module 'nowhere'"),
+        (["--policy", "nowhere.at.all:f"], "'nowhere.at.all:f' is neither a folder nor a model"),
         (["--policy", "broken:f"], "cannot import 'broken:f': SyntaxError"),
         (["--policy", "mine:tiny"], "the prompt has 6 tokens, 2 more than the 4 that fit"),
         (["--scorer", "mine:number", *SCRIPTED], "'mine:number' is no scorer and no function, but int"),
@@ -274,13 +295,11 @@ class NeedsArguments:
         (["--scorer", "mine:scores_words", *SCRIPTED], "must return numbers"),
         (["--scorer", "mine:scores_few", *SCRIPTED], "must return"),
         (["--scorer", "mine:NeedsArguments", *SCRIPTED], "'mine:NeedsArguments' raised TypeError"),
-        (["--scorer", "mine:scores_few", "--flip", "x", *SCRIPTED], "--flip names a model to infer instructions with"),
+        (["--selector", "mine:selects_badly", *SCRIPTED], "the selector raised KeyError: 'x'"),
     ],
 )
 @pytest.mark.parametrize("from_file", [False, True])
-def test_functions_that_do_not_keep_their_side_are_named(
-    tmp_path, arguments, complaint, from_file, monkeypatch, capsys
-):
+def test_a_function_that_misbehaves_is_named(tmp_path, arguments, complaint, from_file, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(USER_CODE)
     (tmp_path / "broken.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
@@ -309,17 +328,18 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path, monkeypatch
 def test_an_error_that_nobody_expected_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.py").write_text(
-        "class Odd:\n    name, overlaps = 'odd', False\n    def score(self, items): return {}['x']\n"
-        "    async def aclose(self): ...\nscorer = Odd()\n"
+        "from bon.engines.scripted import ScriptedEngine\n"
+        "class Odd(ScriptedEngine):\n    concurrent = property(lambda self: {}['x'], lambda self, value: None)\n"
+        "policy = Odd()\n"
     )
-    code = main(["run", "hi", "--scorer", "odd:scorer", *SCRIPTED])
+    code = main(["run", "hi", "--policy", "odd:policy", "--scorer", "flip:scripted"])
     captured = capsys.readouterr()
     assert (code, captured.out) == (1, "")
     assert captured.err == "bon: error: KeyError: 'x' (--debug shows where)\n"
 
 
 def test_refusals_leave_nothing_on_standard_output_of_a_real_process(tmp_path):
-    code, out, err = in_process_of_its_own("run", "hi", "--json", "--engine", "nope", cwd=tmp_path)
+    code, out, err = in_process_of_its_own("run", "hi", "--json", "--policy", "m,engine=nope", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert json.dumps(err)

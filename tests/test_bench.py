@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,23 +19,29 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 
 from bon import portal
-from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, table
+from bon.bench.forward import DifferentTokensError, cache_bytes, measure_forward, plain_forward
+from bon.bench.harness import Pairs, Report, Spread, conditions, forget, interleave, table
 from bon.bench.latency import measure_latency
-from bon.bench.lengths import LONGEST_INSTRUCTION, Lengths, real_lengths
-from bon.bench.models import Filler, describe, dummy_model, random_model
-from bon.bench.opening import Models, forced, forget, open_models
 from bon.bench.pruning import EVERYTHING, PRUNED, Pruning, WinnerChangedError, measure_pruning
-from bon.bench.sharing import DifferentTokensError, cache_bytes, measure_forward, plain_forward
+from bon.best_of_n import BestOfN
+from bon.budget import StopAt
 from bon.cli import main as bon_main
-from bon.engines.base import load_engine
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, UnknownNameError
 from bon.mini.tasks import sample_instructions
-from bon.scorers import Flip
+from bon.models import Model, ModelPool
+from bon.scorers.flip import Flip
 from bon.task import Task
 from bon.types import Sampling
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(SCRIPTS))  # where the scripts' own folder is when they run
+
+from lib.card import Clock  # noqa: E402
+from lib.headroom import possible_in_step  # noqa: E402
+from lib.lengths import LONGEST_INSTRUCTION, Lengths, real_lengths  # noqa: E402
+from lib.models import Filler, describe, dummy_model, random_model  # noqa: E402
+from lib.opening import Models, forced, open_models  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +54,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
+
+
+def load(model: Path) -> Any:
+    return ModelPool().engine(model, engine="torch")
 
 
 def last_line(out: str) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def test_an_unknown_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_random_model_never_ends_early_and_its_text_round_trips(small: Path) -> None:
-    engine = load_engine(small)
+    engine = load(small)
     [latency] = measure_latency(
         engine, {"flip": Flip(engine, sampling=Sampling(temperature=0, max_tokens=9))},
         [Task.of("a haiku"), Task.of("the evening")], [4], Sampling(max_tokens=12, seed=0),
@@ -210,7 +217,7 @@ def test_dummies_that_make_no_sense_are_refused(changed: dict[str, Any], message
         "engine": "vllm",
         "dummy": ["llama-4.7m"],
         "policy": None,
-        "flip": None,
+        "scorer": None,
         "device": None,
         "dtype": "float32",
     }
@@ -222,7 +229,7 @@ def test_dummies_that_make_no_sense_are_refused(changed: dict[str, Any], message
 
 
 def test_sampling_alone_and_best_of_n_sample_the_same_candidates(small: Path) -> None:
-    engine = load_engine(small)
+    engine = load(small)
     scorer = Flip(engine, sampling=Sampling(temperature=0, max_tokens=4))
     tasks = [Task.of("a haiku"), Task.of("the evening")]
     runs = [measure_latency(engine, {"flip": scorer}, tasks, [2], Sampling(max_tokens=6, seed=3)) for _ in range(2)]
@@ -248,22 +255,30 @@ def test_pruning_counts_what_was_not_decoded() -> None:
     judge = ScriptedEngine(lambda prompt, index: "a b" if "candidate 0" in prompt else "x " * 40)
     measured = measure_pruning(policy, Flip(judge), [Task.of("a b")] * 2, 3, Sampling())
     assert 0.3 < measured.saved(PRUNED).median < 1
-    assert measured.saved(PRUNED).median <= measured.possible_in_step
+    assert measured.saved(PRUNED).median <= possible_in_step(measured)
     assert measured.equal(PRUNED) == 2
     assert isinstance(measured, Pruning)
     assert sum(measured.tokens(EVERYTHING)) > sum(measured.tokens(PRUNED))
 
 
+def test_a_stop_gives_up_given_candidates_as_soon_as_one_has_the_reward() -> None:
+    """Reranking once forgot the budget's reward: what tied with the bound was decoded to its end."""
+    policy = ScriptedEngine(lambda prompt, index: f"candidate {index}")
+    judge = ScriptedEngine(lambda prompt, index: "a b" if "candidate 0" in prompt else "a b " * 20, concurrent=False)
+    stopped = BestOfN(policy, Flip(judge), n=StopAt(0.01)).rerank("a b " * 20, ["candidate 0", "candidate 1"])
+    assert [score.status for score in stopped.scores] == ["ok", "pruned"]
+
+
 def test_plain_forward_decodes_what_transformers_generates(small: Path) -> None:
-    engine = load_engine(small)
-    model = engine._model  # type: ignore[attr-defined]
+    engine = load(small)
+    model = engine._model
     prompts = [[5, 6, 7, 8 + row] for row in range(3)]
     expected = model.generate(torch.tensor(prompts), max_new_tokens=6, do_sample=False)[:, 4:]
     assert torch.equal(plain_forward(model, prompts, steps=5).tokens, expected)
 
 
 def test_both_sides_of_a_forward_benchmark_decode_the_same_and_the_model_stays_as_it_was(small: Path) -> None:
-    model = load_engine(small)._model  # type: ignore[attr-defined]
+    model = load(small)._model
     measured = measure_forward(model, prefix=24, rows=4, own=2, steps=4, rounds=2)
     assert model.config._attn_implementation == "sdpa"
     assert measured["memory"].ratio == Spread(4.0, 4.0, 4.0)
@@ -272,7 +287,7 @@ def test_both_sides_of_a_forward_benchmark_decode_the_same_and_the_model_stays_a
 
 
 def test_a_forward_benchmark_fails_when_the_sides_decode_different_tokens(small: Path) -> None:
-    model = load_engine(small)._model  # type: ignore[attr-defined]
+    model = load(small)._model
 
     def wrong_when_shared(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits if model.config._attn_implementation == "sdpa" else logits.flip(-1)
@@ -297,16 +312,15 @@ def test_a_caches_bytes_are_those_of_its_keys_and_values() -> None:
 
 @pytest.fixture(scope="module")
 def on_vllm() -> Iterator[Models]:
-    engine = load_engine(engine="vllm")
-    models = Models(engine, engine, {})
+    models = Models.load([Model(engine="vllm")], {})
     yield models
     models.close()
 
 
 @pytest.mark.vllm
 def test_all_sides_sample_the_same_candidates_and_find_the_same_winners_reward(on_vllm: Models) -> None:
-    from bon.bench import schedules as s
-    from bon.bench.plain import Job
+    from lib import schedules as s
+    from lib.plain import Job
 
     scorer = Flip(on_vllm.scorer, sampling=Sampling(temperature=0, max_tokens=48))
     jobs = [Job(Task.of(text), Sampling(max_tokens=48, seed=3), scorer) for text in sample_instructions(3, 0)]
@@ -326,8 +340,8 @@ def test_all_sides_sample_the_same_candidates_and_find_the_same_winners_reward(o
 
 @pytest.mark.vllm
 def test_all_sides_decode_as_many_tokens_as_were_drawn(on_vllm: Models) -> None:
-    from bon.bench import schedules as s
-    from bon.bench.plain import Job
+    from lib import schedules as s
+    from lib.plain import Job
 
     extra = forced(on_vllm.policy)
     scorer = Flip(on_vllm.scorer, sampling=Sampling(temperature=0, max_tokens=7, extra=extra))
@@ -340,11 +354,11 @@ def test_all_sides_decode_as_many_tokens_as_were_drawn(on_vllm: Models) -> None:
 
 @pytest.mark.vllm
 def test_a_cache_that_was_emptied_serves_nothing(on_vllm: Models) -> None:
-    from bon.bench.plain import Job, Plain
+    from lib.plain import Job, Plain
 
     scorer = Flip(on_vllm.scorer)
     job = Job(Task.of("Write a reminder. " * 20), Sampling(max_tokens=2, seed=0), scorer)
-    plain = Plain(on_vllm.policy)  # type: ignore[arg-type]
+    plain = Plain(on_vllm.policy)
     forget(on_vllm.policy)
     first, again = (portal.run(plain.sample(job, 1)) for _ in range(2))
     on_vllm.forget()
@@ -389,7 +403,7 @@ def test_throughput_of_a_dummy_runs_to_its_last_line(capsys: pytest.CaptureFixtu
 
 @pytest.mark.vllm
 def test_bon_bench_measures_models_on_vllm(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "--engine", "vllm", "-n", "3", "--max-tokens", "8", "--quick", "--json"]
+    arguments = ["bench", "--policy", "mini,engine=vllm", "-n", "3", "--max-tokens", "8", "--quick", "--json"]
     assert bon_main(arguments) == 0
     result = last_line(capsys.readouterr().out)
     assert set(result["ratios"]) == {"overhead", "overhead_likelihood", "pruning_saved", "stopping_saved"}
@@ -434,6 +448,55 @@ def test_prefix_sharing_runs_to_its_last_line(small: Path, capsys: pytest.Captur
     assert expected <= set(result["ratios"])
     assert result["ratios"]["prefix_memory"] >= 32
     draw(tmp_path / "prefix_sharing.json")
+
+
+def test_gpu_shows_without_a_gpu_that_it_runs_to_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    script("gpu").main(["--quick", "--dtype", "float32"])
+    result = last_line(capsys.readouterr().out)
+    assert {row["part"]: row["outcome"] for row in result["rows"] if row["case"] == "part"} == dict.fromkeys(
+        ("contract", "greedy", "sharing", "sampling", "best_of", "budget"), "ok"
+    )
+    assert {"contract", "greedy_float32", "greedy_bfloat16", "overhead_bon16"} <= set(result["ratios"])
+    assert result["ratios"]["contract"] == result["ratios"]["greedy_float32"] == 1
+
+
+def test_a_part_of_gpu_that_fails_does_not_keep_the_others_from_running(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bench: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal instruction\nand more")
+
+    monkeypatch.setattr(script("gpu"), "PARTS", {"first": (0.5, fails), "second": (0.5, lambda bench: None)})
+    with pytest.raises(SystemExit, match=r"first: RuntimeError: CUDA error: an illegal instruction$"):
+        script("gpu").main(["--quick"])
+    assert [row["part"] for row in last_line(capsys.readouterr().out)["rows"]] == ["first", "second"]
+
+
+def test_gpu_ends_at_its_limit_with_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, over = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: (left.append(status), over.set()))
+    monkeypatch.setattr(script("gpu"), "PARTS", {"stuck": (1.0, lambda bench: over.wait(60))})
+    script("gpu").main(["--quick", "--minutes", "0.005"])
+    assert left == [3]
+    assert "Ended after 0.005 minutes" in capsys.readouterr().out
+
+
+def test_a_part_of_gpu_starts_no_step_for_which_there_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lib.card.perf_counter", lambda: now[0])
+    clock = Clock(10, {"first": 1, "second": 1, "third": 1})
+    assert clock.begin("first")
+    steps = []
+    for step in clock.within(range(9)):
+        steps.append(step)
+        now[0] += 1.5
+    assert steps == [0, 1]
+    assert clock.begin("second")
+    assert clock.budget == 3.5
+    now[0] = 10
+    assert not clock.begin("third")
 
 
 def draw(path: Path) -> None:

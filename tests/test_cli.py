@@ -15,12 +15,13 @@ from command import ROOT, in_process_of_its_own, write_rows
 
 import bon
 from bon.cli import main
-from bon.cli.doctor import EngineReport, explain
+from bon.cli.doctor import explain
 from bon.mini import WEIGHTS
 from bon.mini.tasks import FAMILIES, knows, sample_instructions
+from bon.spec import BUDGETS, DATASETS, ENGINES, SCORERS, SELECTORS
 
 PROMPT = "Write a short line about the quiet old harbour at night"
-SCRIPTED = ("--engine", "scripted")
+SCRIPTED = ("--policy", "scripted")
 needs_weights = pytest.mark.skipif(not (WEIGHTS / "config.json").exists(), reason="the embedded weights are not there")
 
 
@@ -39,16 +40,17 @@ def run(capsys, monkeypatch, tmp_path):
 def answering(tmp_path, *texts):
     """A module whose ``model`` answers with these texts and infers from each what it says."""
     (tmp_path / "answers.py").write_text(
-        "from bon.engines.scripted import ScriptedEngine\n"
+        "from bon import Flip\nfrom bon.engines.scripted import ScriptedEngine\n"
         f"model = ScriptedEngine({list(texts)!r})\n"
-        "flip = ScriptedEngine(lambda text, draw: text.rpartition('Response:\\n')[2])\n"
+        "reader = Flip(ScriptedEngine(lambda text, draw: text.rpartition('Response:\\n')[2]))\n"
     )
-    return ("--policy", "answers:model", "--flip", "answers:flip", "-n", len(texts))
+    return ("--policy", "answers:model", "--scorer", "answers:reader", "-n", len(texts))
 
 
 @pytest.fixture(autouse=True)
 def _fresh_modules(monkeypatch):
     monkeypatch.delitem(sys.modules, "answers", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the folder of each test is added to it
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -226,9 +228,9 @@ def test_options_mean_what_the_library_means(run):
     assert len({c["text"] for c in result("--temperature", 0)["candidates"]}) == 1
     assert {c["finish_reason"] for c in result("--max-tokens", 2)["candidates"]} == {"length"}
     assert "short" not in result("--stop", " short")["candidates"][0]["text"]
-    assert len(result("--selector", "top-k:3")["chosen"]) == 3
+    assert len(result("--selector", "top-k:3")["picked"]) == 3
     assert result("--scorer", "likelihood")["reward"] < 0
-    assert len(result("--samples", 2)["scores"][0]["samples"]) == 2
+    assert len(result("--scorer", "flip:scripted,samples=2")["scores"][0]["samples"]) == 2
     assert result("--instruction", "a short line")["instruction"] == "a short line"
     assert (
         result("--selector", "softmax:0.5", "--seed", 1)["best"]
@@ -273,12 +275,15 @@ def test_doctor_says_what_is_here_and_what_to_type_for_the_rest(run):
     code, out, _ = run("doctor")
     assert code == 0
     assert f"bon           {bon.__version__}" in out
-    assert re.search(r"torch +ok", out)
+    assert re.search(r"torch +A language model in this process", out)
     code, out, _ = run("doctor", "--json")
     report = json.loads(out)
     assert code == 0
-    assert {engine["name"] for engine in report["engines"]} >= {"torch", "scripted"}
-    assert all(engine["ok"] or engine["detail"] for engine in report["engines"])
+    for registry in (ENGINES, SCORERS, SELECTORS, BUDGETS, DATASETS):
+        listed = report[f"{registry.kind}s"]
+        assert [each["name"] for each in listed] == list(registry)
+        assert all(each["detail"] for each in listed)
+    assert {each["name"]: each["detail"] for each in report["selectors"]}["best"] == "Pick the first of the ranking."
     assert report["versions"]["torch"]
     assert [choice["for"] for choice in report["chosen"]][-1] == "a URL"
 
@@ -286,20 +291,28 @@ def test_doctor_says_what_is_here_and_what_to_type_for_the_rest(run):
 @pytest.mark.parametrize(
     ("models", "vllm", "gpus", "said"),
     [
-        ("torch", False, 0, r"no CUDA GPUs, and vLLM cannot run .* on the CPU: --engine vllm"),
-        ("torch", True, 0, r"no CUDA GPUs\. vLLM runs them on the CPU: --engine vllm"),
+        ("torch", False, 0, r"no CUDA GPUs, and vLLM cannot run .* on the CPU: MODEL,engine=vllm"),
+        ("torch", True, 0, r"no CUDA GPUs\. vLLM runs them on the CPU: MODEL,engine=vllm"),
         ("torch", False, 1, r"1 CUDA GPU, and vLLM is not installed.* type: pip install 'bon\[vllm\]'"),
-        ("vllm", True, 2, r"vLLM is installed, and torch sees 2 CUDA GPUs\. Without it: --engine torch"),
-        ("vllm", False, 1, r"cannot run \(see above\)\. Until it can: --engine torch"),
+        ("vllm", True, 2, r"vLLM is installed, and torch sees 2 CUDA GPUs\. Without it: MODEL,engine=torch"),
+        ("vllm", False, 1, r"cannot run \(see above\)\. Until it can: MODEL,engine=torch"),
     ],
 )
 def test_doctor_explains_which_engine_runs_models_and_how_to_change_that(models, vllm, gpus, said):
-    assert re.search(said, explain(models, EngineReport("vllm", vllm, ""), gpus))
+    assert re.search(said, explain(models, vllm, gpus))
 
 
 def test_version_and_help_exit_with_0(run):
     assert run("--version") == (0, f"bon {bon.__version__}\n", "")
-    for arguments in ([], ["--help"], ["run", "--help"], ["rerank", "--help"], ["eval", "mini", "--help"]):
+    for arguments in (
+        [],
+        ["--help"],
+        ["run", "--help"],
+        ["rerank", "--help"],
+        ["eval", "--help"],
+        ["serve", "--help"],
+        ["bench", "--help"],
+    ):
         code, out, err = run(*arguments)
         assert (code, err) == (0, "")
         assert "Usage: bon" in out
@@ -314,10 +327,35 @@ def test_commands_that_need_no_model_load_no_model_library(arguments):
     code = (
         "import sys; from bon.cli import main\n"
         f"main({arguments!r})\n"
-        "sys.stderr.write(' '.join(m for m in ('torch', 'transformers', 'vllm', 'openai') if m in sys.modules))"
+        "sys.stderr.write(' '.join(m for m in ('torch', 'transformers', 'vllm', 'aiohttp') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_eval_measures_any_scorer_on_a_dataset_by_its_name(run):
+    options = (
+        "--policy",
+        "scripted",
+        "--scorer",
+        "flip:samples=2",
+        "--scorer",
+        "flip",
+        "-n",
+        2,
+        "--limit",
+        3,
+        "--seed",
+        1,
+    )
+    code, out, err = run("eval", "mini", *options, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["n_instructions"] == 3
+    assert {"flip:samples=2", "flip", "random", "oracle"} <= report["best_of"]["2"].keys()
+    code, out, _ = run("eval", "mini", *options)
+    assert code == 0
+    assert "greedy decoding" in out
 
 
 # --- The embedded model ----------------------------------------------------------------------------------------------
@@ -355,6 +393,12 @@ def test_a_file_of_unknown_prompts_gets_one_line_of_warning(run, tmp_path):
     [warning] = [line for line in err.splitlines() if "embedded" in line]
     assert "1 of 2 prompts" in warning
     assert "--policy" in warning
+    write_rows(tmp_path / "in.jsonl", [{**row, "candidates": ["It is physics."]} for row in rows])
+    code, out, err = run("rerank", "in.jsonl")
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert "1 of 2 prompts are outside its world" in err
+    assert "--scorer flip:Qwen" in err
 
 
 @needs_weights

@@ -1,45 +1,43 @@
 """The instruction as a draft of its own reconstruction: the same scores for less, and only where it pays."""
 
 import asyncio
-from dataclasses import replace
 
 import pytest
+from scoring import group_of, scored, scores_of
 
-from bon.engines.base import Completion, load_engine
+from bon.budget import Fixed
+from bon.engines.base import Completion
 from bon.engines.scripted import ScriptedEngine
+from bon.group import Group
 from bon.mini.tasks import sample_instructions
-from bon.sampler import sample
-from bon.scorers import Board, Flip, Item
-from bon.scorers.drafting import Drafting
+from bon.models import ModelPool
+from bon.pipeline import Pipeline
+from bon.scorers.flip import Flip
+from bon.scorers.flip.drafting import Drafting
 from bon.task import Task
-from bon.types import Candidate, Sampling
-
-
-async def collect(stream):
-    return [one async for one in stream]
+from bon.types import Sampling
 
 
 def test_scores_are_the_same_with_and_without_drafts_and_cost_less():
-    engine = load_engine()
-    tasks = [Task.of(text) for text in sample_instructions(12, 3)]
-    sampled = asyncio.run(collect(sample(engine, tasks, Sampling(seed=1, max_tokens=64), 4)))
-    found = {}
-    for draft in (True, False):
-        boards = [Board(prune=False) for _ in tasks]
-        items = [Item(tasks[s.task], s.candidate, boards[s.task]) for s in sampled if s.candidate.text]
-        flip = Flip(engine, sampling=Sampling(temperature=0.0, max_tokens=64), draft=draft)
-        asyncio.run(collect(flip.score([replace(item, board=Board(prune=False)) for item in items[:16]])))  # on trial
-        found[draft] = sorted(asyncio.run(collect(flip.score(items))), key=lambda s: s.item)
-    for drafted, plain in zip(found[True], found[False], strict=True):
-        assert (drafted.score.reward, drafted.score.inferred) == (plain.score.reward, plain.score.inferred)
-        assert drafted.score.tokens == plain.score.tokens
-        assert drafted.score.tie_break == pytest.approx(plain.score.tie_break, abs=1e-5)
-        assert plain.usage.drafted_tokens == 0
-    decoded = {
-        draft: sum(s.usage.scorer_completion_tokens - s.usage.drafted_tokens for s in scored)
-        for draft, scored in found.items()
-    }
+    engine = ModelPool().engine()
+    sampled = [Group(Task.of(text)) for text in sample_instructions(12, 3)]
+    plain = Flip(engine, sampling=Sampling(temperature=0.0, max_tokens=64), draft=False)
+    asyncio.run(Pipeline(plain, engine, Fixed(4), Sampling(seed=1, max_tokens=64)).run(sampled))
+    flip = Flip(engine, sampling=Sampling(temperature=0.0, max_tokens=64))
+    scored(flip, *(group_of(g.task, g.candidates) for g in sampled[:8]))  # on trial
+    again = scored(flip, *(group_of(g.task, g.candidates) for g in sampled))
+    decoded = {True: 0, False: 0}
+    for before, after in zip(sampled, again, strict=True):
+        for undrafted, drafted in zip(before.scores, after.scores, strict=True):
+            assert (drafted.reward, drafted.explanation) == (undrafted.reward, undrafted.explanation)
+            assert drafted.tokens == undrafted.tokens
+            assert drafted.tie_break == pytest.approx(undrafted.tie_break, abs=1e-5)
+            assert undrafted.usage.drafted_tokens == 0
+            for draft, score in ((True, drafted), (False, undrafted)):
+                if score.same_as is None:
+                    decoded[draft] += score.tokens - score.usage.drafted_tokens
     assert decoded[True] < 0.6 * decoded[False]
+    asyncio.run(engine.aclose())
 
 
 class Asked(ScriptedEngine):
@@ -49,9 +47,9 @@ class Asked(ScriptedEngine):
         super().__init__(["Write"])
         self.drafts = []
 
-    def generate(self, prompts, sampling, n=1, *, keep=None):
-        self.drafts += [prompt.draft for prompt in prompts]
-        return super().generate(prompts, sampling, n, keep=keep)
+    def generate(self, requests, *, keep=None):
+        self.drafts += [request.prompt.draft for request in requests]
+        return super().generate(requests, keep=keep)
 
 
 @pytest.mark.parametrize(
@@ -59,15 +57,14 @@ class Asked(ScriptedEngine):
     [
         ({}, {"Write a haiku"}),
         ({"draft": False}, {""}),
-        ({"prompt": "json"}, {""}),
+        ({"style": "json"}, {""}),
         ({"samples": 2}, {""}),
         ({"sampling": Sampling(temperature=0.7)}, {""}),
     ],
 )
 def test_only_a_greedy_bare_instruction_is_drafted(options, drafts):
     engine = Asked()
-    item = Item(Task.of(" Write a haiku\n"), Candidate(0, "rain"))
-    asyncio.run(collect(Flip(engine, **options).score([item])))
+    scores_of(Flip(engine, **options), " Write a haiku\n", "rain")
     assert set(engine.drafts) == drafts
 
 
@@ -75,7 +72,7 @@ def test_drafts_that_are_never_taken_are_given_up_and_tried_again_now_and_then()
     engine = Asked()
     flip = Flip(engine)
     for i in range(400):
-        asyncio.run(collect(flip.score([Item(Task.of("Write a haiku"), Candidate(i, f"rain {i}"))])))
+        scores_of(flip, "Write a haiku", f"rain {i}")
     drafted = [bool(draft) for draft in engine.drafts]
     assert all(drafted[:16])
     assert 0 < sum(drafted[16:]) <= 400 // 32 + 1
@@ -84,9 +81,7 @@ def test_drafts_that_are_never_taken_are_given_up_and_tried_again_now_and_then()
 
 def test_a_new_scorer_is_tried_with_a_few_drafts_first():
     engine = Asked()
-    board = Board(prune=False)
-    items = [Item(Task.of("Write a haiku"), Candidate(i, f"rain {i}"), board) for i in range(30)]
-    asyncio.run(collect(Flip(engine).score(items)))
+    scores_of(Flip(engine), "Write a haiku", *(f"rain {i}" for i in range(30)))
     assert sum(bool(draft) for draft in engine.drafts) == 16
 
 
@@ -95,7 +90,7 @@ def test_nothing_is_drafted_while_the_engines_batch_is_full():
     engine = Asked()
     flip = Flip(engine)
     for i, engine.full in enumerate((True, False, True)):
-        asyncio.run(collect(flip.score([Item(Task.of("Write a haiku"), Candidate(i, "rain"))])))
+        scores_of(flip, "Write a haiku", f"rain {i}")
     assert engine.drafts == ["", "Write a haiku", ""]
 
 

@@ -1,27 +1,20 @@
 """Backward likelihood: prefill only, one call, mean log p per token of the instruction."""
 
-import asyncio
-
 import pytest
+from scoring import group_of, scored, scores_of
 
 from bon.engines.base import Loglikelihood
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
-from bon.scorers import BackwardLikelihood, Board, Item, Scorer
+from bon.scorers.base import Scorer
+from bon.scorers.likelihood import BackwardLikelihood
 from bon.task import Task
-from bon.types import Candidate
 
 TASK = Task.of(" Write one haiku \n")
 
 
 def score(scorer, *texts):
-    board = Board()
-    things = [Item(TASK, Candidate(i, text), board) for i, text in enumerate(texts)]
-
-    async def collect():
-        return [scored async for scored in scorer.score(things)]
-
-    return board, sorted(asyncio.run(collect()), key=lambda s: s.item)
+    return scores_of(scorer, TASK, *texts)
 
 
 class Recorder(ScriptedEngine):
@@ -34,31 +27,33 @@ class Recorder(ScriptedEngine):
 
 def test_the_reward_is_the_mean_logprob_per_token_of_the_instruction_and_its_end():
     engine = Recorder()
-    board, [first, second] = score(BackwardLikelihood(engine), "Rain", "<think>hm</think>Snow")
+    group = group_of(TASK, ["Rain", "<think>hm</think>Snow"])
+    scored(BackwardLikelihood(engine), group)
+    first, second = group.scores
     assert engine.asked == (["Response:\nRain", "Response:\nSnow"], ["Write one haiku"] * 2, True)
     assert engine.calls == 1
     assert engine.decoded == 0
-    assert first.score.reward < 0
-    assert first.score.tie_break is None
-    assert board.best == max(first.score.reward, second.score.reward)
+    assert first.reward < 0
+    assert first.tie_break is None
+    assert group.best_reward == max(first.reward, second.reward)
 
 
 def test_tokens_are_counted_as_prefill():
-    _, [scored] = score(BackwardLikelihood(ScriptedEngine()), "Rain")
-    assert scored.usage.scorer_completion_tokens == 0
-    assert scored.usage.scorer_prompt_tokens >= 4
+    [found] = score(BackwardLikelihood(ScriptedEngine()), "Rain")
+    assert found.usage.scorer_completion_tokens == 0
+    assert found.usage.scorer_prompt_tokens >= 4
 
 
 def test_a_candidate_with_nothing_but_thinking_is_empty():
-    _, [scored] = score(BackwardLikelihood(ScriptedEngine()), "<think>hm")
-    assert (scored.score.status, scored.score.reward) == ("empty", None)
+    [found] = score(BackwardLikelihood(ScriptedEngine()), "<think>hm")
+    assert (found.status, found.reward) == ("empty", None)
 
 
 def test_a_response_too_long_for_the_scorer_fails_alone():
-    _, [first, second] = score(BackwardLikelihood(ScriptedEngine(max_model_len=30)), "Rain", "rain " * 50)
-    assert first.score.reward is not None
-    assert second.score.status == "failed"
-    assert "does not fit" in second.score.reason
+    first, second = score(BackwardLikelihood(ScriptedEngine(max_model_len=30)), "Rain", "rain " * 50)
+    assert first.reward is not None
+    assert second.status == "failed"
+    assert "does not fit" in second.reason
 
 
 def test_an_impossible_instruction_is_a_failure_and_not_a_number():
@@ -66,13 +61,14 @@ def test_an_impossible_instruction_is_a_failure_and_not_a_number():
         async def loglikelihood(self, prompts, continuations, *, end=True):
             return [Loglikelihood(float("-inf"), 3)]
 
-    board, [scored] = score(BackwardLikelihood(Engine()), "Rain")
-    assert (scored.score.status, scored.score.reward, board.best) == ("failed", None, None)
+    [found] = score(BackwardLikelihood(Engine()), "Rain")
+    assert (found.status, found.reward) == ("failed", None)
+    assert "log-likelihood of -inf" in found.reason
 
 
 def test_it_is_a_scorer_and_waits_for_the_policys_engine_without_a_model():
     engine, scorer = ScriptedEngine(), BackwardLikelihood()
-    assert scorer.engine is None
+    assert scorer.models == (None,)
     assert scorer.on(engine).engine is engine
     assert isinstance(scorer.on(engine), Scorer)
     assert scorer.on(engine).name == "likelihood(scripted)"
@@ -80,4 +76,4 @@ def test_it_is_a_scorer_and_waits_for_the_policys_engine_without_a_model():
 
 def test_a_json_prompt_is_refused():
     with pytest.raises(InputError, match="asks for JSON"):
-        BackwardLikelihood(ScriptedEngine(), prompt="json")
+        BackwardLikelihood(ScriptedEngine(), style="json")

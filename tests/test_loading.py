@@ -44,7 +44,7 @@ def online(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
 def test_a_model_by_name_is_fetched_once_and_without_what_is_not_needed(
     hub: FakeHub, online: dict[str, str], tmp_path: Path, engine: str
 ) -> None:
-    arguments = ("run", PROMPT, "-n", 2, "--policy", "someone/mini", "--engine", engine, "--json")
+    arguments = ("run", PROMPT, "-n", 2, "--policy", f"someone/mini,engine={engine}", "--json")
     code, out, err = in_process_of_its_own(*arguments, cwd=tmp_path, env=online)
     assert code == 0, err
     assert len(json.loads(out)["candidates"]) == 2
@@ -59,7 +59,7 @@ def test_a_model_by_name_is_fetched_once_and_without_what_is_not_needed(
 
 
 def test_the_log_of_a_server_is_json_from_the_fetching_of_its_model_on(online: dict[str, str], tmp_path: Path) -> None:
-    server = process("serve", "someone/mini", "--port", 0, "--engine", "torch", cwd=tmp_path, env=online)
+    server = process("serve", "someone/mini,engine=torch", "--port", 0, cwd=tmp_path, env=online)
     assert server.stderr is not None
     lines = []
     for line in server.stderr:

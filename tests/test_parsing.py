@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bon.errors import UnknownNameError
 from bon.scorers.parsing import Parser, response_piece, strip_think
-from bon.similarity import WordF1, words
+from bon.similarity import WordF1, characters, words
 from bon.types import Candidate, Tokens
 
 DIRECT, JSON = Parser("robust", "text"), Parser("robust", "json")
@@ -220,7 +220,8 @@ def test_valid_json_is_read_as_a_json_parser_reads_it(before, instruction, ascii
 
 PIECES = (
     r"""write |the |haiku| |Instruction:|inferred |The |"|'|“|”|**|:|,|{|}|{"|"instruction": "|"reasoning": "|", "|"""
-    r"""{'instruction': '|\|\n|\u00|e9|\ud83d|\ude00|<think>|</think>|<thi|```|```json|[|]|12|null|x": """
+    r"""{'instruction': '|\|\n|\u00|e9|\ud83d|\ude00|<think>|</think>|<thi|```|```json|[|]|12|null|x": |"""
+    r"""写|诗|。|\u8bd7|\ud840|\udc00|inſtruction """
 )
 pieces = st.sampled_from([*PIECES.split("|"), "\n"])
 raws = st.lists(pieces, max_size=25).map("".join)
@@ -251,6 +252,9 @@ def test_no_continuation_takes_back_a_settled_word(output, thinking, start, rest
             finished = settled[: len(settled) - len(re.search(r"\S*\Z", settled).group())]
             if final.instruction is not None:
                 assert words(final.instruction)[: len(words(finished))] == words(finished)
+                # A character of a script without spaces counts at once, and so does what stands before it.
+                counted = characters(re.search(r"(?s).*[\s写诗\U00020000]|", settled).group())
+                assert characters(final.instruction)[: len(counted)] == counted
 
 
 @pytest.mark.parametrize(
@@ -272,6 +276,43 @@ def test_only_the_instruction_field_is_settled(raw, settled):
 )
 def test_what_may_yet_be_removed_is_not_settled(raw):
     assert not DIRECT.settled(raw)
+
+
+def test_a_text_without_spaces_is_settled_as_it_comes():
+    """It had no finished word before its end, so nothing was ever settled: all of it might have become a label."""
+    assert DIRECT.settled("写一首") == "写一首"
+    assert DIRECT.settled("Haiku3") == "Haiku3"
+    assert DIRECT.settled("Haiku") is None
+
+
+REPEATED = [
+    "#",
+    "a",
+    "{",
+    '{"a" ',
+    '{"a": 1, ',
+    "{“",
+    '"“',
+    "'\"",
+    "\\",
+    '\\"',
+    "```",
+    "\n",
+    " ",
+    "<think>",
+    "<think> ",
+    "写",
+]
+
+
+@pytest.mark.parametrize("start", ["", '{"instruction": "', "<think>"])
+@pytest.mark.parametrize("unit", REPEATED)
+def test_reading_takes_linear_time(unit, start):
+    """A model that repeats itself took 1.4 s for each token; what is quadratic takes minutes here."""
+    raw = start + unit * (100_000 // len(unit)) + "x"
+    for parser in (DIRECT, JSON, REFERENCE):
+        parser.settled(raw)
+        parser.parse(raw)
 
 
 def test_the_reference_parser_settles_nothing():

@@ -1,19 +1,17 @@
-"""Which engine runs a model, and how two models share a machine."""
+"""Which engine runs a model, and how several models share a machine."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import save
 
-from bon import BackwardLikelihood, BestOfN, Flip
-from bon.cli.build import Options, build
-from bon.engines import base
-from bon.engines.base import choose_engine
+import bon
 from bon.engines.placement import LEAST_TOKENS, SHARE, WORKSPACE, Need, load_together, need_of, place, weight_bytes
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, ModelNotFoundError
@@ -67,60 +65,127 @@ def test_a_model_whose_size_cannot_be_looked_up_is_not_found(
     monkeypatch.setattr("bon.engines.placement.visible_gpus", lambda: [80 * GIB])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelNotFoundError, match=f"{missing}.*({missing}|Check the path)"):
-        load_together([(save(tmp_path / "model"), {}), (missing, {})])
+        load_together([(str(save(tmp_path / "model")), {}), (missing, {})], lambda *_: pytest.fail("nothing is loaded"))
 
 
-def test_models_that_load_together_come_in_order_with_their_own_options(tmp_path: Path) -> None:
-    first, second = save(tmp_path / "first"), save(tmp_path / "second", "Qwen3")
-    engines = load_together([(first, {"max_model_len": 64}), (second, {"max_model_len": 128})], engine="torch")
-    assert [e.max_model_len for e in engines] == [64, 128]
+def test_a_size_is_looked_up_where_the_model_will_be_loaded_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On one GPU a model of another revision, or with code of its own, was sized by the main branch or not at all."""
+    from bon.engines import loading
+
+    folder, asked = save(tmp_path / "model"), []
+    config = loading.load_config(folder)
+
+    def load_config(model: str, **options: Any) -> Any:
+        asked.append((model, options))
+        return config
+
+    def cached(model: str, revision: str | None) -> Path:
+        asked.append((model, revision))
+        return Path(folder)
+
+    monkeypatch.setattr("bon.engines.placement.visible_gpus", lambda: [80 * GIB])
+    monkeypatch.setattr(loading, "load_config", load_config)
+    monkeypatch.setattr(loading, "cached", cached)
+    options = {"revision": "v2", "trust_remote_code": True, "max_model_len": 64}
+    load_together([("some/model", options), ("other/model", {})], lambda name, _: ScriptedEngine(name=name))
+    assert asked == [
+        ("some/model", {"revision": "v2", "trust_remote_code": True}),
+        ("some/model", "v2"),
+        ("other/model", {"revision": None, "trust_remote_code": False}),
+        ("other/model", None),
+    ]
+
+
+class Fake(ScriptedEngine):
+    """Remembers how it was loaded and that it was closed."""
+
+    made: list[Fake]
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        if name == "missing":
+            raise ModelNotFoundError("there is no model folder at 'missing'.")
+        super().__init__(name=name)
+        self.options, self.closed = options, False
+        Fake.made.append(self)
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(0)
+        self.closed = True
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], None]:
+    Fake.made = []
+    return lambda memory: monkeypatch.setattr("bon.engines.placement.visible_gpus", lambda: memory)
+
+
+def test_models_come_in_order_and_their_own_options_come_first(gpus: Callable[[list[int]], None]) -> None:
+    gpus([])
+    first, second = load_together([("a", {}), ("b", {"threads": 7})], Fake)
+    assert (first.name, second.name) == ("a", "b")
+    assert first.options["threads"] >= 1  # type: ignore[attr-defined]
+    assert second.options == {"threads": 7}  # type: ignore[attr-defined]
+    gpus([80 * GIB] * 2)
+    load_together([("a", {"dtype": "float16"}), ("b", {})], Fake)
+    assert sorted(e.options["device_ids"] for e in Fake.made[2:]) == [[0], [1]]
+    load_together([("a", {"gpu_memory_utilization": 0.5}), ("b", {})], Fake)
+    assert {e.name: e.options for e in Fake.made[4:]} == {"a": {"gpu_memory_utilization": 0.5}, "b": {}}
+
+
+def test_where_one_cannot_be_loaded_those_that_could_are_closed(gpus: Callable[[list[int]], None]) -> None:
+    gpus([])
     with pytest.raises(ModelNotFoundError, match="no model folder"):
-        load_together([(first, {}), (tmp_path / "missing", {})], engine="torch")
+        load_together([("a", {}), ("missing", {}), ("b", {})], Fake)
+    assert sorted(e.name for e in Fake.made if e.closed) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda policy, flip: BestOfN(policy, flip),
-        lambda policy, flip: BestOfN(policy, Flip(flip, prompt="json")),
-        lambda policy, flip: BestOfN(policy, BackwardLikelihood(flip)),
-        lambda policy, flip: build(Options(policy=policy, flip=flip)).bon,
+        lambda policy, scorer: bon.BestOfN(policy, scorer),
+        lambda policy, scorer: bon.BestOfN(policy, bon.Flip(scorer, style="json")),
+        lambda policy, scorer: bon.BestOfN(policy, bon.BackwardLikelihood(scorer)),
+        lambda policy, scorer: bon.BestOfN(policy, f"likelihood:{scorer}"),
     ],
-    ids=["names", "flip", "likelihood", "command line"],
+    ids=["names", "flip", "likelihood", "spec"],
 )
 def test_two_models_that_vllm_runs_are_placed_together_however_they_are_named(
-    build: Callable[[str, str], BestOfN], monkeypatch: pytest.MonkeyPatch
+    build: Callable[[str, str], bon.BestOfN], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded one after the other, the first took the GPU and the second did not fit."""
     asked = []
 
-    def load(models: Sequence[tuple[Any, Any]]) -> list[ScriptedEngine]:
+    def load(models: Any, make: Any) -> list[ScriptedEngine]:
         asked.append([model for model, _ in models])
-        return [ScriptedEngine(name=str(model)) for model, _ in models]
+        return [ScriptedEngine(name=model) for model, _ in models]
 
-    monkeypatch.setattr("bon.resolve.choose_engine", lambda model: "vllm")
-    monkeypatch.setattr("bon.resolve.load_together", load)
-    bon = build("big/policy", "small/scorer")
+    monkeypatch.setattr("bon.models.choose_engine", lambda model: "vllm")
+    monkeypatch.setattr("bon.engines.placement.load_together", load)
+    made = build("big/policy", "small/scorer")
     assert asked == [["big/policy", "small/scorer"]]
-    assert (bon.policy.name, bon.scorer.engine.name) == ("big/policy", "small/scorer")  # type: ignore[attr-defined]
+    assert (made.policy.name, made.scorer.engine.name) == ("big/policy", "small/scorer")  # type: ignore[attr-defined]
 
 
 def test_a_scorer_that_names_the_policys_model_runs_on_the_policys_engine(tmp_path: Path) -> None:
     folder = str(save(tmp_path / "model"))
-    with BestOfN(folder, Flip(folder)) as bon:
-        assert bon.scorer.engine is bon.policy  # type: ignore[attr-defined]
+    with bon.BestOfN(folder, bon.Flip(folder)) as made:
+        assert made.scorer.engine is made.policy  # type: ignore[attr-defined]
 
 
 def test_urls_go_over_http_and_the_mini_model_to_torch() -> None:
-    assert choose_engine("http://127.0.0.1:8000/v1") == "openai"
-    assert choose_engine(None) == "torch"
+    from bon.models import MINI, choose_engine
+
+    assert choose_engine("http://127.0.0.1:8000/v1") == "http"
+    assert choose_engine(MINI) == "torch"
 
 
 @pytest.mark.parametrize(
     ("installed", "gpu", "name", "reason"),
     [
-        (True, True, "vllm", "there is a CUDA GPU; engine='torch' avoids it"),
-        (True, False, "torch", "there is no CUDA GPU; engine='vllm' takes its CPU build"),
+        (True, True, "vllm", "there is a CUDA GPU; engine=torch avoids it"),
+        (True, False, "torch", "there is no CUDA GPU; engine=vllm takes its CPU build"),
         (False, True, "torch", "vLLM is not installed"),
     ],
 )
@@ -132,12 +197,14 @@ def test_vllm_where_it_can_use_a_gpu_and_said_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(base, "find_spec", lambda module: object() if installed else None)
-    monkeypatch.setattr(base, "_has_cuda", lambda: gpu)
-    base._local_engine.cache_clear()
+    from bon import models
+
+    monkeypatch.setattr(models, "find_spec", lambda module: object() if installed else None)
+    monkeypatch.setattr(models, "_has_cuda", lambda: gpu)
+    models._local_engine.cache_clear()
     with caplog.at_level(logging.INFO, "bon"):
-        assert {choose_engine(WEIGHTS), choose_engine("Qwen/Qwen3-0.6B")} == {name}
-    base._local_engine.cache_clear()
+        assert {models.choose_engine(str(WEIGHTS)), models.choose_engine("Qwen/Qwen3-0.6B")} == {name}
+    models._local_engine.cache_clear()
     [message] = [record.getMessage() for record in caplog.records if record.name == "bon"]
     assert message.startswith(f"models run on {name}: ")
     assert reason in message

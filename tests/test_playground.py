@@ -10,7 +10,7 @@ from serving import served, until
 
 playwright = pytest.importorskip("playwright.sync_api")
 
-from bon import BestOfN  # noqa: E402
+from bon import BestOfN, Score, Scorer, StopAt  # noqa: E402
 from bon.engines.scripted import ScriptedEngine  # noqa: E402
 from bon.errors import EngineError  # noqa: E402
 
@@ -251,6 +251,29 @@ def test_pruned_candidates_are_grey_with_their_bound(open_page):
         assert pruned.count() == 1
         assert pruned.locator(".reward").inner_text().startswith("≤ 0.")
         assert "pruned" in pruned.inner_text()
+
+
+def test_a_candidate_whose_sampling_was_stopped_says_so(open_page):
+    policy = ScriptedEngine([PROMPT, "word " * 500], step_seconds=0.005)
+    with served(BestOfN(policy, ScriptedEngine(), n=StopAt(1.0, most=2))) as site:
+        page = open_page(site)
+        ask(page)
+        assert "sampling stopped" in page.locator("#list article.pruned").inner_text()
+
+
+def test_what_another_scorer_says_is_shown_as_text(open_page):
+    class Judge(Scorer):
+        concurrent = True
+
+        async def score(self, pending):
+            for position, _ in enumerate(pending):
+                yield position, Score(0.5, explanation="<b>well</b> written")
+
+    with served(BestOfN(ScriptedEngine(), Judge(), n=1)) as site:
+        page = open_page(site)
+        assert page.locator("#scorer option").all_inner_texts() == ["Judge", "flip", "likelihood"]
+        ask(page)
+        assert "<b>well</b> written" in page.locator("#winner .inferred").inner_text()
 
 
 def test_rewards_below_zero_are_drawn_as_well(site, open_page):

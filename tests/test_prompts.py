@@ -121,3 +121,19 @@ def test_unknown_styles_and_outputs_are_refused_with_the_nearest_name(tmp_path):
         load_style("dirct")
     with pytest.raises(UnknownNameError, match="Did you mean 'json'"):
         from_files(None, tmp_path / "x", output="jsn")
+
+
+def test_a_folder_with_templates_is_a_style_by_its_name(tmp_path):
+    own = tmp_path / "mine"
+    own.mkdir()
+    (own / "user.txt").write_text("Answer: {response}", encoding="utf-8")
+    for given in (str(own), own):
+        style = load_style(given)
+        assert (style.name, style.system, style.output) == ("mine", "", "text")
+    (own / "system.txt").write_text("Reply in JSON.", encoding="utf-8")
+    assert load_style(own).output == "json"
+
+
+def test_what_is_no_style_is_refused():
+    with pytest.raises(InputError, match="a style is a name, a folder or a Style, not 3"):
+        load_style(3)

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scoring import group_of, scored
 
 from bon.engines.base import Completion, Partial
 from bon.engines.scripted import ScriptedEngine
-from bon.scorers import Board, Flip, Item
-from bon.selectors import as_selector, select
+from bon.scorers.flip import Flip
+from bon.selectors import Best
 from bon.similarity import as_similarity
-from bon.task import Task
-from bon.types import Candidate
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -27,9 +26,11 @@ class Shuffled(ScriptedEngine):
         super().__init__(["unused"])
         self.answers, self.random = answers, random.Random(seed)
 
-    async def generate(self, prompts, sampling, n=1, *, keep=None):
+    async def generate(self, requests, *, keep=None):
         rows = {
-            (p, s): self.answers[int(prompts[p].turns[-1].pieces[1])][s] for p in range(len(prompts)) for s in range(n)
+            (i, sample): self.answers[int(request.prompt.turns[-1].pieces[1])][sample]
+            for i, request in enumerate(requests)
+            for sample in request.samples
         }
         written = dict.fromkeys(rows, 0)
         while rows:
@@ -45,21 +46,16 @@ class Shuffled(ScriptedEngine):
                 yield Completion(
                     *row,
                     text,
-                    "stop" if ended else "pruned",
+                    "stop" if ended else "abort",
                     cumulative_logprob=-float(len(full) % 3),
                     completion_tokens=1,
                 )
 
 
-def scores(flip, instruction, count, *, prune, stop_at=None):
-    board = Board(prune=prune, stop_at=stop_at)
-    things = [Item(Task.of(instruction), Candidate(i, str(i)), board) for i in range(count)]
-
-    async def collect():
-        return [scored.score async for scored in flip.score(things)]
-
-    found = sorted(asyncio.run(collect()), key=lambda s: s.candidate)
-    return found, select(as_selector("best"), found, [i.candidate for i in things])
+def scores(flip, instruction, count, **options):
+    group = group_of(instruction, [str(i) for i in range(count)], **options)
+    scored(flip, group)
+    return list(group.scores), group.result(Best()).selection
 
 
 def winners(instruction, answers, seed, **options):
@@ -158,7 +154,7 @@ def test_pruning_never_changes_the_winner_of_bare_instructions(case, seed, simil
 @given(cases(json_wrappers, 1), seeds)
 @settings(max_examples=120, deadline=None)
 def test_pruning_never_changes_the_winner_of_json_answers(case, seed):
-    check(*case, seed, prompt="json")
+    check(*case, seed, style="json")
 
 
 @given(cases(wrappers, 3), seeds)
@@ -170,7 +166,7 @@ def test_pruning_never_changes_the_winner_of_means_over_samples(case, seed):
 @given(cases(json_wrappers, 1), seeds)
 @settings(max_examples=50, deadline=None)
 def test_the_reference_parser_and_metrics_without_a_bound_prune_nothing(case, seed):
-    assert check(*case, seed, prompt="json", parser="reference") == 0
+    assert check(*case, seed, style="json", parser="reference") == 0
     assert check(*case, seed, similarity="char_ngram_f1") == 0
 
 

@@ -9,21 +9,27 @@ from pathlib import Path
 import pytest
 from serving import openai, served
 
-from bon import BestOfN, RewardFunction, Sampling
+from bon import BackwardLikelihood, BestOfN, Fixed, Flip, RewardFunction, Sampling, StopAt
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 from bon.serve import Settings
+from bon.serve.answers import usage_body
+from bon.serve.app import public_name
 from bon.serve.logs import JsonFormatter
+from bon.serve.plan import offered_scorers
+from bon.serve.protocol import ChatRequest, CompletionRequest
+from bon.spec import SCORERS, SELECTORS
+from bon.types import Usage
 
 PROMPT = "Write a short poem about the red fox"
 
 
 def test_a_copy_with_other_settings_shares_the_engines():
-    bon = BestOfN(ScriptedEngine(["a", "b"]), n=8, stop_at=1.0, sampling=Sampling(top_p=0.5))
-    copy = bon.replace(n=2, prune=False, stop_at=None)
+    bon = BestOfN(ScriptedEngine(["a", "b"]), n=StopAt(1.0, most=8), sampling=Sampling(top_p=0.5))
+    copy = bon.replace(n=2, prune=False)
     assert (copy.policy, copy.scorer) == (bon.policy, bon.scorer)
-    assert (copy.n, copy.prune, copy.stop_at, copy.sampling) == (2, False, None, bon.sampling)
-    assert (bon.n, bon.prune, bon.stop_at) == (8, True, 1.0), "the original is as it was"
+    assert (copy.budget, copy.prune, copy.sampling) == (Fixed(2), False, bon.sampling)
+    assert (bon.budget, bon.prune) == (StopAt(1.0, most=8), True), "the original is as it was"
     assert bon.replace(min_reward=2.0)(PROMPT).best is None, "another minimum"
     by_length = RewardFunction(lambda prompt, texts: [len(t) for t in texts])
     assert bon.replace(scorer=by_length)("x").reward == 1
@@ -33,19 +39,19 @@ def test_a_copy_with_other_settings_shares_the_engines():
         bon.replace(tempo=1)
 
 
-@pytest.mark.parametrize("overlaps", [True, False])
-def test_a_deadline_returns_the_best_so_far_and_stops_the_rest(overlaps):
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_a_deadline_returns_the_best_so_far_and_stops_the_rest(concurrent):
     answers = ["red fox", "fox", "a very long answer " * 100, "another long one " * 100]
     policy = ScriptedEngine(answers, step_seconds=0.01)
     flip = ScriptedEngine(step_seconds=0.0)
-    flip.overlaps = policy.overlaps = overlaps
+    flip.concurrent = policy.concurrent = concurrent
     bon = BestOfN(policy, flip, n=4)
     result = asyncio.run(bon.run(PROMPT, deadline=0.3))
     assert policy.decoded < 400, "of the 700 words of all answers"
     assert [s.status for s in result.scores[2:]] == ["late", "late"]
     assert "0.3 s passed before it was finished" in result.scores[3].reason
     assert policy.running == flip.running == 0, "nothing goes on after the deadline"
-    if overlaps:
+    if concurrent:
         assert (result.text, result.counts) == ("red fox", {"late": 2, "ok": 2})
     else:
         assert (result.text, result.counts) == (None, {"late": 4}), "it would have been scored after the last candidate"
@@ -207,6 +213,47 @@ def test_the_extension_reaches_the_run(site):
     assert ask(instruction="a quick red fox")["best_of_n"]["reward"] == 1.0
 
 
+def test_the_number_of_candidates_may_be_the_spec_of_a_budget(site):
+    def ask(budget, **fields):
+        answer = site.chat("Write about a quick red fox", best_of_n={"n": budget}, **fields)
+        return answer.json()["best_of_n"] if answer.status_code == 200 else answer.json()["error"]
+
+    assert (ask("3")["n"], ask("fixed:3")["n"], ask("3", n=2)["n"]) == (3, 3, 3)
+    stopped = ask("stop-at:0.1,most=6")
+    assert (stopped["n"], stopped["statuses"]["pruned"] > 0) == (6, True)
+    assert ask("stop-at:0.9,most=65")["message"] == "best_of_n.n: is 65, and this server samples 64 candidates at most."
+    assert "Did you mean 'stop-at'" in ask("stopat:0.9")["message"]
+    assert "unknown budget" in ask("os:getcwd")["message"], "nothing is imported for a request"
+    assert "the 2 best (n=2) need every reward" in ask("stop-at:0.9", n=2)["message"]
+
+
+def test_a_candidate_that_is_stopped_because_another_is_good_enough_says_so():
+    policy = ScriptedEngine(["red fox", "long " * 500], step_seconds=0.005)
+    with served(BestOfN(policy, ScriptedEngine(), n=2)) as site:
+        answer = site.chat("the red fox", best_of_n={"stop_at": 0.9, "return_candidates": True}).json()
+        assert [c["finish_reason"] for c in answer["best_of_n"]["candidates"]] == ["stop", "abort"]
+        assert answer["best_of_n"]["candidates"][1]["status"] == "pruned"
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert site.metric("bon_candidates_total", finish_reason="abort") == 1
+
+
+def test_a_request_that_does_not_say_gets_the_servers_budget():
+    with served(BestOfN(ScriptedEngine(script), n=StopAt(0.1, most=6)), max_n=4) as site:
+        planner = site.server.planner
+
+        def budget(kind=ChatRequest, **fields):
+            about = {"prompt": "x"} if kind is CompletionRequest else {"messages": MESSAGES}
+            return planner.plan(kind(**about, **fields)).bon.budget
+
+        assert budget() == StopAt(0.1, most=6)
+        assert budget(best_of_n={"n": 3}) == StopAt(0.1, most=3)
+        assert budget(CompletionRequest, best_of=3) == StopAt(0.1, most=3)
+        assert budget(best_of_n={"stop_at": 0.5}) == StopAt(0.5, most=6)
+        assert budget(best_of_n={"n": "fixed:3"}) == Fixed(3), "a spec says it all"
+        assert budget(n=2) == Fixed(6), "the two best are known when all have a reward"
+        assert site.http.get("/v1/models").json()["data"][0]["best_of_n"]["max_n"] == 6, "what it does by itself"
+
+
 def test_an_answer_below_the_minimum_reward_is_refused_in_openais_shape(site):
     answer = site.openai().chat.completions.create(
         model="bon-mini", messages=MESSAGES, extra_body={"best_of_n": {"min_reward": 0.9}}
@@ -229,6 +276,37 @@ def test_usage_is_true_separately_and_in_sum(site):
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] == result.usage.total_tokens
 
 
+def test_cached_tokens_are_part_of_the_prompt_tokens():
+    body = usage_body(Usage(10, 20, 30, 40, cached_tokens=25))
+    assert (body["prompt_tokens"], body["completion_tokens"], body["total_tokens"]) == (40, 60, 100)
+    assert body["prompt_tokens_details"] == {"cached_tokens": 25}
+
+
+def test_a_server_that_ends_closes_what_its_best_of_n_loaded_and_nothing_of_the_callers(monkeypatch):
+    """It closed the engines that were passed in, which others may still use, and never the scorer's own model."""
+    closed = []
+
+    async def aclose(engine):
+        closed.append(engine)
+
+    monkeypatch.setattr(ScriptedEngine, "aclose", aclose)
+    with served(BestOfN(ScriptedEngine(), Flip(ScriptedEngine()), n=1)) as site:
+        assert site.chat().status_code == 200
+    assert closed == []
+    bon = BestOfN("scripted,max_model_len=500", "flip:scripted", n=1)
+    with served(bon) as site:
+        assert site.chat().status_code == 200
+        assert closed == []
+    assert closed == [bon.policy, bon.scorer.engine]
+
+
+def test_clients_never_see_where_a_model_lies(tmp_path):
+    assert public_name(str(tmp_path / "my-model")) == "my-model"
+    assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    with served(BestOfN(n=1)) as site:
+        assert site.http.get("/v1/models").json()["data"][0]["id"] == "bon-mini"
+
+
 def test_content_parts_of_text_are_joined(site):
     parts = [{"type": "text", "text": "Write about "}, {"type": "text", "text": "a quick red fox"}]
     assert site.chat(parts).json()["best_of_n"]["instruction"] == "Write about a quick red fox"
@@ -247,9 +325,115 @@ def test_models_are_listed_with_what_they_can_do(site):
     assert models[0].best_of_n == {
         "n": 4,
         "max_n": 64,
-        "scorers": ["flip-direct", "likelihood"],
-        "scorer": "flip-direct",
+        "scorers": ["flip", "likelihood"],
+        "scorer": "flip",
     }
+
+
+def test_requests_may_name_what_else_is_registered_and_can_run_on_the_loaded_models():
+    class Samples:
+        """An engine that gives no log-probabilities."""
+
+        name, max_model_len, concurrent = "samples", None, True
+
+        def __init__(self):
+            self.generate = ScriptedEngine().generate
+
+        async def aclose(self):
+            pass
+
+    def scorers(*models):
+        return list(offered_scorers(BestOfN(*models)))
+
+    assert scorers(ScriptedEngine()) == ["flip", "likelihood"]
+    assert scorers(ScriptedEngine(), Flip(ScriptedEngine(), style="json")) == ["flip", "likelihood"]
+    assert scorers(ScriptedEngine(), BackwardLikelihood(ScriptedEngine())) == ["likelihood", "flip"]
+    assert scorers(Samples()) == ["flip"], "this model cannot rate"
+    assert scorers(ScriptedEngine(), Flip(Samples())) == ["flip", "likelihood"], "the policy's can"
+    assert scorers(lambda prompt: "x", lambda prompt, texts: texts) == ["<lambda>"], "a function scores nothing"
+
+
+def test_a_request_names_a_scorer_that_is_listed_and_never_a_spec(site):
+    """A spec could load any model, or import any module, on the server's machine."""
+    for spec in ("flip:samples=4", "flip:Qwen/Qwen3-0.6B", "likelihood:mini", "statistics:mean", "theirs"):
+        refused = site.chat(best_of_n={"scorer": spec})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "best_of_n.scorer")
+        assert "there is flip, likelihood" in refused.json()["error"]["message"]
+
+
+THEIRS = """
+from bon.engines.base import Generates
+from bon.scorers.base import ModelScorer, Scorer
+from bon.types import Score, Selection
+
+class Length(Scorer):
+    concurrent = True
+
+    async def score(self, pending):
+        for position, each in enumerate(pending):
+            yield position, Score(float(len(each.candidate.text)), explanation="it is that long")
+
+class Judge(ModelScorer):
+    ability = Generates
+
+    def __init__(self, model=None, **options):
+        super().__init__(model, options)
+
+    async def score(self, pending):
+        for position, each in enumerate(pending):
+            yield position, Score(-float(len(each.candidate.text)))
+
+class Needy(Judge):
+    def __init__(self, model, rubric):
+        super().__init__(model)
+
+def last(rewards, order, texts):
+    return Selection(len(texts) - 1, tuple(order.tolist()))
+
+def pick_last():
+    return last
+"""
+
+
+@pytest.fixture
+def another_package(tmp_path, monkeypatch):
+    """One that is installed and brings scorers and a selector of its own."""
+    (tmp_path / "their_package.py").write_text(THEIRS)
+    about = tmp_path / "theirs-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[bon.scorers]\nlength = their_package:Length\njudge = their_package:Judge\nneedy = their_package:Needy\n"
+        "broken = their_package:Nothing\n[bon.selectors]\nlast = their_package:pick_last\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for registry in (SCORERS, SELECTORS):
+        vars(registry).pop("_others", None)
+    yield
+    for registry in (SCORERS, SELECTORS):
+        vars(registry).pop("_others", None)
+
+
+def test_scorers_and_selectors_of_another_package_work_in_the_server(another_package, caplog):
+    with served(BestOfN(ScriptedEngine(script), "length", n=4)) as site:
+        answer = site.chat("Write about a quick red fox").json()
+        assert answer["choices"][0]["message"]["content"] == "a quick red fox"
+        assert (answer["best_of_n"]["scorer"], answer["best_of_n"]["reward"]) == ("length", 15)
+        assert answer["best_of_n"]["choices"][0]["explanation"] == "it is that long"
+        assert site.http.get("/v1/models").json()["data"][0]["best_of_n"]["scorers"] == [
+            "length",
+            "judge",
+            "flip",
+            "likelihood",
+        ]
+        answer = site.chat("Write about a quick red fox", best_of_n={"scorer": "judge"}).json()
+        assert answer["choices"][0]["message"]["content"] == "fox"
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [name in text for name, text in zip(("needy", "broken"), said, strict=True)] == [True, True], (
+        "what cannot be offered is said, and keeps nobody from the rest"
+    )
+    with served(BestOfN(ScriptedEngine(script), n=4, selector="last")) as site:
+        assert site.chat("Write about a quick red fox").json()["best_of_n"]["best"] == 3
 
 
 def test_one_model_can_be_looked_up(site):
@@ -298,6 +482,18 @@ def test_a_stream_with_candidates_tells_each_as_it_comes_and_what_matched(site):
     assert len(chunks[-1]["best_of_n"]["candidates"]) == 4
 
 
+def test_copies_and_empty_candidates_count_in_the_progress():
+    """They were never reported, so a stream ended at '2 of 4 sampled'."""
+    with served(BestOfN(ScriptedEngine(["red fox", "red fox", "", "fox"], step_seconds=0.02), n=4), status_s=0) as site:
+        told = [c["best_of_n"] for c in site.events("the red fox") if c.get("best_of_n", {}).get("event")]
+        assert (told[-1]["sampled"], told[-1]["scored"], told[-1]["n"]) == (4, 4, 4)
+        chunks = site.events("the red fox", best_of_n={"return_candidates": True})
+        told = [c["best_of_n"] for c in chunks if c.get("best_of_n", {}).get("event")]
+        for kind in ("candidate", "score"):
+            assert sorted(t["index"] for t in told if t["event"] == kind) == [0, 1, 2, 3]
+        assert [t["same_as"] for t in told if t["event"] == "score" and t["index"] == 1] == [0]
+
+
 def test_a_deadline_returns_the_best_so_far_and_says_so():
     answers = ["red fox", "fox", "a very long answer " * 100]
     with served(BestOfN(ScriptedEngine(answers, step_seconds=0.01), ScriptedEngine(), n=3)) as site:
@@ -312,9 +508,9 @@ def test_a_deadline_returns_the_best_so_far_and_says_so():
 
 
 def test_a_candidate_that_nobody_scored_is_better_than_none_at_a_deadline():
-    policy, flip = ScriptedEngine(["fine", "long " * 500], step_seconds=0.01), ScriptedEngine(overlaps=False)
+    policy, flip = ScriptedEngine(["fine", "long " * 500], step_seconds=0.01), ScriptedEngine(concurrent=False)
     with served(BestOfN(policy, flip, n=2, prune=False)) as site:
-        policy.overlaps = False
+        policy.concurrent = False
         answer = site.chat("the red fox", best_of_n={"deadline_s": 0.3}).json()
         assert answer["choices"][0]["message"]["content"] == "fine"
         assert (answer["best_of_n"]["best"], answer["best_of_n"]["reward"]) == (None, None)
@@ -400,7 +596,7 @@ def test_metrics_say_what_was_done():
         assert value("bon_http_requests_total", path="/v1/chat/completions", status="200") == 2
         assert value("bon_http_requests_total", path="/v1/chat/completions", status="400") == 1
         assert value("bon_runs_total", outcome="ok") == 2
-        candidates = [value("bon_candidates_total", finish_reason=r) for r in ("stop", "length", "pruned")]
+        candidates = [value("bon_candidates_total", finish_reason=r) for r in ("stop", "length", "abort")]
         assert sum(candidates) == 8
         assert value("bon_stopped_early_runs_total") == 1
         for stage in ("queue", "sample", "score", "select", "total"):

@@ -23,9 +23,9 @@ from bon.serve.admission import Admission
 from bon.serve.failures import ApiError
 
 
-def slow(words=200, overlaps=True):
+def slow(words=200, concurrent=True):
     """An engine that takes seconds for an answer, and less for its scores."""
-    return ScriptedEngine(["word " * words], step_seconds=0.01, overlaps=overlaps)
+    return ScriptedEngine(["word " * words], step_seconds=0.01, concurrent=concurrent)
 
 
 def in_background(call, *args, **kwargs):
@@ -74,24 +74,20 @@ def test_the_official_client_waits_and_succeeds_when_it_is_told_to_come_back():
 
 
 def test_requests_wait_in_the_order_in_which_they_came():
-    with served(BestOfN(ScriptedEngine(step_seconds=0.005), n=1), max_running=1) as site:
-        finished = []
-
-        def ask(i):
-            site.chat(f"request number {i}")
-            finished.append(i)
-
+    ran = []
+    policy = ScriptedEngine(lambda text, draw: ran.append(text) or text, step_seconds=0.05)
+    with served(BestOfN(policy, ScriptedEngine(), n=1), max_running=1) as site:
         threads = []
         for i in range(6):
-            threads.append(in_background(ask, i)[0])
-            until(lambda i=i: site.server.admission.running + site.server.admission.waiting + len(finished) > i)
+            threads.append(in_background(site.chat, f"request number {i}")[0])
+            until(lambda i=i: len(ran) + site.server.admission.waiting > i)
         for thread in threads:
             thread.join(10)
-        assert finished == sorted(finished)
+        assert ran == [f"request number {i}" for i in range(6)]
 
 
 def test_engines_that_want_one_batch_at_a_time_get_one_request_at_a_time():
-    with served(BestOfN(ScriptedEngine(overlaps=False), n=1)) as site:
+    with served(BestOfN(ScriptedEngine(concurrent=False), n=1)) as site:
         assert site.server.admission.max_running == 1
     with served(BestOfN(ScriptedEngine(), n=1)) as site:
         assert site.server.admission.max_running == 64
@@ -206,15 +202,19 @@ def test_an_engine_that_dies_under_a_stream_says_so_inside_the_stream():
         assert site.http.get("/ready").status_code == 503
 
 
-def test_a_bug_in_a_users_function_is_no_fault_of_the_client_and_shows_no_trace():
-    def policy(prompt):
+def test_a_bug_in_a_users_function_is_one_requests_failure_and_shows_no_trace():
+    """One request that a reward function could not handle made /ready fail for everybody."""
+
+    def fails(prompt, responses=None):
         raise ValueError("secret detail")
 
-    with served(BestOfN(policy, ScriptedEngine(), n=1)) as site:
-        failed = site.chat()
-        assert failed.status_code == 503
-        assert "secret" not in failed.text
-        assert "Traceback" not in failed.text
+    for models in ((fails, ScriptedEngine()), (ScriptedEngine(), fails)):
+        with served(BestOfN(*models, n=1)) as site:
+            failed = site.chat()
+            assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+            assert "secret" not in failed.text
+            assert "Traceback" not in failed.text
+            assert site.http.get("/ready").status_code == 200
 
 
 def test_a_bug_in_the_server_gives_500_in_openais_shape_and_no_trace(caplog):
@@ -317,7 +317,7 @@ def test_a_drain_that_takes_too_long_is_cut_off():
 
 
 def test_the_command_serves_with_keys_from_the_environment_and_never_logs_them():
-    command = ("-m", "bon", "serve", "--engine", "scripted", "--port", "0", "-n", "2", "--api-key", "sk-2")
+    command = ("-m", "bon", "serve", "scripted", "--port", "0", "-n", "2", "--api-key", "sk-2")
     with Process(*command, BON_API_KEY="sk-0,sk-1") as server:
         assert server.ask(["hello"]).status_code == 401
         for key in ("sk-0", "sk-1", "sk-2"):

@@ -7,7 +7,7 @@ from fake_openai import FakeServer, error
 from serving import openai, served, until
 
 from bon import BestOfN
-from bon.engines.http.engine import OpenAIEngine
+from bon.engines.http.engine import HTTPEngine
 from bon.engines.scripted import ScriptedEngine
 
 MESSAGES = [{"role": "user", "content": "What is the weather in Rome?"}]
@@ -21,7 +21,7 @@ def upstream():
 
 @pytest.fixture
 def site(upstream):
-    engine = OpenAIEngine(upstream.url, retries=1, timeout_s=2.0, cooldown_s=0.05)
+    engine = HTTPEngine(upstream.url, retries=1, timeout_s=2.0, cooldown_s=0.05)
     with served(BestOfN(engine, ScriptedEngine(), n=2), model_names=("m",)) as it:
         yield it
 
@@ -169,7 +169,7 @@ def test_upstream_dies_and_comes_back(site, upstream, monkeypatch):
 
 
 def test_a_client_that_leaves_is_gone_upstream_as_well(upstream):
-    engine = OpenAIEngine(upstream.url, retries=0)
+    engine = HTTPEngine(upstream.url, retries=0)
     upstream.refuse = lambda seen: "hang" if "completions" in seen.path else None
     with served(BestOfN(engine, ScriptedEngine(), n=3)) as site:
         with pytest.raises(openai.APITimeoutError):

@@ -17,6 +17,7 @@ from bon.similarity import (
     F1Bound,
     WordF1,
     as_similarity,
+    characters,
     matched_words,
     mean_bound,
     unicode_words,
@@ -31,7 +32,15 @@ some_words = st.sampled_from(
     ["a", "the", "The", "write", "Write,", "foo-bar", "foobar", "an", "-", "’a’", "don’t", "ΟΔΟΣ"]
 )
 phrases = st.lists(some_words, max_size=12).map(" ".join)
-texts = st.one_of(phrases, st.text(max_size=40))
+spaceless = st.sampled_from([*"写一首关于秋雨的诗人々カがーｶﾞไทยทํากារမ", "か\u3099", "葛\U000e0100", "𠀀"])
+bits = st.one_of(
+    some_words,
+    spaceless,
+    st.sampled_from([*" \n。、“”？！·—😀Σ", "👩‍👩‍👧", "é", "e\u0301", "´", "ﬁ", "Ａ", "한국어", "\u200b", "a the "]),
+)
+mixed = st.lists(bits, max_size=20).map("".join)
+texts = st.one_of(phrases, mixed, st.text(max_size=40))
+spaced_texts = texts.filter(lambda text: WordF1()("", text).compared == "words")
 
 
 def literal_f1(prediction, truth):
@@ -60,7 +69,7 @@ def rows(name):
         return [json.loads(line) for line in lines]
 
 
-@given(texts, texts)
+@given(texts, spaced_texts)
 @example("", "")
 @example("the", "a")
 @example("A haiku", "a the haiku, haiku")
@@ -74,6 +83,8 @@ def test_word_f1_is_the_papers_metric_on_every_alpacaeval_response_against_its_p
     compared = 0
     for row in rows("alpacaeval_dev.jsonl"):
         prompt = row["messages"][-1]["content"]
+        if WordF1()("", prompt).compared == "characters":
+            continue  # one prompt of the set asks how a Chinese character sounds
         for response in row["candidates"]:
             match = WordF1()(response, prompt)
             assert (match.f1, match.precision, match.recall) == literal_f1(response, prompt)
@@ -88,7 +99,7 @@ def test_nothing_in_common_scores_0_even_when_both_are_empty():
 
 @given(texts)
 @settings(deadline=None)
-@pytest.mark.parametrize("tokenize", [words, unicode_words])
+@pytest.mark.parametrize("tokenize", [words, unicode_words, characters, lambda text: characters(text, unicode_words)])
 def test_words_end_at_white_space_only(tokenize, text):
     assert tokenize(text) == [word for part in text.split() for word in tokenize(part)]
 
@@ -107,7 +118,15 @@ def test_the_bound_never_lies_below_what_the_whole_text_reaches(whole, instructi
     assert bound.update(whole) >= reached
 
 
-@given(phrases, phrases)
+def test_a_function_of_the_callers_has_no_bound():
+    """A tokenizer that looks past white space takes back what was counted: the bound was 0.667, the final F1 1.0."""
+    metric = WordF1("pairs", lambda text: [text.replace(" ", "").lower()])
+    assert metric("write haiku", "writehaiku").f1 == 1.0
+    assert metric.bound("writehaiku") is None
+    assert metric("诗", "诗人").compared == "words"
+
+
+@given(texts, texts)
 @settings(deadline=None)
 def test_the_bound_depends_on_the_text_only_and_not_on_how_often_it_was_updated(whole, instruction):
     step_by_step = F1Bound(instruction)
@@ -159,7 +178,63 @@ def test_character_ngrams_compare_scripts_without_spaces():
     instruction = "写一首关于秋雨的诗"
     metric = as_similarity("char_ngram_f1")
     assert metric(near, instruction).f1 > 0.6 > metric(far, instruction).f1
-    assert as_similarity("word_f1")(near, instruction).f1 == 0.0
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize(
+    ("inferred", "instruction", "least"),
+    [
+        ("写一首关于秋雨的俳句。", "写一首关于秋雨的诗", 0.8),
+        ("秋の雨についての俳句を書いてください", "秋の雨について俳句を書いて", 0.8),
+        ("เขียนบทกวีเกี่ยวกับฝน", "เขียนกวีเกี่ยวกับฝน", 0.8),
+        ("ຂຽນບົດກະວີ", "ຂຽນກະວີ", 0.7),
+        ("សរសេរកំណាព្យ", "សរសេរកំណាព្យ។", 1.0),
+        ("ကဗျာရေးပါ", "ကဗျာရေးပါ။", 1.0),
+        ("把“Hello, world!”翻译成中文。", "请把 Hello world 翻译成中文", 0.9),
+    ],
+)
+def test_near_sentences_of_a_script_without_spaces_are_near(name, inferred, instruction, least):
+    """Each was one giant word, so two sentences that differ in a character got 0.0 with status ok."""
+    match = as_similarity(name)(inferred, instruction)
+    assert match.f1 >= least
+    assert match.compared == "characters"
+
+
+def test_what_is_compared_is_decided_by_the_instruction_alone():
+    assert as_similarity("word_f1")("写一首诗", "Write a poem").compared == "words"
+    assert as_similarity("word_f1")("Write a poem", "写一首诗").compared == "characters"
+    assert as_similarity("word_f1")("시를 써 주세요", "시를 써 줘").compared == "words", "Korean has spaces"
+    assert as_similarity("char_ngram_f1")("x", "x").compared == "characters"
+
+
+def test_characters_count_as_they_come_and_the_words_between_them_once_they_end():
+    bound = F1Bound("写诗 haiku")  # R = 3
+    assert bound.update("雨") == pytest.approx(upper_bound(3, 1))
+    assert bound.update("雨 poem") == pytest.approx(upper_bound(3, 1))
+    assert bound.update("雨 poem诗") == pytest.approx(upper_bound(3, 2))
+
+
+class Counted(str):
+    """A text that counts how often it was looked at."""
+
+    looks = 0
+
+    def __getitem__(self, key):
+        Counted.looks += 1
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("instruction", ["write a haiku", "写一首诗"])
+def test_a_bound_looks_at_each_character_of_a_growing_word_once(instruction):
+    """Each update went through the whole unfinished word: quadratic for a model that repeats "########" for ever."""
+
+    def looks(size):
+        Counted.looks, bound = 0, F1Bound(instruction)
+        for end in range(8, size + 1, 8):
+            assert bound.update(Counted("#" * end)) == 1.0
+        return Counted.looks
+
+    assert looks(2048) <= 2 * looks(1024) + 1
 
 
 def plain_lcs(a, b):
@@ -207,11 +282,19 @@ def test_matched_words_are_spans_of_the_inferred_text_counted_as_a_multiset():
     assert [inferred[start:end] for start, end in spans] == ["Write,", "Haiku", "(about)"]
 
 
+def test_matched_characters_are_spans_too_and_those_that_touch_are_one():
+    inferred = "请写一首诗，Hello 写 World"
+    spans = matched_words(inferred, "写一首诗 hello")
+    assert [inferred[start:end] for start, end in spans] == ["写一首诗", "Hello"]
+
+
 @given(texts, texts)
 @settings(deadline=None)
 def test_as_many_words_are_highlighted_as_the_metric_counts(inferred, instruction):
-    counted = WordF1()(inferred, instruction).precision * max(1, len(words(inferred)))
-    shown = sum(len(words(inferred[a:b])) for a, b in matched_words(inferred, instruction))
+    match = WordF1()(inferred, instruction)
+    split = characters if match.compared == "characters" else words
+    counted = match.precision * max(1, len(split(inferred)))
+    shown = sum(len(split(inferred[a:b])) for a, b in matched_words(inferred, instruction))
     assert shown <= round(counted)
-    if all(len(words(part)) <= 1 for part in inferred.split()):
+    if match.compared == "words" and all(len(words(part)) <= 1 for part in inferred.split()):
         assert shown == round(counted)

@@ -1,6 +1,8 @@
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import bon
@@ -125,6 +127,42 @@ def test_an_instruction_that_is_not_in_the_prompt_is_refused(instruction, compla
         Task.of("Summarise it.", instruction)
 
 
+def test_another_instruction_of_a_task_keeps_what_else_the_task_has():
+    """``run(task, instruction=...)`` ignored the instruction."""
+    task = replace(Task.of("Here is a text.\nSummarise it."), reference="short", metadata={"row": 7})
+    named = Task.of(task, "Summarise it.")
+    assert (named.instruction, named.context) == ("Summarise it.", "Here is a text.")
+    assert (named.reference, named.metadata) == ("short", {"row": 7})
+    assert Task.of(task) is task
+    with pytest.raises(InputError, match="part of the last user message"):
+        Task.of(task, "Translate it.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((0.5, "pruend"), "Did you mean 'pruned'"),
+        ((0.0, "failed"), "'failed' has no reward, got 0.0"),
+        (("0.5",), "must be a number or None, got '0.5'"),
+        (([1.0],), "must be a number or None"),
+    ],
+)
+def test_a_score_that_contradicts_itself_is_refused(arguments, complaint):
+    with pytest.raises(InputError, match=complaint):
+        Score(*arguments)
+
+
+def test_the_details_of_a_score_are_a_dataclass():
+    """A dict there was found out when a whole file of results was written."""
+    with pytest.raises(InputError, match="not dict"):
+        Score(0.5, details={"verdict": "good"})
+
+
+def test_a_reward_of_another_library_is_a_float():
+    assert type(Score(np.float32(0.5)).reward) is float
+    assert type(Score(True).reward) is float
+
+
 def test_usage_adds_up_and_leaves_out_what_was_cached():
     usage = Usage(10, 20, 30, 40, 5) + Usage(1, 2, 3, 4, 0)
     assert usage == Usage(11, 22, 33, 44, 5)
@@ -132,14 +170,17 @@ def test_usage_adds_up_and_leaves_out_what_was_cached():
 
 
 def test_what_was_saved_is_counted_and_only_the_tokens_that_never_were_are_estimated():
-    candidates = [Candidate(i, "text") for i in range(5)] + [Candidate(5, "te", "pruned")]
+    def cost(tokens, drafted=0):
+        return {"usage": Usage(scorer_completion_tokens=tokens, drafted_tokens=drafted)}
+
+    candidates = [Candidate(i, "text") for i in range(5)] + [Candidate(5, "te", "abort")]
     scores = [
-        Score(0, 1.0, tokens=10),
-        Score(1, 0.5, tokens=20, drafted=16),
-        Score(2, None, "pruned", tokens=6, upper_bound=0.4),
-        Score(3, None, "pruned", tokens=40, upper_bound=0.4),
-        Score(4, 1.0, tokens=10, same_as=0),
-        Score(5, None, "pruned"),
+        Score(1.0, candidate=0, **cost(10)),
+        Score(0.5, candidate=1, **cost(20, 16)),
+        Score(None, "pruned", candidate=2, upper_bound=0.4, **cost(6)),
+        Score(None, "pruned", candidate=3, upper_bound=0.4, **cost(40)),
+        Score(1.0, candidate=4, same_as=0, **cost(10)),
+        Score(None, "pruned", candidate=5),
     ]
     saved = Saved.of(candidates, scores)
     assert (saved.unsampled, saved.pruned, saved.copies) == (1, 2, 1)
@@ -149,6 +190,17 @@ def test_what_was_saved_is_counted_and_only_the_tokens_that_never_were_are_estim
     assert (saved + saved).share == saved.share
     assert Saved.of(candidates[:2], scores[:2]) == Saved(decoded=14, drafted=16)
     assert Saved().share == 0
+
+
+def test_the_text_of_a_candidate_is_text():
+    with pytest.raises(InputError, match="candidate 3 must be text, not int"):
+        Candidate(3, 4)
+
+
+def test_sampling_says_what_differs_from_the_defaults():
+    sampling = Sampling(temperature=0.5, stop=("a",))
+    assert sampling.to_dict() == {"temperature": 0.5, "stop": ("a",)}
+    assert Sampling.of(sampling.to_dict()) == sampling
 
 
 def test_every_public_name_can_be_imported():

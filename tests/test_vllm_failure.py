@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vllm
 
 ROWS = [{"id": i, "prompt": prompt} for i, prompt in enumerate(sample_instructions(400))]
 PATIENCE = 300  # seconds: starting an engine takes long where others compute as well
-ARGUMENTS = ("run", "in.jsonl", "-o", "out.jsonl", "-n", 8, "--engine", "vllm", "--no-prune")
+ARGUMENTS = ("run", "in.jsonl", "-o", "out.jsonl", "-n", 8, "--policy", "mini,engine=vllm", "--no-prune")
 
 
 def cores(parent: psutil.Process) -> list[psutil.Process]:
@@ -99,7 +99,7 @@ def test_results_from_before_the_engine_died_are_returned_and_it_can_be_loaded_a
                     core.kill()
         return outcomes
 
-    with BestOfN(engine="vllm", n=8) as bon:
+    with BestOfN("mini,engine=vllm", n=8) as bon:
         outcomes = asyncio.run(collect(bon))
         results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
         errors = {id(outcome): outcome for outcome in outcomes if not isinstance(outcome, Result)}
@@ -112,6 +112,6 @@ def test_results_from_before_the_engine_died_are_returned_and_it_can_be_loaded_a
         with pytest.raises(EngineError, match="ended by signal 9"):
             bon(prompts[0])
     assert not cores(psutil.Process())
-    with BestOfN(engine="vllm", n=8) as again:
+    with BestOfN("mini,engine=vllm", n=8) as again:
         assert len(list(again.map(prompts[:5]))) == 5
     assert not cores(psutil.Process())

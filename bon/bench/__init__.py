@@ -1,10 +1,8 @@
-"""Benchmarks: what bon costs and what it saves, measured in pairs on one machine in one run.
+"""What best-of-N costs and what it saves, measured in pairs on one machine in one run: ``bon bench``.
 
-`harness` times things and reports them, `models`, `opening` and `lengths` make what is timed, `latency`, `pruning` and
-`sharing` are the measurements, `command` runs them on a user's own models (``bon bench``). On vLLM `schedules`
-compares bon with the same work written against vLLM itself (`plain`), `offline` is vLLM's own batch engine, and
-`resources` looks at the cache and at starting. The scripts in ``benchmarks/`` choose sizes. Importing this package
-loads no torch.
+``harness`` times things and reports them; ``latency``, ``pruning`` and ``forward`` are the measurements; ``command``
+runs them on the user's own models. The scripts in ``benchmarks/`` build on the same parts. Importing this package loads
+no torch.
 """
 
 from bon.bench.harness import Pairs, Report, Spread, conditions, interleave, table

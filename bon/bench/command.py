@@ -6,25 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from bon import portal
-from bon.bench.harness import Report, conditions
+from bon.bench.harness import Report, conditions, forget, shape_of
 from bon.bench.latency import latency_table, measure_latency
-from bon.bench.models import shape_of
-from bon.bench.opening import forget
 from bon.bench.pruning import PRUNED, STOPPED, measure_pruning
-from bon.bench.sharing import forward_table, measure_forward
-from bon.engines.base import Engine
+from bon.engines.base import Engine, Generates, Prompt, Rates
+from bon.errors import BonError
 from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip
 from bon.scorers.likelihood import BackwardLikelihood
-from bon.task import Task
+from bon.task import Message, Task
 from bon.types import Sampling
 
 FLIP, LIKELIHOOD = "FLIP direct", "likelihood"
 
 
 def bench(
-    policy: Engine,
-    flip: Engine,
+    policy: Generates,
+    reader: Generates,
     tasks: Sequence[Task],
     *,
     n: int = 16,
@@ -32,11 +30,11 @@ def bench(
     seed: int = 0,
     quick: bool = False,
 ) -> Report:
-    """Measure best-of-n with FLIP (``direct``) and, where the scorer can rate, the likelihood scorer.
+    """Measure best-of-n with FLIP (``direct``) and, where its engine gives log-probabilities, the likelihood scorer.
 
     Args:
         policy: what samples.
-        flip: what scores; may be the policy.
+        reader: the engine that FLIP runs on; may be the policy.
         tasks: what is asked; quick takes the first three.
         n: candidates; latency is measured for powers of two up to it as well, unless quick.
         max_tokens: of a response and of a reconstruction.
@@ -47,15 +45,15 @@ def bench(
 
     tasks = tasks[:3] if quick else tasks
     sampling = Sampling(max_tokens=max_tokens, seed=seed)
-    judge = Flip(flip, sampling=Sampling(temperature=0.0, max_tokens=max_tokens))
+    judge = Flip(reader, sampling=Sampling(temperature=0.0, max_tokens=max_tokens))
     scorers: dict[str, Scorer] = {FLIP: judge}
-    if _rates(flip):
-        scorers[LIKELIHOOD] = BackwardLikelihood(flip)
-    report = Report("bench", conditions(policy=policy.name, scorer=flip.name, tasks=len(tasks), n=n, seed=seed))
+    if _rates(reader):
+        scorers[LIKELIHOOD] = BackwardLikelihood(reader)
+    report = Report("bench", conditions(policy=policy.name, scorer=reader.name, tasks=len(tasks), n=n, seed=seed))
     report.conditions["max_tokens"] = max_tokens
 
     def fresh() -> None:
-        forget(policy, flip)
+        forget(policy, reader)
 
     latencies = measure_latency(policy, scorers, tasks, _numbers(n, quick), sampling, before=fresh)
     report.text.append(latency_table(latencies))
@@ -64,7 +62,7 @@ def bench(
     for name in scorers:
         report.ratios["overhead_likelihood" if name == LIKELIHOOD else "overhead"] = latencies[-1].overhead(name)
 
-    exact = isinstance(flip, TorchEngine) and flip._model.dtype.itemsize == 4
+    exact = isinstance(reader, TorchEngine) and reader._model.dtype.itemsize == 4
     pruning = measure_pruning(policy, judge, tasks, n, sampling, exact=exact, before=fresh)
     report.text.append(pruning.text())
     report.rows += pruning.rows()
@@ -77,6 +75,7 @@ def bench(
 
 def _sharing(report: Report, model: Any, n: int, seed: int, quick: bool) -> None:
     """Bare forward passes of the policy with n rows."""
+    from bon.bench.forward import forward_table, measure_forward
     from bon.engines.torch.prefix.attention import NAME
 
     report.conditions["policy_shape"] = shape_of(model.config)
@@ -96,13 +95,11 @@ def _numbers(n: int, quick: bool) -> list[int]:
 
 
 def _rates(engine: Engine) -> bool:
-    """Whether an engine gives likelihoods."""
-    from bon.engines.base import Prompt
-    from bon.errors import BonError
-    from bon.task import Message
-
+    """Whether an engine gives log-probabilities of a text; what stands behind a URL shows when it is asked."""
+    if not isinstance(engine, Rates):
+        return False
     try:
-        portal.run(engine.loglikelihood([Prompt.of([Message("user", "a")])], ["b"]))
+        [rated] = portal.run(engine.loglikelihood([Prompt.of([Message("user", "a")])], ["b"]))
     except BonError:
         return False
-    return True
+    return rated.error is None

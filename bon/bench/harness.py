@@ -7,12 +7,11 @@ A report ends in one line of JSON, which a program can read and `benchmarks/plot
 
 from __future__ import annotations
 
-import argparse
+import asyncio
 import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,9 +25,14 @@ import orjson
 from tqdm import tqdm
 
 import bon
-from bon.errors import BonError
+from bon import portal
+from bon.engines.base import Engine
+from bon.errors import EngineError
 
 T = TypeVar("T")
+
+RESETS = 5000
+"""Tries to empty a prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,28 @@ class Report:
             out.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
+def forget(*engines: Engine) -> None:
+    """Empty the prefix caches of vLLM engines, so that no side finds there what another one computed.
+
+    Other engines keep nothing from one call to the next.
+
+    Raises:
+        EngineError: an engine that is still at work.
+    """
+    for engine in engines:
+        llm = getattr(getattr(engine, "_engine", None), "llm", None)
+        if llm is not None:
+            portal.run(_reset(llm))
+
+
+async def _reset(llm: Any) -> None:
+    for _ in range(RESETS):
+        if await llm.reset_prefix_cache():
+            return
+        await asyncio.sleep(0.002)  # aborted requests free their blocks a step later
+    raise EngineError("the prefix cache cannot be emptied: requests are still running.")
+
+
 def conditions(**facts: Any) -> dict[str, Any]:
     """What a measurement depends on: machine, threads, versions, and the facts that a benchmark adds.
 
@@ -214,25 +240,23 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every script in ``benchmarks/`` has."""
-    options = argparse.ArgumentParser(
-        description=description.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    options.add_argument("--quick", action="store_true", help="few sizes and rounds: does it run, roughly what comes")
-    options.add_argument("--out", type=Path, help="write the JSON to this file as well")
-    options.add_argument("--seed", type=int, default=0, help="of models, prompts and sampling")
-    options.add_argument("--device", default=None, help="torch device; chosen when not given")
-    options.add_argument("--dtype", default="float32", help="torch dtype of the models")
-    return options
+def shape_of(config: Any) -> dict[str, Any]:
+    """Size and shape of a transformers configuration, for the conditions."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-
-def script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; an error of bon's ends it with a sentence in place of a traceback."""
-    try:
-        main()
-    except BonError as error:
-        sys.exit(f"error: {error}")
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    text = config.get_text_config(decoder=True)
+    return {
+        "type": config.model_type,
+        "parameters": count,
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        "vocabulary": text.vocab_size,
+    }
 
 
 def _card(facts: Mapping[str, Any]) -> list[str]:
@@ -273,8 +297,3 @@ def _revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def warn(message: str) -> None:
-    """Say something on stderr, where it is not in the way of the JSON."""
-    print(message, file=sys.stderr)

@@ -7,6 +7,7 @@ the same candidates; the overhead is the ratio of the two times.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,7 @@ import numpy as np
 from bon import portal
 from bon.bench.harness import Pairs, Spread, Timed, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
-from bon.engines.base import Engine
-from bon.sampler import sample
+from bon.engines.base import Generates, Prompt, Request
 from bon.scorers.base import Scorer
 from bon.task import Task
 from bon.types import Result, Sampling
@@ -72,7 +72,7 @@ class Latency:
 
 
 def measure_latency(
-    policy: Engine,
+    policy: Generates,
     scorers: Mapping[str, Scorer],
     tasks: Sequence[Task],
     ns: Sequence[int],
@@ -94,7 +94,7 @@ def measure_latency(
 
 
 def _measure(
-    policy: Engine,
+    policy: Generates,
     scorers: Mapping[str, Scorer],
     tasks: Sequence[Task],
     n: int,
@@ -118,9 +118,10 @@ def _measure(
     )
 
 
-async def _sample_only(policy: Engine, task: Task, sampling: Sampling, n: int) -> None:
-    async for _ in sample(policy, [task], sampling, n):
-        pass
+async def _sample_only(policy: Generates, task: Task, sampling: Sampling, n: int) -> None:
+    async with aclosing(policy.generate([Request(Prompt.of(task.messages), sampling, n)])) as completions:
+        async for _ in completions:
+            pass
 
 
 def latency_table(latencies: Sequence[Latency]) -> str:

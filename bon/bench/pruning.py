@@ -18,11 +18,12 @@ from typing import Any
 from bon import portal
 from bon.bench.harness import Pairs, Spread, interleave, milliseconds, table
 from bon.best_of_n import BestOfN
-from bon.engines.base import Engine
+from bon.budget import StopAt
+from bon.engines.base import Generates
 from bon.errors import BonError
-from bon.scorers.base import Board, Item, Scorer
-from bon.scorers.drafting import Drafting
+from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip
+from bon.scorers.flip.drafting import Drafting
 from bon.task import Task
 from bon.types import Result, Sampling, Usage
 
@@ -43,19 +44,17 @@ class Pruning:
         n: candidates for each prompt.
         results: side -> one result for each prompt.
         seconds: side -> scoring time for each prompt.
-        informed: tokens the scorer decodes for each prompt when pruning knows the winner's reward from the start.
         sampled: whether each way sampled the candidates itself, so that times and stops include the sampling.
     """
 
     n: int
     results: Mapping[str, Sequence[Result]]
     seconds: Mapping[str, Sequence[float]]
-    informed: Sequence[int]
     sampled: bool = False
 
     def tokens(self, side: str) -> list[int]:
-        """Tokens the scorer decoded, for each prompt; those read as a draft are not among them."""
-        return [_decoded(result.usage) for result in self.results[side]]
+        """Tokens the scorer decoded, for each prompt."""
+        return [decoded(result.usage) for result in self.results[side]]
 
     def saved(self, side: str) -> Spread:
         """Share of all scorer decode tokens that were not decoded; the quartiles are over prompts."""
@@ -76,9 +75,6 @@ class Pruning:
                 "tokens_everything": sum(self.tokens(EVERYTHING)),
                 "tokens": sum(self.tokens(side)),
                 "saved": self.saved(side).median,
-                "possible_in_step": None if self.sampled else self.possible_in_step,
-                "possible_informed": self.possible_informed,
-                "saved_on_duplicates": self.saved_on_duplicates,
                 "scores_pruned": sum(result.counts.get("pruned", 0) for result in self.results[side]),
                 "winner_rewards_equal": self.equal(side),
             }
@@ -99,56 +95,13 @@ class Pruning:
             ]
             for side in (EVERYTHING, *LESS)
         ]
-        in_step = (
-            f"Without drafts the best possible bound saves {self.possible_in_step:.1%} while rows decode in step.\n"
-        )
         headers = ["scoring", "tokens", "saved", "pruned", "same reward", "ms", "time ratio"]
-        count = len(self.results[PRUNED])
-        notes = (
-            f"{count} prompts, {self.n} candidates each.\n"
-            f"{'' if self.sampled else in_step}"
-            f"Drafts and a bound that knows the winner's reward save {self.possible_informed:.1%}.\n"
-            f"Scoring identical candidates once had saved {self.saved_on_duplicates:.1%} before."
-        )
-        return f"{table(headers, rows)}\n{notes}"
+        return f"{table(headers, rows)}\n{len(self.results[PRUNED])} prompts, {self.n} candidates each."
 
     def equal(self, side: str) -> int:
         """On how many prompts the winner's reward is what it is with nothing skipped."""
         pairs = zip(self.results[EVERYTHING], self.results[side], strict=True)
         return sum(full.reward == less.reward for full, less in pairs)
-
-    @property
-    def possible_in_step(self) -> float:
-        """Share of decode tokens that the best possible bound could save while all rows decode in step.
-
-        A reconstruction can only lose against one that ended before: at best it is given up at the first step at which
-        a higher reward than its own final one is known.
-        """
-        saved = 0
-        for result in self.results[EVERYTHING]:
-            ended = [(s.tokens, -1.0 if s.reward is None else s.reward) for s in result.scores if s.same_as is None]
-            for tokens, reward in ended:
-                known = min((at for at, better in ended if better > reward), default=tokens)
-                saved += max(0, tokens - known)
-        return saved / max(1, sum(self.tokens(EVERYTHING)))
-
-    @property
-    def possible_informed(self) -> float:
-        """Share of decode tokens that pruning saves when it knows the winner's reward before it starts.
-
-        No schedule does better with the same bound; one that scores the winner first comes near.
-        """
-        return 1 - sum(self.informed) / max(1, sum(self.tokens(EVERYTHING)))
-
-    @property
-    def saved_on_duplicates(self) -> float:
-        """Share of decode tokens that scoring identical candidates once saves, before anything is pruned."""
-        every = [
-            result.scores[index if score.same_as is None else score.same_as].tokens
-            for result in self.results[EVERYTHING]
-            for index, score in enumerate(result.scores)
-        ]
-        return 1 - sum(self.tokens(EVERYTHING)) / max(1, sum(every))
 
     def _pairs(self, side: str) -> Pairs:
         sizes = {"n": self.n, "scoring": side}
@@ -156,7 +109,7 @@ class Pruning:
 
 
 def measure_pruning(
-    policy: Engine,
+    policy: Generates,
     scorer: Scorer,
     tasks: Sequence[Task],
     n: int,
@@ -184,17 +137,18 @@ def measure_pruning(
         EVERYTHING: {"prune": False},
         DRAFTED: {"prune": False},
         PRUNED: {},
-        STOPPED: {"stop_at": 1.0},
+        STOPPED: {"n": StopAt(1.0, most=n)},
     }
     scorers = {name: _undrafted(scorer) if name == EVERYTHING else scorer for name in options}
-    ways = {name: BestOfN(policy, scorers[name], n=n, sampling=sampling, **options[name]) for name in options}
-    overlapped = scorer.overlaps
-    given = [] if overlapped else [result.candidates for result in ways[EVERYTHING].map(tasks)]
+    ways = {name: BestOfN(policy, scorers[name], sampling=sampling, **{"n": n, **options[name]}) for name in options}
+    concurrent = scorer.concurrent
+    sampled = [] if concurrent else ways[EVERYTHING].map(tasks)
+    given = [result.candidates for result in sampled if isinstance(result, Result)]
 
     def side(bon: BestOfN) -> Callable[[int], Result]:
         def run(round_: int) -> Result:
             at = max(round_, 0)
-            return portal.run(bon.run(tasks[at]) if overlapped else bon.run_rerank(tasks[at], given[at]))
+            return portal.run(bon.run(tasks[at]) if concurrent else bon.run_rerank(tasks[at], given[at]))
 
         return run
 
@@ -203,8 +157,7 @@ def measure_pruning(
         n,
         {name: [t.value for t in ts] for name, ts in timed.items()},
         {name: [t.seconds for t in ts] for name, ts in timed.items()},
-        portal.run(_informed(scorer, [t.value for t in timed[EVERYTHING]])),
-        overlapped,
+        concurrent,
     )
     if exact:
         _check(measured)
@@ -220,19 +173,9 @@ def _undrafted(scorer: Scorer) -> Scorer:
     return plain
 
 
-def _decoded(usage: Usage) -> int:
+def decoded(usage: Usage) -> int:
+    """Tokens the scorer decoded; those read as a draft are not among them."""
     return usage.scorer_completion_tokens - usage.drafted_tokens
-
-
-async def _informed(scorer: Scorer, results: Sequence[Result]) -> list[int]:
-    """Tokens decoded for each result's candidates when its reward is on the board before anything is scored."""
-    tokens = []
-    for result in results:
-        board = Board(best=result.reward)
-        scored = [s.candidate for s in result.scores if s.same_as is None and s.status != "empty"]
-        items = [Item(result.task, result.candidates[index], board) for index in scored]
-        tokens.append(sum([_decoded(s.usage) async for s in scorer.score(items)]))
-    return tokens
 
 
 def _check(measured: Pruning) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``bon run``, ``rerank``, ``eval``, ``tasks``, ``bench``, ``doctor``.
+"""The command line: ``bon run``, ``rerank``, ``eval``, ``tasks``, ``bench``, ``serve``, ``doctor``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0; 2 for bad usage or input; 130 after
 Ctrl-C; 1 otherwise. Commands import what they need when they run, so ``bon --help`` loads no model library.
@@ -15,9 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from bon import __version__
-from bon.cli import bench, doctor, evaluate, run, serve, tasks
-from bon.cli.interrupt import INTERRUPTED, StoppedError
-from bon.cli.log import shown_log
+from bon.cli import bench, doctor, evaluate, rerank, run, serve, tasks
+from bon.cli.terminal import INTERRUPTED, StoppedError, say, sentence, shown_log
 from bon.errors import BonError, InputError
 
 app = typer.Typer(
@@ -45,8 +44,8 @@ def _root(
 
 
 app.command("run")(run.run)
-app.command("rerank")(run.rerank)
-app.add_typer(evaluate.app, name="eval")
+app.command("rerank")(rerank.rerank)
+app.command("eval")(evaluate.evaluate)
 app.command("tasks")(tasks.tasks)
 app.command("bench")(bench.bench)
 app.command("serve")(serve.serve)
@@ -83,8 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: BaseException) -> int:
     """Print one line about an error, and return the exit code it stands for."""
-    from bon.cli.console import say, sentence
-
     if isinstance(error, BonError):
         say(f"error: {sentence(error)}")
         return 2 if isinstance(error, InputError) else 1

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bon.cli import run
+from bon.cli.options import JSON, Policy, Scorer, Setup, configured, grouped, loaded
+from bon.errors import InputError
 
 if TYPE_CHECKING:
     from bon.task import Task
@@ -16,15 +17,13 @@ EXAMPLES = 16
 """Instructions of the mini world that are taken when no file is given."""
 
 
+@grouped
 def bench(
+    *,
+    setup: Setup,
+    policy: Policy = None,
+    scorer: Scorer = None,
     n: Annotated[int, typer.Option("-n", "--n", min=1, metavar="N", help="Candidates for each prompt.")] = 16,
-    policy: Annotated[
-        str | None, typer.Option("--policy", metavar="MODEL", help="What writes; the embedded model by default.")
-    ] = None,
-    flip: run.Flip = None,
-    engine: run.Engine = None,
-    device: run.Device = None,
-    dtype: run.Dtype = None,
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", metavar="FILE", help=f"Prompts in JSONL; {EXAMPLES} of bon tasks by default."),
@@ -34,35 +33,28 @@ def bench(
     ] = 96,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Of prompts and sampling.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds and sizes: roughly what comes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: JSON = False,
 ) -> int:
     """Time best-of-N: what scoring adds to sampling, what pruning saves, what sharing prefixes saves.
 
-    The last line of the output is one JSON object with all figures and the conditions they were measured under.
+    The scorer's model is timed with FLIP and by likelihood. The last line of the output is one JSON object with all
+    figures and the conditions they were measured under.
     """
-    from bon import portal
+    config = configured(setup, policy=policy, scorer=scorer)
+
     from bon.bench.command import bench as measure
-    from bon.cli.build import Options, build
-    from bon.errors import InputError
-    from bon.scorers.flip import Flip
 
     tasks = _tasks(prompts, seed)
-    built = build(Options(n=n, policy=policy, flip=flip, engine=engine, device=device, dtype=dtype))
-    try:
-        scorer = built.bon.scorer
-        judge = scorer.engine if isinstance(scorer, Flip) else None
-        if judge is None:
-            raise InputError(f"bon bench times FLIP with a model; {scorer.name!r} is something else.")
-        report = measure(built.bon.policy, judge, tasks, n=n, max_tokens=max_tokens, seed=seed, quick=quick)
-    finally:
-        portal.run(built.aclose())
+    with loaded(config) as (engine, judge):
+        if (model := getattr(judge, "engine", None)) is None:
+            raise InputError(f"bon bench times a scorer that runs a model; {judge.name!r} runs none.")
+        report = measure(engine, model, tasks, n=n, max_tokens=max_tokens, seed=seed, quick=quick)
     report.emit(only_json=as_json)
     return 0
 
 
 def _tasks(prompts: Path | None, seed: int) -> list[Task]:
-    from bon.batch import BadRow, read_rows
-    from bon.errors import InputError
+    from bon.data.rows import BadRow, read_rows
     from bon.mini.tasks import sample_instructions
     from bon.task import Task
 

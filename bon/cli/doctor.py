@@ -1,67 +1,61 @@
-"""``bon doctor``: what is installed, which engines can run here, which is chosen, and what to type to change that."""
+"""``bon doctor``: what is installed, what can be named, which engine runs models here, and how to change that."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import logging
 import os
 import platform
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from bon.cli.options import JSON
 
-from bon.errors import BonError
+if TYPE_CHECKING:
+    from bon.spec import Registry
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "vllm", "openai", "fastapi")
-
-
-@dataclass(frozen=True)
-class EngineReport:
-    """Whether an engine can run here, and what to do where it cannot."""
-
-    name: str
-    ok: bool
-    detail: str
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "vllm", "aiohttp", "fastapi")
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-) -> int:
-    """Show what is installed, which engines can run here, which is chosen, and what to type to change that."""
-    from bon.cli.console import print_bytes
-    from bon.output import to_json
+def doctor(as_json: JSON = False) -> int:
+    """Show what is installed, what can be named, which engine runs models here, and how to change that."""
+    from bon.cli.terminal import print_json
 
     report = examine()
     if as_json:
-        print_bytes(to_json(report))
+        print_json(report)
         return 0
-    for title in ("versions", "machine"):
+    for title, part in report.items():
+        if title == "chosen":
+            print("chosen, unless a spec names another: MODEL,engine=NAME")
+            for choice in part:
+                print(f"  {choice['for']}: {choice['engine']}\n    {choice['reason']}")
+            continue
         print(title)
-        for name, value in report[title].items():
+        for name, value in part.items() if isinstance(part, dict) else ((each["name"], _line(each)) for each in part):
             print(f"  {name:<14}{value if value is not None else 'not installed'}")
-    print("engines")
-    for engine in report["engines"]:
-        print(f"  {engine['name']:<14}{'ok' if engine['ok'] else 'cannot run'}: {engine['detail']}")
-    print("chosen, unless --engine says otherwise")
-    for choice in report["chosen"]:
-        print(f"  {choice['for']}: {choice['engine']}\n    {choice['reason']}")
     return 0
 
 
-def examine() -> dict[str, Any]:
-    """Look around; imports every engine that is installed, to see whether it can be."""
-    from bon import __version__
-    from bon.cli.console import quiet_libraries
-    from bon.engines.base import ENGINES, choose_engine
-    from bon.mini import WEIGHTS
+def _line(found: dict[str, Any]) -> str:
+    return found["detail"] if found["ok"] else f"cannot be used: {found['detail']}"
 
-    quiet_libraries(False)
+
+def examine() -> dict[str, Any]:
+    """Look around; imports whatever is registered and installed, to see whether it can be."""
+    from bon import __version__
+    from bon.cli.terminal import quiet_libraries
+    from bon.mini import WEIGHTS
+    from bon.models import MINI, choose_engine
+    from bon.spec import BUDGETS, DATASETS, ENGINES, SCORERS, SELECTORS
+
+    quiet_libraries()
     logging.getLogger("bon").setLevel(logging.WARNING)  # the choice of the engine is part of the answer
-    engines = {name: _engine(name) for name in ENGINES}
-    models = choose_engine("a model")
     versions = {"bon": __version__, "python": platform.python_version()}
+    listed = {f"{registry.kind}s": _list(registry) for registry in (ENGINES, SCORERS, SELECTORS, BUDGETS, DATASETS)}
+    named = choose_engine("a model")
+    vllm = next((engine["ok"] for engine in listed["engines"] if engine["name"] == "vllm"), False)
     return {
         "versions": versions | {name: _version(name) for name in PACKAGES},
         "machine": {
@@ -72,20 +66,20 @@ def examine() -> dict[str, Any]:
             "hub": "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "online",
             "mini model": "ok" if (WEIGHTS / "config.json").exists() else "missing: reinstall bon",
         },
-        "engines": [asdict(engine) for engine in engines.values()],
+        **listed,
         "chosen": [
-            {"for": "a model's name or folder", "engine": models, "reason": explain(models, engines["vllm"], _gpus())},
+            {"for": "a model's name or folder", "engine": named, "reason": explain(named, vllm, _gpus())},
             {
                 "for": "the embedded mini model",
-                "engine": choose_engine(None),
-                "reason": "it is done before vLLM has started",
+                "engine": choose_engine(MINI),
+                "reason": "it is done before another has started",
             },
             {"for": "a URL", "engine": choose_engine("http://"), "reason": "its server does the work"},
         ],
     }
 
 
-def explain(models: str, vllm: EngineReport, gpus: int) -> str:
+def explain(models: str, vllm: bool, gpus: int) -> str:
     """Why models given by name or folder run where they do, and what to type to change that.
 
     Args:
@@ -95,14 +89,31 @@ def explain(models: str, vllm: EngineReport, gpus: int) -> str:
     """
     seen = f"torch sees {gpus or 'no'} CUDA GPU{'' if gpus == 1 else 's'}"
     if models == "vllm":
-        if vllm.ok:
-            return f"vLLM is installed, and {seen}. Without it: --engine torch"
-        return f"vLLM is installed, and {seen}, but it cannot run (see above). Until it can: --engine torch"
-    if vllm.ok:
-        return f"{seen}. vLLM runs them on the CPU: --engine vllm"
+        if vllm:
+            return f"vLLM is installed, and {seen}. Without it: MODEL,engine=torch"
+        return f"vLLM is installed, and {seen}, but it cannot run (see above). Until it can: MODEL,engine=torch"
+    if vllm:
+        return f"{seen}. vLLM runs them on the CPU: MODEL,engine=vllm"
     if gpus:
         return f"{seen}, and vLLM is not installed. To run them on it, type: pip install 'bon[vllm]'"
-    return f"{seen}, and vLLM cannot run (see above). Its CPU build would run them on the CPU: --engine vllm"
+    return f"{seen}, and vLLM cannot run (see above). Its CPU build would run them on the CPU: MODEL,engine=vllm"
+
+
+def _list(registry: Registry) -> list[dict[str, Any]]:
+    """Everything that is registered: whether it can be imported, and what it is or what to do."""
+    from bon.errors import BonError
+
+    found = []
+    for name in registry:
+        try:
+            said = inspect.getdoc(registry.load(name)) or "(it does not say what it is)"
+            found.append({"name": name, "ok": True, "detail": said.partition("\n")[0]})
+        except BonError as error:
+            found.append({"name": name, "ok": False, "detail": str(error)})
+        except Exception as error:  # whatever an import can raise
+            detail = f"it cannot be imported ({type(error).__name__}: {error})"
+            found.append({"name": name, "ok": False, "detail": detail})
+    return found
 
 
 def _version(package: str) -> str | None:
@@ -137,24 +148,3 @@ def _gpus() -> int:
     except Exception:  # which the list of devices says
         return 0
     return torch.cuda.device_count()
-
-
-def _engine(name: str) -> EngineReport:
-    """Import an engine, as it would be to run."""
-    from bon.engines.base import engine_class
-
-    try:
-        engine_class(name)
-    except BonError as error:
-        return EngineReport(name, False, str(error))
-    except Exception as error:
-        return EngineReport(name, False, f"it cannot be imported ({type(error).__name__}: {error})")
-    return EngineReport(name, True, _USES[name])
-
-
-_USES = {
-    "torch": "any Hugging Face decoder, and the embedded mini model",
-    "vllm": "continuous batching, prefix cache",
-    "openai": "any OpenAI-compatible URL",
-    "scripted": "a fake for tests and documentation",
-}

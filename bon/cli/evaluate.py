@@ -7,30 +7,47 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Measure how much best-of-N gains.", no_args_is_help=True)
+from bon.cli.options import JSON, Policy, SamplingOptions, Setup, configured, grouped, threads_for
 
 
-@app.callback()
-def _root() -> None: ...
-
-
-@app.command()
-def mini(
-    n_instructions: Annotated[int, typer.Option("--n-instructions", min=1, help="Held-out instructions.")] = 500,
-    max_n: Annotated[int, typer.Option("--max-n", min=1, help="The largest N.")] = 16,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the instructions and of sampling.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+@grouped
+def evaluate(
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="mini, or another that bon doctor lists; or module:Class.")
+    ],
+    *,
+    setup: Setup,
+    policy: Policy = None,
+    scorers: Annotated[
+        list[str] | None,
+        typer.Option("--scorer", metavar="SCORER", help="What is measured; repeatable. By default flip, likelihood."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="The largest number of candidates.")] = 16,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="L", min=1, help="Examples at most; else the dataset says it.")
+    ] = None,
+    sampling: SamplingOptions,
+    as_json: JSON = False,
 ) -> int:
-    """Pass rates of the embedded model on held-out instructions, for N = 1, 2, 4, 8, 16, against its baselines."""
-    from bon.cli.console import one_thread, print_bytes, quiet_libraries
-    from bon.evals.mini import evaluate_mini, format_table
-    from bon.output import to_json
+    """Measure how much best-of-N gains: pass rates for N = 1, 2, 4, ... under each scorer and under baselines."""
+    config = configured(setup, sampling, policy=policy)
 
-    quiet_libraries(False)
-    one_thread()
-    report = evaluate_mini(n_instructions=n_instructions, max_n=max_n, seed=seed, progress=sys.stderr.isatty())
+    from bon.cli.terminal import print_json
+    from bon.evals.harness import SCORERS, evaluate, format_table
+
+    report = evaluate(
+        dataset,
+        policy=config.policy,
+        scorers=scorers or ([config.scorer] if config.scorer else SCORERS),
+        n=n,
+        limit=limit,
+        seed=config.sampling.get("seed", 0),
+        sampling=config.sampling,
+        progress=sys.stderr.isatty(),
+        threads=threads_for(config),
+    )
     if as_json:
-        print_bytes(to_json(report))
+        print_json(report)
     else:
         print(format_table(report))
     return 0

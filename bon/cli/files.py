@@ -1,7 +1,7 @@
 """A file of prompts, or of candidates to rank: what to do about bad rows, Ctrl-C, progress and exit codes.
 
-Reading and writing are ``bon.batch``'s business. A bad row ends the reading; what is under way by then is finished and
-written. With ``skip_bad`` bad rows are reported and the run goes on.
+``bon.data`` reads and writes rows. A bad row ends the reading; what is under way by then is finished and written. With
+``skip_bad`` bad rows are reported and the run goes on.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
@@ -20,33 +21,19 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from bon.batch import BadRow, Key, Row, output_row, rank_rows, read_rows, run_rows
-from bon.cli.build import Built, Options, build
-from bon.cli.console import say, sentence
-from bon.cli.interrupt import StoppedError, run_until_interrupted
-from bon.cli.notice import off_world_summary, said_of
+from bon import portal
+from bon.cli.options import Files, embedded, loaded, threads_for
+from bon.cli.terminal import StoppedError, said_of, say, say_off_world, sentence
+from bon.config import Config
+from bon.data.rows import BadRow, Key, Outcomes, Row, output_row, rank_rows, read_rows, run_rows
+from bon.data.sink import Output
 from bon.errors import BonError, InputError
-from bon.output import Output
+from bon.selectors import as_selector, only_the_best_counts
 from bon.trace import Trace
-from bon.types import Result, Saved, Usage
+from bon.types import Result, Sampling, Saved, Usage
 
 LISTED = 20
 """Bad rows that are reported one by one; the rest is only counted."""
-
-
-@dataclass(frozen=True)
-class FileOptions:
-    """What the command line says about input and output."""
-
-    source: str
-    output: Path | None = None
-    everything: bool = False
-    skip_bad: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    system: str | None = None
-    trace: Path | None = None
-    ranked: bool = False
 
 
 class Lines:
@@ -75,11 +62,19 @@ class Lines:
 
 @dataclass
 class Job:
-    """The counts of one run over a file."""
+    """The counts of one run over a file.
 
-    files: FileOptions
-    options: Options
+    Args:
+        source: the input's name.
+        files: what to do with it.
+        output, trace: where results go.
+        several: whether the selector may pick more than one candidate, so that rows list what it picked.
+    """
+
+    source: str
+    files: Files
     output: Output
+    several: bool
     trace: Trace | None = None
     seen: int = 0
     already: int = 0
@@ -100,7 +95,7 @@ class Job:
     @property
     def name(self) -> str:
         """The input, for messages."""
-        return "standard input" if self.files.source == "-" else self.files.source
+        return "standard input" if self.source == "-" else self.source
 
     def fail(self, line: int, error: BonError) -> None:
         """Report a row that cannot be done; without ``skip_bad`` nothing more is read."""
@@ -117,9 +112,8 @@ class Job:
         if self.listed <= LISTED:
             say(f"{'skipped' if self.files.skip_bad else 'error:'} {self.name}:{line}: {text}")
 
-    def rows(self, lines: Iterable[bytes]) -> Iterator[Row]:
+    def rows(self, parsed: Iterable[Row | BadRow]) -> Iterator[Row]:
         """The rows that are still to be done."""
-        parsed = read_rows(lines, system=self.files.system, ranked=self.files.ranked)
         for row in parsed:
             self.seen += 1
             if isinstance(row, BadRow):
@@ -137,7 +131,7 @@ class Job:
 
     def finish(self, row: Row, result: Result) -> None:
         """Write a result and count it."""
-        self.output.write(output_row(row, result, everything=self.files.everything))
+        self.output.write(output_row(row, result, everything=self.files.everything, several=self.several))
         self.candidates += len(result.candidates)
         self.usage += result.usage
         self.saved += result.saved
@@ -181,23 +175,30 @@ class Job:
         return "; ".join(parts) + "."
 
 
-def run_file(files: FileOptions, options: Options) -> int:
+def run_file(source: str, files: Files, config: Config, *, system: str | None = None, ranked: bool = False) -> int:
     """Do every row of a file; return the exit code.
+
+    Args:
+        source: its name, or "-" for standard input.
+        files: what to do with it.
+        config: models, scoring and choice.
+        system: a system message for rows that have none of their own.
+        ranked: whether rows bring their candidates, so that no policy is needed.
 
     Raises:
         InputError: the input cannot be read, the output cannot be written, or there are no rows.
         StoppedError: Ctrl-C, after what is finished has been written.
     """
     with ExitStack() as stack:
-        lines = Lines(_open_input(files.source, files.output))
+        lines = Lines(_open_input(source, files.output))
         stack.callback(lines.close)
         output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite)
         stack.callback(output.close)
-        trace = None if files.trace is None else stack.enter_context(_open_trace(files))
-        job = Job(files, options, output, trace)
+        trace = None if files.trace is None else stack.enter_context(_open_trace(files.trace, source, files.output))
+        job = Job(source, files, output, not only_the_best_counts(as_selector(config.selector)), trace)
         if output.repaired:
             say(f"{output.name}: the last line was torn and has been cut off ({output.repaired} bytes).")
-        rows = job.rows(lines)
+        rows = job.rows(read_rows(lines, system=system, ranked=ranked))
         first = next(rows, None)  # a first row that is bad needs no model to be refused
         if not job.seen:
             raise InputError(
@@ -205,12 +206,15 @@ def run_file(files: FileOptions, options: Options) -> int:
             )
         started = perf_counter()
         if first is not None:
-            built = build(options, sampled=not files.ranked)
-            started = perf_counter()  # loading is not counted
-            output.start()
-            _run(job, built, chain([first], rows), _count(lines.file))
+            rows = chain([first], rows)
+            if embedded(config, ranked=ranked):
+                rows = _off_world_counted(job, rows)
+            with _ranking(config) if ranked else _sampling(config) as outcomes:
+                started = perf_counter()  # loading is not counted
+                output.start()
+                _finish_all(job, outcomes(rows), _count(lines.file))
         if job.off_world:
-            say(off_world_summary(job.off_world, job.seen, ranked=files.ranked))
+            say_off_world(ranked=ranked, count=(job.off_world, job.seen))
         if job.listed > LISTED:
             say(f"{job.listed - LISTED} more bad rows are not listed.")
         if output.name != "standard output" or job.failed or sys.stderr.isatty():
@@ -218,30 +222,40 @@ def run_file(files: FileOptions, options: Options) -> int:
         return job.exit_code
 
 
-def _run(job: Job, built: Built, rows: Iterable[Row], total: int | None) -> None:
+@contextmanager
+def _sampling(config: Config) -> Iterator[Callable[[Iterable[Row]], Outcomes]]:
+    with config.changed(threads=threads_for(config)).build() as bon:
+        yield partial(run_rows, bon)
+
+
+@contextmanager
+def _ranking(config: Config) -> Iterator[Callable[[Iterable[Row]], Outcomes]]:
+    selector = as_selector(config.selector, config.min_reward, seed=Sampling.of(config.sampling).seed)
+    with loaded(config, ranked=True) as (_, scorer):
+        yield partial(rank_rows, scorer, selector, prune=config.prune)
+
+
+def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
     from bon.mini.tasks import knows
 
-    embedded = job.options.embedded_scorer if job.files.ranked else job.options.embedded_policy
+    for row in rows:
+        job.off_world += not knows(row.task.messages[-1].content)
+        yield row
 
-    def counted() -> Iterator[Row]:
-        for row in rows:
-            job.off_world += embedded and not knows(row.task.messages[-1].content)
-            yield row
 
+def _finish_all(job: Job, outcomes: Outcomes, total: int | None) -> None:
     async def work(bar: tqdm[Any]) -> None:
-        try:
-            async for row, outcome in (rank_rows if job.files.ranked else run_rows)(built.bon, counted()):
+        async with aclosing(outcomes):
+            async for row, outcome in outcomes:
                 if isinstance(outcome, BonError):
                     job.fail(row.line, outcome)
                 else:
                     job.finish(row, outcome)
                 bar.update(job.already + job.output.written + job.failed - bar.n)
-        finally:
-            await built.aclose()
 
     with tqdm(total=total, unit="row", file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         try:
-            run_until_interrupted(work(bar))
+            portal.run(work(bar))
         except KeyboardInterrupt:
             raise StoppedError(job.interrupted) from None
 
@@ -257,12 +271,11 @@ def _open_input(source: str, output: Path | None) -> BinaryIO:
         raise InputError(f"cannot read {source}: {error.strerror}.") from error
 
 
-def _open_trace(files: FileOptions) -> Trace:
-    assert files.trace is not None
-    for other in (files.source, files.output):
-        if other is not None and files.trace.exists() and os.path.exists(other) and files.trace.samefile(other):
-            raise InputError(f"{files.trace} would be overwritten by the trace. Choose another --trace.")
-    return Trace(files.trace)
+def _open_trace(path: Path, source: str, output: Path | None) -> Trace:
+    for other in (source, output):
+        if other is not None and path.exists() and os.path.exists(other) and path.samefile(other):
+            raise InputError(f"{path} would be overwritten by the trace. Choose another --trace.")
+    return Trace(path)
 
 
 def _count(lines: BinaryIO) -> int | None:

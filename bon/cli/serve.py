@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from bon.cli.run import (
-    Device,
-    Dtype,
-    Engine,
-    Flip,
-    MinReward,
-    NoPrune,
-    Samples,
-    Scorer,
-    Selector,
-    StopAt,
-    Style,
-)
+from bon.cli.options import Choice, Number, Setup, configured, grouped, option, threads_for
 from bon.errors import InputError, MissingExtraError
 
 _SERVER, _LIMITS = "Server", "Limits"
 
 
-def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
-
-
+@grouped
 def serve(
     policy: Annotated[
         str | None,
@@ -36,65 +21,55 @@ def serve(
             metavar="[MODEL]", help="What writes candidates: model, folder or URL; the embedded model by default."
         ),
     ] = None,
-    n: Annotated[int, typer.Option("-n", metavar="N", help="Candidates for a request that does not say.")] = 8,
-    flip: Flip = None,
-    engine: Engine = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    scorer: Scorer = "flip",
-    style: Style = None,
-    samples: Samples = None,
-    selector: Selector = "best",
-    min_reward: MinReward = None,
-    no_prune: NoPrune = False,
-    stop_at: StopAt = None,
+    *,
+    setup: Setup,
+    number: Number,
+    choice: Choice,
     host: Annotated[
-        str, _option(_SERVER, "--host", metavar="ADDRESS", help="0.0.0.0 to be reached by others.")
+        str, option(_SERVER, "--host", metavar="ADDRESS", help="0.0.0.0 to be reached by others.")
     ] = "127.0.0.1",
-    port: Annotated[int, _option(_SERVER, "--port", metavar="PORT", help="0 takes any free one.")] = 8000,
+    port: Annotated[int, option(_SERVER, "--port", metavar="PORT", help="0 takes any free one.")] = 8000,
     model_name: Annotated[
         list[str] | None,
-        _option(_SERVER, "--model-name", metavar="NAME", help="Name that clients may ask for; repeatable."),
+        option(_SERVER, "--model-name", metavar="NAME", help="Name that clients may ask for; repeatable."),
     ] = None,
     api_key: Annotated[
         list[str] | None,
-        _option(
+        option(
             _SERVER, "--api-key", metavar="KEY", help="Key that clients must send; repeatable. Or BON_API_KEY=KEY,KEY."
         ),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, _option(_SERVER, "--cors-origin", metavar="ORIGIN", help="Whose pages may call; repeatable.")
+        list[str] | None, option(_SERVER, "--cors-origin", metavar="ORIGIN", help="Whose pages may call; repeatable.")
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        _option(_SERVER, "--allowed-host", metavar="NAME", help="Host header to answer to; repeatable."),
+        option(_SERVER, "--allowed-host", metavar="NAME", help="Host header to answer to; repeatable."),
     ] = None,
     playground: Annotated[
-        bool | None, _option(_SERVER, "--playground/--no-playground", help="The page at /; on loopback by default.")
+        bool | None, option(_SERVER, "--playground/--no-playground", help="The page at /; on loopback by default.")
     ] = None,
     log_prompts: Annotated[
-        bool, _option(_SERVER, "--log-prompts", help="Write prompts and answers to the log.")
+        bool, option(_SERVER, "--log-prompts", help="Write prompts and answers to the log.")
     ] = False,
-    max_n: Annotated[int, _option(_LIMITS, "--max-n", metavar="N", help="Candidates that a request may ask for.")] = 64,
+    max_n: Annotated[int, option(_LIMITS, "--max-n", metavar="N", help="Candidates that a request may ask for.")] = 64,
     max_running: Annotated[
-        int | None, _option(_LIMITS, "--max-running", metavar="R", help="Requests at the same time; 1 or 64 by engine.")
+        int | None, option(_LIMITS, "--max-running", metavar="R", help="Requests at the same time; 1 or 64 by engine.")
     ] = None,
     max_waiting: Annotated[
-        int, _option(_LIMITS, "--max-waiting", metavar="W", help="Requests in the queue; the next one gets 429.")
+        int, option(_LIMITS, "--max-waiting", metavar="W", help="Requests in the queue; the next one gets 429.")
     ] = 256,
     deadline: Annotated[
-        float, _option(_LIMITS, "--deadline", metavar="S", help="Seconds a request may take, waiting included.")
+        float, option(_LIMITS, "--deadline", metavar="S", help="Seconds a request may take, waiting included.")
     ] = 600.0,
     drain: Annotated[
-        float, _option(_LIMITS, "--drain", metavar="S", help="Seconds to finish what runs after SIGTERM.")
+        float, option(_LIMITS, "--drain", metavar="S", help="Seconds to finish what runs after SIGTERM.")
     ] = 30.0,
 ) -> int:
     """Answer OpenAI's API with the best of N.
 
     Clients change their base URL to http://127.0.0.1:8000/v1. The log goes to standard error, one JSON object a line.
     """
-    from bon.cli.build import Options, build
-
     try:
         from bon.serve.logs import log_json
         from bon.serve.process import serve
@@ -103,7 +78,8 @@ def serve(
         raise MissingExtraError(
             f"the server needs the package {error.name!r}, which", "pip install 'bon[serve]'"
         ) from error
-    log_json()  # before the model loads: what there is to say of that is a line of the log, too
+    log_json()  # first, so that whatever is said of settings and models is a line of the log
+    config = configured(setup, number, choice, policy=policy)
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
         raise InputError(f"--port must be from 0 to 65535, got {port}.")
@@ -122,20 +98,6 @@ def serve(
         playground=playground,
         log_prompts=log_prompts,
     )
-    options = Options(
-        n=n,
-        policy=policy,
-        flip=flip,
-        scorer=scorer,
-        style=style,
-        samples=samples,
-        selector=selector,
-        min_reward=min_reward,
-        prune=not no_prune,
-        stop_at=stop_at,
-        engine=engine,
-        device=device,
-        dtype=dtype,
-    )
-    serve(build(options).bon, settings)
+    with config.changed(threads=threads_for(config)).build() as bon:
+        serve(bon, settings)
     return 0

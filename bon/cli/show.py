@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bon.cli.console import clean, one_line
-from bon.cli.notice import said_of
+from bon.cli.terminal import clean, one_line, said_of
 from bon.similarity import matched_words
 from bon.types import Candidate, Result, Score
 
@@ -15,8 +16,12 @@ CANDIDATE_WIDTH, INFERRED_WIDTH = 140, 280
 """Characters of a candidate and of an inferred instruction that the table shows; the winner is above it in full."""
 
 
-def show(result: Result, console: Console) -> None:
-    """Print a result: plain columns without boxes, so that it reads the same in a file."""
+def show(result: Result) -> None:
+    """Print a result: plain columns without boxes, so that it reads the same in a file.
+
+    Nothing is interpreted as markup, emoji codes or links.
+    """
+    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
     n = len(result.candidates)
     if result.text is None:
         console.print(Text(f"No winner among {n}: {one_line(result.selection.reason or 'no reward')}", style="bold"))
@@ -44,7 +49,7 @@ def _table(result: Result) -> Table:
         candidate, score = result.candidates[index], result.scores[index]
         style = "bold" if index == result.best else ""
         table.add_row(
-            Text(f"{'*' if index in result.selection.chosen else ''}{index}", style=style),
+            Text(f"{'*' if index in result.selection.picked else ''}{index}", style=style),
             Text("-" if score.reward is None else f"{score.reward:.3f}", style=style),
             Text(_status(candidate, score)),
             Text(_tokens(candidate, score), style="dim"),
@@ -67,9 +72,11 @@ def _texts(result: Result, candidate: Candidate, score: Score) -> Text:
     if score.same_as is not None:
         return Text(f"(the same text as candidate {score.same_as})", style="dim")
     cell = Text(_short(one_line(candidate.text), CANDIDATE_WIDTH) or "(no text)")
-    if score.inferred is not None:
+    if score.explanation is not None:
         cell.append("\n-> ", style="dim")
-        cell.append_text(_highlighted(_short(one_line(score.inferred), INFERRED_WIDTH), result.task.instruction))
+        shown = _short(one_line(score.explanation), INFERRED_WIDTH)
+        inferred = getattr(score.details, "inferred", None) is not None
+        cell.append_text(_highlighted(shown, result.task.instruction) if inferred else Text(shown))
     elif score.reason and score.status != "empty":
         cell.append(f"\n-> ({_short(one_line(score.reason), INFERRED_WIDTH)})", style="dim")
     return cell

@@ -16,14 +16,12 @@ def tasks(
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Print rows for bon run.")] = False,
 ) -> int:
     """Print instructions of the embedded model's world, none of which it was trained on."""
-    from bon.cli.console import print_bytes
+    from bon.cli.terminal import print_json
     from bon.mini.tasks import FAMILIES, instruction, sample_tasks
-    from bon.output import to_json
 
     for index, task in enumerate(sample_tasks(count or len(FAMILIES), seed)):
         if jsonl:
-            row = {"id": f"{task.family}-{index}", "prompt": instruction(task), "family": task.family}
-            print_bytes(to_json(row))
+            print_json({"id": f"{task.family}-{index}", "prompt": instruction(task), "family": task.family})
         else:
             print(instruction(task))
     return 0

@@ -134,6 +134,21 @@ Keep = Callable[[Partial], bool]
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """A ``keep`` that looks at no text, so that an engine need not stream it.
+
+    Args:
+        check: whether the completions of a request, by its index, are still wanted.
+    """
+
+    check: Callable[[int], bool]
+
+    def __call__(self, partial: Partial) -> bool:
+        """Whether to go on with a completion."""
+        return self.check(partial.request_index)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished completion.
 

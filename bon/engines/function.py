@@ -2,27 +2,26 @@
 
 The function is called as ``f(prompt)`` and returns one text, or as ``f(prompt, n)`` where it takes ``n`` (by that name,
 or as its second positional parameter) and returns a list of n texts. ``prompt`` is the text when the conversation is a
-single user message, else the list of role-and-content dicts. A function that is not async runs in a thread, one call
-at a time.
+single user message, else the list of role-and-content dicts. A function that is not async runs in a thread of its own,
+one call at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
-from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
-from bon.errors import BonError, InputError, UserCodeError
-from bon.types import Sampling
+from bon.engines.base import Completion, Keep, Request
+from bon.errors import BonError, InputError
+from bon.usercode import UserFunction
 
 
 class FunctionEngine:
     """An engine around a function; it can be sampled and cannot rate.
 
-    How a function samples is its own business: temperature, seed and the like do not reach it.
+    How a function samples is its own business: temperature, seed and the like do not reach it, and it counts no tokens.
 
     Args:
         function: see the module's docstring.
@@ -30,90 +29,62 @@ class FunctionEngine:
     """
 
     max_model_len: int | None = None
-    overlaps = True
+    concurrent = True
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
-        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
+        self._call = UserFunction(function, "function", name)
+        self.name = self._call.name
         self._takes_n = _takes_n(function)
-        self._one_at_a_time = threading.Lock()
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
-    ) -> AsyncIterator[Completion]:
-        """Call the function for each prompt; see ``Engine.generate``. ``keep`` has nothing to stop."""
-        if n < 1:
-            raise InputError(f"n must be at least 1, got {n}.")
-        if sampling.extra:
-            raise InputError(f"{self.name!r} is a function and takes no sampling options: {', '.join(sampling.extra)}.")
-        return self._generate(prompts, n)
+    def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
+        """Call the function for each sample, or for each request; see ``Generates.generate``.
 
-    async def _generate(self, prompts: Sequence[Prompt], n: int) -> AsyncIterator[Completion]:
-        calls = [asyncio.ensure_future(self._texts(prompt, n)) for prompt in prompts]
+        A call that fails is a completion with finish_reason "error" for each sample that it was to make. ``keep`` has
+        nothing to stop.
+        """
+        if unknown := {option for request in requests for option in request.sampling.extra}:
+            options = ", ".join(sorted(unknown))
+            raise InputError(f"{self.name!r} is a function and takes no sampling options: {options}.")
+        return self._generate(requests)
+
+    async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[Completion, None]:
+        calls = [
+            asyncio.ensure_future(self._completions(index, request, samples))
+            for index, request in enumerate(requests)
+            for samples in ([request.samples] if self._takes_n else [range(s, s + 1) for s in request.samples])
+        ]
         try:
-            for call in asyncio.as_completed([_tagged(i, call) for i, call in enumerate(calls)]):
-                prompt_index, texts = await call
-                for sample_index, text in enumerate(texts):
-                    yield Completion(prompt_index, sample_index, text, "stop")
+            for call in asyncio.as_completed(calls):
+                for completion in await call:
+                    yield completion
         finally:
             for pending in calls:
                 pending.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
 
-    async def _texts(self, prompt: Prompt, n: int) -> list[str]:
-        if self._takes_n:
-            return self._check(await self._call(prompt, n), n)
-        first = await self._call(prompt)
-        if not isinstance(first, str):
-            return self._check(first, n)
-        if _is_async(self.function):
-            rest = await asyncio.gather(*(self._call(prompt) for _ in range(n - 1)))
-        else:  # one call at a time, and the samples in the order of the calls
-            rest = [await self._call(prompt) for _ in range(n - 1)]
-        return self._check([first, *rest], n)
-
-    async def _call(self, prompt: Prompt, *args: Any) -> Any:
-        argument: Any = [turn.to_dict() for turn in prompt.turns]
-        if len(argument) == 1:
-            argument = argument[0]["content"]
+    async def _completions(self, index: int, request: Request, samples: range) -> list[Completion]:
+        messages = [turn.to_dict() for turn in request.prompt.turns]
         try:
-            if _is_async(self.function):
-                return await self.function(argument, *args)
-            return await asyncio.to_thread(self._call_alone, argument, *args)
-        except BonError:
-            raise
-        except Exception as error:
-            raise UserCodeError(f"the function {self.name!r} raised {type(error).__name__}: {error}") from error
+            texts = await self._call(messages, len(samples)) if self._takes_n else [await self._call(messages)]
+            self._check(texts, len(samples))
+        except BonError as error:
+            return [Completion.failed(index, sample, error) for sample in samples]
+        return [Completion(index, s, text, "stop") for s, text in zip(samples, texts, strict=True)]
 
-    def _call_alone(self, *args: Any) -> Any:
-        with self._one_at_a_time:
-            return self.function(*args)
-
-    def _check(self, texts: Any, n: int) -> list[str]:
+    def _check(self, texts: Any, n: int) -> None:
+        wanted = f"a list of {n} texts" if self._takes_n else "one text"
         if isinstance(texts, str) or not isinstance(texts, Sequence):
-            raise UserCodeError(f"the function {self.name!r} must return {n} texts, but returned {texts!r:.80}.")
+            raise self._call.error(f"must return {wanted}, but returned {texts!r:.80}.")
         if len(texts) != n:
-            raise UserCodeError(f"the function {self.name!r} must return {n} texts, but returned {len(texts)}.")
+            raise self._call.error(f"must return {wanted}, but returned {len(texts)}.")
         for text in texts:
             if not isinstance(text, str):
-                raise UserCodeError(f"the function {self.name!r} must return texts, but returned {text!r:.80}.")
-        return list(texts)
-
-    async def loglikelihood(
-        self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
-    ) -> list[Loglikelihood]:
-        """Refuse: a function returns texts, not probabilities."""
-        raise InputError(f"{self.name!r} is a function and gives no probabilities; this scorer needs a model.")
+                raise self._call.error(f"must return {wanted}, but returned {text!r:.80}.")
 
     async def aclose(self) -> None:
-        """Nothing to free."""
-
-
-async def _tagged(index: int, call: asyncio.Future[list[str]]) -> tuple[int, list[str]]:
-    return index, await call
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+        """Let the function's thread go."""
+        self._call.close()
 
 
 def _takes_n(function: Callable[..., Any]) -> bool:

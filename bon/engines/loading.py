@@ -65,13 +65,17 @@ def load(
         raise EngineError(f"{str(model)!r} does not fit into the memory of {place}; try a smaller model.") from error
 
 
-def load_config(model: str | Path) -> Any:
+def load_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A model's transformers configuration; nothing else of it is loaded.
+
+    Args:
+        model, revision, trust_remote_code: as ``load``.
 
     Raises:
         ModelNotFoundError, InputError: as ``load``.
     """
-    return _found(model, {}, lambda source, options: AutoConfig.from_pretrained(source, **options), look_up)
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return _found(model, shared, lambda source, options: AutoConfig.from_pretrained(source, **options), look_up)
 
 
 def _found(

@@ -1,9 +1,9 @@
-"""Two models on one machine: which GPU each gets and how much of it; on vLLM both start at the same time.
+"""Models that vLLM runs on one machine: which GPU each gets and how much of it; they start at the same time.
 
 The rule: as many GPUs as models, one each. On one GPU, of the ``SHARE`` of its memory that is used at all, each model
 takes its weights and ``WORKSPACE`` bytes for activations and CUDA graphs; what is left becomes keys and values, divided
-so that both hold the same number of tokens (a policy and its scorer run about as many sequences of about the same
-length). On CPUs the cores are halved. A model whose options name its memory or its devices keeps them.
+so that all hold the same number of tokens (a policy and its scorer run about as many sequences of about the same
+length). The cores of a CPU are divided evenly. Models whose options name their memory or devices keep them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bon.engines.base import Engine, load_engine
+from bon import portal
+from bon.engines.base import Engine
 from bon.errors import InputError
 
 SHARE = 0.9
@@ -29,7 +30,7 @@ PLACED_BY = frozenset(
     {"gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "device_ids"}
     | {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"}
 )
-"""Options with which a user places a model himself."""
+"""Options with which users place a model themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def place(needs: Sequence[Need], gpus: Sequence[int]) -> list[dict[str, Any]]:
     """
     if len(gpus) >= len(needs):
         return [{"device_ids": [gpu]} for gpu in range(len(needs))]
-    [memory] = gpus[:1]
+    memory = gpus[0]
     usable = int(SHARE * memory)
     left = usable - sum(need.weights + WORKSPACE for need in needs)
     tokens = left // sum(need.per_token for need in needs)
@@ -73,53 +74,47 @@ def place(needs: Sequence[Need], gpus: Sequence[int]) -> list[dict[str, Any]]:
         )
     placed = []
     for need in needs:
-        cache = int(tokens * need.per_token)
+        cache = tokens * need.per_token
         share = (need.weights + WORKSPACE + cache) / memory
         # With the bytes given, vLLM does not measure them, which would go wrong while another engine starts.
         placed.append({"gpu_memory_utilization": int(share * 1000) / 1000, "kv_cache_memory_bytes": cache})
     return placed
 
 
-def load_together(models: Sequence[tuple[str | Path, Mapping[str, Any]]], engine: str = "vllm") -> list[Engine]:
-    """Load models, on vLLM at the same time and placed by the rule; their own options come first.
+def load_together(
+    models: Sequence[tuple[str, Mapping[str, Any]]], make: Callable[[str, Mapping[str, Any]], Engine]
+) -> list[Engine]:
+    """Load models on vLLM at the same time, placed by the rule; their own options come first.
 
     Args:
         models: a name or a folder and options, for each.
-        engine: the back end of all of them.
+        make: loads one of them.
 
     Raises:
-        BonError: of the first that cannot be loaded; the others are freed.
+        BonError: of the first that cannot be loaded; the others are closed.
     """
     options = [dict(given) for _, given in models]
-    if engine == "vllm" and not any(PLACED_BY & given.keys() for given in options):
-        placed = _placed([(str(model), given) for model, given in models])
-        options = [{**place, **given} for place, given in zip(placed, options, strict=True)]
-
-    def loader(model: str | Path, given: dict[str, Any]) -> Callable[[], Engine]:
-        return lambda: load_engine(model, engine=engine, **given)
-
-    threads = len(models) if engine == "vllm" else 1  # transformers loads one model at a time
-    with ThreadPoolExecutor(threads, thread_name_prefix="bon-load") as pool:
-        loading = [pool.submit(loader(model, given)) for (model, _), given in zip(models, options, strict=True)]
-    errors = [load.exception() for load in loading]
-    if any(errors):
-        from bon import portal
-
-        for load, error in zip(loading, errors, strict=True):
-            if error is None:
+    if not any(PLACED_BY & given.keys() for given in options):
+        options = [{**place, **given} for place, given in zip(_placed(models), options, strict=True)]
+    with ThreadPoolExecutor(len(models), thread_name_prefix="bon-load") as pool:
+        loading = [pool.submit(make, model, given) for (model, _), given in zip(models, options, strict=True)]
+    errors = [error for load in loading if (error := load.exception())]
+    if errors:
+        for load in loading:
+            if not load.exception():
                 portal.run(load.result().aclose())
-        raise next(error for error in errors if error is not None)
+        raise errors[0]
     return [load.result() for load in loading]
 
 
 def _placed(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     gpus = visible_gpus()
     if not gpus:
-        cores = len(os.sched_getaffinity(0))
-        return [{"threads": max(1, cores // len(models))} for _ in models]
+        return [{"threads": max(1, len(os.sched_getaffinity(0)) // len(models))} for _ in models]
     if len(gpus) >= len(models):
         return place([Need(model, 0, 1) for model, _ in models], gpus)
-    return place([need_of(model, given.get("dtype")) for model, given in models], gpus)
+    asked = ("dtype", "revision", "trust_remote_code")
+    return place([need_of(model, **{n: given[n] for n in asked if n in given}) for model, given in models], gpus)
 
 
 def visible_gpus() -> list[int]:
@@ -131,28 +126,29 @@ def visible_gpus() -> list[int]:
     return [int(current_platform.get_device_total_memory(i)) for i in range(current_platform.device_count())]
 
 
-def need_of(model: str, dtype: Any = None) -> Need:
+def need_of(model: str, dtype: Any = None, *, revision: str | None = None, trust_remote_code: bool = False) -> Need:
     """Look up what a model takes on a GPU, without loading it.
 
     Args:
         model: a folder or a Hugging Face name.
         dtype: vLLM's option: what numbers are held in, however they are stored.
+        revision: branch, tag or commit of a Hugging Face name.
+        trust_remote_code: whether the model may bring its own code.
 
     Raises:
         ModelNotFoundError: neither on disk nor can it be fetched.
     """
     from bon.engines.loading import load_config
+    from bon.engines.memory import kv_bytes_per_token
 
-    whole = load_config(model)
+    whole = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     config = whole.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = bytes_of(dtype)
-    weights = weight_bytes(model)
+    weights = weight_bytes(model, revision)
     stored = getattr(getattr(config, "dtype", None), "itemsize", None)
     if stored and getattr(whole, "quantization_config", None) is None:
         weights = weights * size // stored
-    return Need(model, weights, 2 * config.num_hidden_layers * heads * width * size)
+    return Need(model, weights, kv_bytes_per_token(config, size))
 
 
 def bytes_of(dtype: Any) -> int:
@@ -160,15 +156,15 @@ def bytes_of(dtype: Any) -> int:
     return 4 if str(dtype) in ("float", "float32", "torch.float32") else 2
 
 
-def weight_bytes(model: str) -> int:
+def weight_bytes(model: str, revision: str | None = None) -> int:
     """Size of a model's weight files: in its folder, in the local cache, or as the hub lists them."""
     from bon.engines.loading import cached, files_to_load, look_up, weight_files
 
     path = Path(model).expanduser()
-    folder = path if path.is_dir() else cached(model)
+    folder = path if path.is_dir() else cached(model, revision)
     if folder is not None:
         return sum(file.stat().st_size for file in weight_files(folder))
-    listed = files_to_load(look_up(model))
+    listed = files_to_load(look_up(model, revision))
     return sum(size for name, size in listed.items() if name.endswith((".safetensors", ".bin")))
 
 

@@ -11,11 +11,11 @@ import asyncio
 import hashlib
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bon.engines.base import Completion, Keep, Loglikelihood, Partial, Prompt
-from bon.errors import EngineError, InputError, PromptTooLongError, UnknownNameError
+from bon.engines.base import Completion, Keep, Loglikelihood, Partial, Prompt, Request, check_pairs, too_long
+from bon.errors import EngineError, InputError, UnknownNameError
 from bon.types import Sampling
 
 Script = Callable[[str, int], str] | Mapping[str, Sequence[str]] | Sequence[str]
@@ -42,7 +42,7 @@ class ScriptedEngine:
             completions of its draws; or the completions themselves, whatever the prompt. Draws beyond the script's
             end start again. A draw is the sample index, or with a seed a hash of seed and index.
         max_model_len: context in words.
-        overlaps: what the engine claims; tests use both.
+        concurrent: what the engine claims; tests use both.
         step_seconds: how long one step takes.
         fail_after: raise ``EngineError`` once this many words have been decoded in all.
         name: shown in tables.
@@ -50,7 +50,7 @@ class ScriptedEngine:
 
     script: Script = echo_script
     max_model_len: int | None = None
-    overlaps: bool = True
+    concurrent: bool = True
     step_seconds: float = 0.0
     fail_after: int | None = None
     name: str = "scripted"
@@ -62,32 +62,30 @@ class ScriptedEngine:
         if not callable(self.script) and (isinstance(self.script, str) or not self.script):
             raise InputError(f"a script is a function, a mapping or a non-empty list of texts, not {self.script!r}.")
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
-    ) -> AsyncIterator[Completion]:
-        """Sample n completions of each prompt; see ``Engine.generate``."""
-        if n < 1:
-            raise InputError(f"n must be at least 1, got {n}.")
-        for option in sampling.extra:
-            raise UnknownNameError("option of the scripted engine", option, [])
-        for prompt in prompts:
-            prompt.refuse_tools(self.name)
-        self._check_lengths(prompts, [""] * len(prompts))
-        return self._generate(prompts, sampling, n, keep)
+    def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
+        """Sample the completions of each request; see ``Generates.generate``."""
+        for request in requests:
+            for option in request.sampling.extra:
+                raise UnknownNameError("option of the scripted engine", option, [])
+            request.prompt.refuse_tools(self.name)
+        return self._generate(requests, keep)
 
-    async def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int, keep: Keep | None
-    ) -> AsyncIterator[Completion]:
+    async def _generate(self, requests: Sequence[Request], keep: Keep | None) -> AsyncGenerator[Completion, None]:
         self.calls += 1
-        rows = [
-            _Row(p, s, self._draw(prompts[p], s, sampling), prompts[p]) for p in range(len(prompts)) for s in range(n)
-        ]
+        lengths = [_count(request.prompt) for request in requests]
+        long = too_long(lengths, None if self.max_model_len is None else self.max_model_len - 1, "prompt")
+        for index, error in long.items():
+            for sample in requests[index].samples:
+                yield Completion.failed(index, sample, error)
+        fitting = [(index, request) for index, request in enumerate(requests) if index not in long]
+        unread = {index: lengths[index] for index, _ in fitting}
+        rows = [_Row(i, r, s, self._draw(r.prompt, s, r.sampling), unread) for i, r in fitting for s in r.samples]
         self.running += len(rows)
         left = len(rows)
         try:
             while rows:
                 await asyncio.sleep(self.step_seconds)
-                finished = [done for row in rows if (done := self._step(row, sampling, keep))]
+                finished = [done for row in rows if (done := self._step(row, keep))]
                 rows = [row for row in rows if not row.done]
                 for done in finished:
                     left -= 1
@@ -96,7 +94,8 @@ class ScriptedEngine:
         finally:
             self.running -= left
 
-    def _step(self, row: _Row, sampling: Sampling, keep: Keep | None) -> Completion | None:
+    def _step(self, row: _Row, keep: Keep | None) -> Completion | None:
+        sampling, prompt = row.request.sampling, row.request.prompt
         if row.at == len(row.words):
             return row.finish("stop", row.text)
         row.at += 1
@@ -106,22 +105,29 @@ class ScriptedEngine:
         text = row.text
         if hits := [text.index(stop) for stop in sampling.stop if stop in text]:
             return row.finish("stop", text[: min(hits)])
-        room = math.inf if self.max_model_len is None else self.max_model_len - _count(row.prompt)
+        room = math.inf if self.max_model_len is None else self.max_model_len - _count(prompt)
         if row.at >= min(sampling.max_tokens, room):
             return row.finish("length", text)
-        if keep and not keep(Partial(row.prompt_index, row.sample_index, text, row.at)):
-            return row.finish("pruned", text)
+        if keep and not keep(Partial(row.request_index, row.sample_index, text, row.at)):
+            return row.finish("abort", text)
         return None
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
     ) -> list[Loglikelihood]:
-        """Rate continuations; see ``Engine.loglikelihood``."""
-        self._check_lengths(prompts, continuations)
+        """Rate continuations; see ``Rates.loglikelihood``."""
+        check_pairs(prompts, continuations)
         await asyncio.sleep(self.step_seconds)
         self.calls += 1
+        lengths = [_count(p) + len(_words(c)) for p, c in zip(prompts, continuations, strict=True)]
+        long = too_long(
+            lengths, None if self.max_model_len is None else self.max_model_len - 1, "prompt and continuation"
+        )
         rated = []
-        for prompt, continuation in zip(prompts, continuations, strict=True):
+        for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+            if index in long:
+                rated.append(Loglikelihood.failed(long[index]))
+                continue
             values = list(_logprobs(prompt, _words(continuation), end))
             rated.append(Loglikelihood(math.fsum(values), len(values), _count(prompt)))
         return rated
@@ -144,22 +150,14 @@ class ScriptedEngine:
             answers = self.script
         return _words(answers[draw % len(answers)])
 
-    def _check_lengths(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> None:
-        if self.max_model_len is None:
-            return
-        lengths = [_count(p) + len(_words(c)) for p, c in zip(prompts, continuations, strict=True)]
-        too_long = [i for i, length in enumerate(lengths) if length >= self.max_model_len]
-        if too_long:
-            first = too_long[0]
-            raise PromptTooLongError(lengths[first], self.max_model_len - 1, f"prompt {first}", too_long)
-
 
 @dataclass
 class _Row:
-    prompt_index: int
+    request_index: int
+    request: Request
     sample_index: int
     words: list[str]
-    prompt: Prompt
+    unread: dict[int, int]  # requests -> tokens of their prompts, until their first sample ends
     at: int = 0
     done: bool = False
 
@@ -170,16 +168,16 @@ class _Row:
     def finish(self, reason: str, text: str) -> Completion:
         self.done = True
         ended = reason == "stop" and self.at == len(self.words)
-        logprobs = tuple(_logprobs(self.prompt, self.words[: self.at], ended))
+        logprobs = tuple(_logprobs(self.request.prompt, self.words[: self.at], ended))
         return Completion(
-            self.prompt_index,
+            self.request_index,
             self.sample_index,
             text,
             reason,  # type: ignore[arg-type]
             cumulative_logprob=math.fsum(logprobs),
             logprobs=logprobs,
             pieces=(*self.words[: self.at], *([""] if ended else [])),
-            prompt_tokens=_count(self.prompt),
+            prompt_tokens=self.unread.pop(self.request_index, 0),
             completion_tokens=len(logprobs),
         )
 

@@ -1,1 +1,1 @@
-"""Evaluations: does the reward pick better answers than chance, length or greedy decoding?"""
+"""Measured quality: datasets with verifiers, and the harness that compares scorers on them."""

@@ -78,18 +78,28 @@ class Style:
         return f"{self.context_heading}{context}\n\n"
 
 
-def load_style(style: str | Style) -> Style:
-    """Look a style up by name ("direct", "json"); a style object passes through.
+def load_style(style: str | Path | Style) -> Style:
+    """Look a style up by name ("direct", "json"), or read one from a folder; a style object passes through.
+
+    A folder holds ``user.txt`` and, where there is a system message, ``system.txt``; see ``from_files``.
 
     Raises:
         UnknownNameError: no such style.
+        InputError: something else, or a folder whose templates are none.
     """
     if isinstance(style, Style):
         return style
-    if style not in STYLES:
-        raise UnknownNameError("prompt style", style, STYLES)
-    folder = Path(__file__).parent / style
-    read = _read(style, folder / "system.txt", folder / "user.txt", STYLES[style], CONTEXT_HEADING)
+    if not isinstance(style, str | Path):
+        raise InputError(f"a style is a name, a folder or a Style, not {style!r:.60}.")
+    own = Path(style)
+    if str(style) not in STYLES and (own / "user.txt").is_file():
+        system = own / "system.txt"
+        return replace(from_files(system if system.is_file() else None, own / "user.txt"), name=own.name)
+    if str(style) not in STYLES:
+        raise UnknownNameError("prompt style", str(style), STYLES)
+    name = str(style)
+    folder = Path(__file__).parent / name
+    read = _read(name, folder / "system.txt", folder / "user.txt", STYLES[name], CONTEXT_HEADING)
     return replace(read, schema=JSON_SCHEMA) if read.output == "json" else read
 
 

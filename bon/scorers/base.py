@@ -2,92 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+import copy
+import difflib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from bon.engines.base import Engine
+from bon.errors import InputError, UnknownNameError
+from bon.spec import Specified
 from bon.task import Task
-from bon.types import Candidate, Score, Usage
+from bon.types import Candidate, Score
+
+if TYPE_CHECKING:
+    from bon.group import Group
+    from bon.models import Model
 
 
-@dataclass(slots=True)
-class Board:
-    """The rewards of one task as they come in: what pruning may rely on.
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a scorer cannot do without.
 
     Args:
-        best: highest reward of a finished score, or None so far.
-        stop_at: a reward that is good enough: once reached, what is unfinished is given up. None asks for all.
-        prune: whether a scorer may give up a candidate that provably stays strictly below ``best``.
+        group: all candidates of a task in one call, copies included.
+        logprobs: the policy's log-probabilities of each candidate.
+        reference: ``Task.reference``.
+        all_rewards: a reward for every candidate: nothing is pruned.
     """
 
-    prune: bool = True
-    stop_at: float | None = None
-    best: float | None = None
+    group: bool = False
+    logprobs: bool = False
+    reference: bool = False
+    all_rewards: bool = False
 
-    def post(self, reward: float | None) -> None:
-        """Record a finished reward."""
-        if reward is not None and (self.best is None or reward > self.best):
-            self.best = reward
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A candidate that waits for its score, and the group that it belongs to."""
+
+    group: Group
+    candidate: Candidate
 
     @property
-    def reached(self) -> bool:
-        """Whether a reward is good enough to stop."""
-        return self.stop_at is not None and self.best is not None and self.best >= self.stop_at
-
-    def hopeless(self, upper_bound: float) -> bool:
-        """Whether a candidate that can reach ``upper_bound`` at most may be given up."""
-        return self.reached or (self.prune and self.best is not None and upper_bound < self.best)
+    def task(self) -> Task:
+        """What the candidate answers."""
+        return self.group.task
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One candidate to score.
-
-    ``board`` is shared by the candidates of one task; scorers post finished rewards to it.
-    """
-
-    task: Task
-    candidate: Candidate
-    board: Board = field(default_factory=Board)
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A score, which of the items it belongs to, and the tokens it cost."""
-
-    item: int
-    score: Score
-    usage: Usage = field(default_factory=Usage)
-
-
-@runtime_checkable
-class Scorer(Protocol):
+class Scorer(ABC, Specified):
     """A source of rewards.
 
     Attributes:
-        name: what to call it in a table.
-        overlaps: True when items may be scored in several calls at the same time, each as its candidate finishes.
+        needs: what it cannot do without.
+        range: the least and the largest reward, where there is one; stopping and pruning may rely on it.
+        concurrent: whether calls may run at the same time, each candidate scored as it finishes.
+        models: the models that it runs and that are still to be loaded; None is the policy's own.
     """
+
+    needs: ClassVar[Needs] = Needs()
+    range: tuple[float, float] | None = None
+    concurrent: bool = False
+    models: Sequence[Model | None] = ()
 
     @property
     def name(self) -> str:
         """What to call the scorer in a table."""
+        return type(self).__name__
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether calls may run at the same time."""
+    def bound(self, find: Callable[[Model | None], Engine]) -> Self:
+        """The same scorer with its models in place; ``find`` has the engine of each of ``models``."""
+        return self
 
-    def score(self, items: Sequence[Item]) -> AsyncIterator[Scored]:
-        """Score every item exactly once, in any order; candidates are never empty here.
+    @abstractmethod
+    def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """Score every candidate exactly once, in any order; candidates have text here.
 
-        A candidate that cannot be scored gets status "failed" with a reason, never a number.
+        Yields:
+            (position in ``pending``, score). A candidate that cannot be scored gets the status "failed" with a reason,
+            never a number; a task that cannot be is ``pending[position].group.fail(error)``. What is raised belongs to
+            the groups that still lack a score; if these are several, each is scored again by itself to see whose it is.
         """
 
     async def aclose(self) -> None:
-        """Free what the scorer holds."""
+        """Free what the scorer itself holds. Its models belong to whoever loaded them."""
 
 
-def no_response(index: int, item: Item) -> Scored:
-    """Score a candidate that has nothing to score."""
-    reason = "there is no text" if not item.candidate.text.strip() else "there is nothing but thinking"
-    return Scored(index, Score(item.candidate.index, None, "empty", reason=reason))
+class ModelScorer(Scorer):
+    """A scorer that runs one language model.
+
+    Args:
+        model: an engine or a function, which stay the caller's; a model's spec or folder; or None for the policy's own.
+        ability: what the engine must be able to do, ``Generates`` or ``Rates``.
+        options: of the engine that loads a model given by name.
+
+    Raises:
+        InputError: none of these, or options for an engine that is already there.
+    """
+
+    ability: ClassVar[type]
+
+    def __init__(self, model: str | Path | Model | Engine | Callable[..., Any] | None, options: dict[str, Any]) -> None:
+        from bon.engines.function import FunctionEngine
+        from bon.models import Model
+
+        own = [name for name in inspect.signature(type(self)).parameters if name not in ("model", "options")]
+        for option in options:
+            if difflib.get_close_matches(option, own, n=1, cutoff=0.8):  # rather a typo than an option of an engine
+                raise UnknownNameError(f"option of {type(self).__name__}", option, own)
+        self._engine: Engine | None = None
+        self.model: Model | None = None
+        if isinstance(model, str | Path | Model) or (model is None and options):
+            self.model = Model.of(model, **options)
+            return
+        if options:
+            raise InputError(f"{', '.join(sorted(options))}: options are for models loaded by name.")
+        if model is not None:
+            engine: Any = model if isinstance(model, Engine) else FunctionEngine(model) if callable(model) else None
+            if engine is None or isinstance(model, type):
+                raise InputError(f"a scorer's model is a name, a folder, an engine or a function, not {model!r:.80}.")
+            self._engine = self._able(engine)
+
+    @property
+    def models(self) -> Sequence[Model | None]:  # type: ignore[override]
+        """What is still to be loaded."""
+        return () if self._engine is not None else (self.model,)
+
+    @property
+    def engine(self) -> Any:
+        """The engine that it runs on.
+
+        Raises:
+            InputError: none was given and none has been loaded.
+        """
+        if self._engine is None:
+            raise InputError(
+                f"{self.name} has no engine yet: BestOfN, bon.score and ModelPool().scorer(...) load what it names."
+            )
+        return self._engine
+
+    @property
+    def concurrent(self) -> bool:  # type: ignore[override]
+        """Whether calls may run at the same time."""
+        return bool(self.engine.concurrent)
+
+    @property
+    def _model_name(self) -> str:
+        return self._engine.name if self._engine else self.model.name if self.model else "the policy"
+
+    def on(self, engine: Engine) -> Self:
+        """Return the same scorer on an engine, which stays its owner's."""
+        other = copy.copy(self)
+        other._engine = self._able(engine)
+        return other
+
+    def bound(self, find: Callable[[Model | None], Engine]) -> Self:
+        """The same scorer on the engine of its model."""
+        return self if self._engine is not None else self.on(find(self.model))
+
+    def _able(self, engine: Engine) -> Engine:
+        if not isinstance(engine, self.ability):
+            able = {"Generates": "be sampled", "Rates": "give log-probabilities of a text"}
+            what = able.get(self.ability.__name__, self.ability.__name__)
+            raise InputError(f"{type(self).__name__} needs a model that can {what}, and {engine.name!r} cannot.")
+        return engine

@@ -2,78 +2,83 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, ClassVar
 
-from bon.errors import BonError, UserCodeError
-from bon.scorers.base import Item, Scored
-from bon.task import Task
-from bon.types import Score
+from bon.errors import BonError, InputError
+from bon.scorers.base import Needs, Pending, Scorer
+from bon.types import Score, as_reward
+from bon.usercode import UserFunction
 
 
-class RewardFunction:
+class RewardFunction(Scorer):
     """Rewards from a function of (prompt, responses).
 
     Args:
-        function: called once for each task as ``function(prompt, responses)``; returns one number for each response,
-            or None where it has none. ``prompt`` is the text when the conversation is a single user message, else the
-            list of role-and-content dicts. Sync functions run in a thread.
+        function: called once for each task as ``function(prompt, responses)`` with all responses of it, copies
+            included; returns one number for each, or None where it has none. ``prompt`` is the text when the
+            conversation is a single user message, else the list of role-and-content dicts. A function that has a
+            parameter ``task`` gets the ``Task`` as well (its reference, its metadata). Functions that are not async run
+            on a thread of their own, one call at a time.
         name: shown in tables and errors; the function's own name by default.
     """
 
-    overlaps = False
+    needs: ClassVar[Needs] = Needs(group=True, all_rewards=True)
+    concurrent = True
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
-        self.function = function
-        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
+        if not callable(function):
+            raise InputError(f"a reward function is a function of (prompt, responses), not {function!r:.80}.")
+        self._call = UserFunction(function, "scorer", name)
+        self._takes_task = _takes_task(function)
 
-    async def score(self, items: Sequence[Item]) -> AsyncIterator[Scored]:
-        """Score every item; see ``Scorer.score``.
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self._call.name
 
-        Raises:
-            UserCodeError: the function raised, or did not return one number or None for each response.
+    async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """Score every candidate; see ``Scorer.score``.
+
+        A task for which the function raises, or does not return one number or None for each response, has failed.
         """
-        by_task: dict[int, list[int]] = {}
-        for index, item in enumerate(items):
-            by_task.setdefault(id(item.task), []).append(index)
-        for indices in by_task.values():
-            responses = [items[i].candidate.text for i in indices]
-            rewards = self._check(await self._call(items[indices[0]].task, responses), len(responses))
-            for index, reward in zip(indices, rewards, strict=True):
-                candidate = items[index].candidate.index
-                items[index].board.post(reward)
-                if reward is None:
-                    yield Scored(index, Score(candidate, None, "failed", reason=f"{self.name} gave no reward"))
-                else:
-                    yield Scored(index, Score(candidate, reward))
-
-    async def _call(self, task: Task, responses: list[str]) -> Any:
-        messages: Any = [message.to_dict() for message in task.messages]
-        prompt = messages[0]["content"] if len(messages) == 1 else messages
-        try:
-            if inspect.iscoroutinefunction(self.function):
-                return await self.function(prompt, responses)
-            return await asyncio.to_thread(self.function, prompt, responses)
-        except BonError:
-            raise
-        except Exception as error:
-            raise UserCodeError(f"the scorer {self.name!r} raised {type(error).__name__}: {error}") from error
+        by_group: dict[int, list[int]] = {}
+        for position, each in enumerate(pending):
+            by_group.setdefault(id(each.group), []).append(position)
+        for positions in by_group.values():
+            responses = [pending[i].candidate.text for i in positions]
+            task = pending[positions[0]].task
+            messages = [message.to_dict() for message in task.messages]
+            try:
+                given = await self._call(messages, responses, **({"task": task} if self._takes_task else {}))
+                rewards = self._check(given, len(responses))
+            except BonError as error:  # of this task alone, and the function is not called for it again
+                pending[positions[0]].group.fail(error)
+                continue
+            for position, reward in zip(positions, rewards, strict=True):
+                gave_none = Score(None, "failed", f"{self.name} gave no reward")
+                yield position, gave_none if reward is None else Score(reward)
 
     def _check(self, rewards: Any, expected: int) -> list[float | None]:
         try:
-            values = [None if reward is None else float(reward) for reward in rewards]
-        except (TypeError, ValueError) as error:
-            raise UserCodeError(
-                f"the scorer {self.name!r} must return numbers, but returned {rewards!r:.80}."
-            ) from error
+            values = [None if reward is None else as_reward(reward) for reward in rewards]
+        except (TypeError, InputError) as error:
+            raise self._call.error(f"must return numbers, but returned {rewards!r:.80}.") from error
         if len(values) != expected:
-            raise UserCodeError(f"the scorer {self.name!r} must return {expected} rewards, but returned {len(values)}.")
+            raise self._call.error(f"must return {expected} rewards, but returned {len(values)}.")
         if any(value is not None and not math.isfinite(value) for value in values):
-            raise UserCodeError(f"the scorer {self.name!r} must return finite numbers, but returned {values!r:.80}.")
+            raise self._call.error(f"must return finite numbers, but returned {values!r:.80}.")
         return values
 
     async def aclose(self) -> None:
-        """Nothing to free."""
+        """Let the function's thread go."""
+        self._call.close()
+
+
+def _takes_task(function: Callable[..., Any]) -> bool:
+    try:
+        return "task" in [*inspect.signature(function).parameters][2:]
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False

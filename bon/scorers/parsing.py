@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from bon.engines.base import Piece
 from bon.errors import UnknownNameError
 from bon.prompts import Output
-from bon.types import Candidate, FinishReason
+from bon.types import Candidate, FinishReason, Score
 
 ParseStatus = Literal["ok", "repaired", "fallback", "failed"]
 PARSERS = ("robust", "reference")
@@ -118,6 +118,10 @@ def _without_blocks(text: str) -> str:
     return re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL)
 
 
+NO_RESPONSE = Score(None, "empty", "there is nothing but thinking")
+"""The score of a candidate of which ``response_piece`` leaves nothing."""
+
+
 def response_piece(candidate: Candidate) -> Piece | None:
     """What a scorer is shown of a candidate: the text without thinking, or None when nothing is left.
 
@@ -134,12 +138,13 @@ def response_piece(candidate: Candidate) -> Piece | None:
 # --- bare text --------------------------------------------------------------------------------------------------------
 
 _LABEL = re.compile(
-    r"""[\s"'*#`]*(?:(?:the|your)\s)?(?:(?:most\s)?(?:inferred|original|likely|user)\s){0,2}
+    r"""[\s"'*#`]*+(?:(?:the|your)\s)?(?:(?:most\s)?(?:inferred|original|likely|user)\s){0,2}
         (?:instruction|prompt)(?:\sis|\swas)?[\s"'*`]{0,3}:[\s*]*""",
     re.IGNORECASE | re.VERBOSE,
 )
-_LABEL_WORDS = {""} | set(re.findall(r"\w+", "the your most inferred original likely user instruction prompt is was"))
-_FINISHED_WORD = re.compile(r"[^\s:]+(?=[\s:])")
+_LABEL_WORD = re.compile("(?:the|your|most|inferred|original|likely|user|instruction|prompt|is|was)?", re.IGNORECASE)
+_LABEL_START = re.compile(r"""[\s"'*#`a-z]*+\Z""", re.IGNORECASE)
+_FINISHED_WORD = re.compile(r"(?<![^\s:])[^\s:]++(?=[\s:])")  # tried once for each word, not from each of its letters
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»", "「": "」"}
 _CURLY = tuple(q for q in _QUOTES if not q.isascii())
 
@@ -170,7 +175,9 @@ def _settled_text(text: str) -> str | None:
     text = text.lstrip()
     if label := _LABEL.match(text):
         text = text[label.end() :]
-    elif all(re.sub(r"\W", "", word.group()).lower() in _LABEL_WORDS for word in _FINISHED_WORD.finditer(text)):
+    elif _LABEL_START.match(text) and all(
+        _LABEL_WORD.fullmatch(re.sub(r"\W", "", word.group())) for word in _FINISHED_WORD.finditer(text)
+    ):
         return None  # may yet become a label: all of its finished words occur in labels
     return None if text.startswith(_CURLY) else text
 
@@ -178,7 +185,11 @@ def _settled_text(text: str) -> str | None:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 _OBJECT = re.compile(r"""\{\s*(?=["'“])""")
-_KEY = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\\n]|\\.)*)'|“([^”\n]*)”)\s*:\s*""", re.DOTALL)
+# A key in curly quotation marks has an end in sight: else each “ of many would have the rest of the text read.
+_KEY = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*+)"|'((?:[^'\\\n]|\\.)*+)'|“([^”\n]{0,100}+)”)\s*:\s*""", re.DOTALL)
+_KEY_START = re.compile(  # what is no key yet and may become one by going on
+    r"""(?:"(?:[^"\\]|\\.)*+(?:"\s*+)?|'(?:[^'\\\n]|\\.)*+(?:'\s*+)?|“[^”\n]{0,100}+(?:”\s*+)?)\\*+\Z""", re.DOTALL
+)
 _COMMA = re.compile(r"\s*,?\s*")
 _CLOSERS = {'"': '"', "'": "'", "“": "”"}
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
@@ -238,7 +249,7 @@ def _field(text: str) -> _Value | None:
             if not value.closed:
                 return None
             position = _skip(_COMMA, text, value.end)
-        if position == len(text) or _may_become_key(text[position:]):
+        if position == len(text) or _KEY_START.match(text, position):
             return None
         start = position
     return None
@@ -283,18 +294,9 @@ def _string(text: str, position: int, closer: str) -> _Value:
 def _goes_on(text: str, position: int) -> bool | None:
     """Whether an object goes on at ``position``; None when the text ends too early to tell."""
     at = _skip(_COMMA, text, position)
-    rest = text[at:]
-    if rest.startswith(("}", "```")) or _KEY.match(rest):
+    if text.startswith(("}", "```"), at) or _KEY.match(text, at):
         return True
-    return None if "```".startswith(rest) or _may_become_key(rest) else False
-
-
-def _may_become_key(rest: str) -> bool:
-    """Whether a text that is not a key and its colon may become that by going on."""
-    closer = _CLOSERS.get(rest[:1])
-    if closer is None:
-        return False
-    return any(_KEY.match(rest.rstrip("\\") + more) for more in (":", closer + ":"))
+    return None if text[at : at + 3] in ("", "`", "``") or _KEY_START.match(text, at) else False
 
 
 def _without_partial_escape(content: str) -> str:
@@ -341,7 +343,8 @@ def _parse_reference(raw: str) -> Parsed:
     than one line never parses and the whole blob is scored. Where that code raises, and ends up with a score of 0,
     the reconstruction is "failed" here.
     """
-    text = re.sub(r"<think>\s*.*?\s*</think>\s*", "", raw, flags=re.DOTALL)
+    # r"<think>\s*.*?\s*</think>\s*" over there, which takes cubic time; without an end the block stays.
+    text = re.sub(r"(<think>.*?)(?:</think>\s*|(\Z))", lambda m: "" if m[2] is None else m[1], raw, flags=re.DOTALL)
     text = text.replace("<answer>", "").replace("</answer>", "").strip()
     if text.startswith("```json"):
         text = text[7:]

@@ -22,7 +22,7 @@ class Admission:
         self.max_running, self.max_waiting = max_running, max_waiting
         self.draining = False
         self.running = 0
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self._queue: deque[Ticket] = deque()
         self._seconds = 1.0  # how long a request runs, smoothed
 
     @property
@@ -31,7 +31,7 @@ class Admission:
         return len(self._queue)
 
     def ticket(self) -> Ticket:
-        """Let a request in.
+        """Admit a request.
 
         Raises:
             ApiError: 429 when the queue is full, 503 while the server drains.
@@ -40,49 +40,42 @@ class Admission:
             raise ApiError(503, "the server is shutting down.", "draining", headers={"retry-after": "5"})
         if self.running >= self.max_running and self.waiting >= self.max_waiting:
             seconds = max(1, math.ceil(self._seconds * (self.waiting + 1) / self.max_running))
-            raise ApiError(
-                429,
-                f"the server is busy: {self.running} requests run and {self.waiting} wait. Try again in {seconds} s.",
-                "overloaded",
-                headers={"retry-after": str(seconds)},
-            )
-        return Ticket(self)
+            said = f"the server is busy: {self.running} requests run and {self.waiting} wait. Try again in {seconds} s."
+            raise ApiError(429, said, "overloaded", headers={"retry-after": str(seconds)})
+        ticket = Ticket(self)
+        self._queue.append(ticket)
+        self._start()
+        return ticket
 
-    def _enter(self) -> asyncio.Future[None]:
-        turn = asyncio.get_running_loop().create_future()
-        if self.running < self.max_running:
-            self.running += 1
-            turn.set_result(None)
-        else:
-            self._queue.append(turn)
-        return turn
-
-    def _leave(self, turn: asyncio.Future[None], ran: float | None) -> None:
-        if turn in self._queue:
-            self._queue.remove(turn)
-        else:
-            self.running -= 1
-            if ran is not None:
-                self._seconds += 0.2 * (ran - self._seconds)
+    def _start(self) -> None:
         while self._queue and self.running < self.max_running:
             self.running += 1
-            self._queue.popleft().set_result(None)
+            self._queue.popleft().called.set()
+
+    def _left(self, ticket: Ticket, ran: float | None) -> None:
+        if not ticket.called.is_set():
+            self._queue.remove(ticket)
+            return
+        self.running -= 1
+        if ran is not None:
+            self._seconds += 0.2 * (ran - self._seconds)
+        self._start()
 
 
 class Ticket:
-    """A request's place, from admission until ``leave``; ``queue_s`` is how long it waited."""
+    """A request's place, from admission until ``leave``; ``called`` is set when it is its turn."""
 
     def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-        self._entered = perf_counter()
-        self._turn: asyncio.Future[None] | None = admission._enter()
+        self.called = asyncio.Event()
+        self._admission, self._entered = admission, perf_counter()
         self._started: float | None = None
+        self._gone = False
 
     @property
     def position(self) -> int:
         """Place in the queue, from 1; 0 when it runs or has left."""
         queue = self._admission._queue
-        return queue.index(self._turn) + 1 if self._turn is not None and self._turn in queue else 0
+        return queue.index(self) + 1 if self in queue else 0
 
     @property
     def queue_s(self) -> float:
@@ -91,12 +84,11 @@ class Ticket:
 
     async def turn(self) -> None:
         """Wait for this request's turn."""
-        assert self._turn is not None
-        await asyncio.shield(self._turn)  # a cancelled wait leaves the place in the queue for ``leave`` to give back
+        await self.called.wait()
         self._started = perf_counter()
 
     def leave(self) -> None:
-        """Give the place to the next one; a second call does nothing."""
-        turn, self._turn = self._turn, None
-        if turn is not None:
-            self._admission._leave(turn, None if self._started is None else perf_counter() - self._started)
+        """Make room for the next request; a second call does nothing."""
+        if not self._gone:
+            self._gone = True
+            self._admission._left(self, None if self._started is None else perf_counter() - self._started)

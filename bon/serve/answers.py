@@ -1,7 +1,7 @@
 """A result, as OpenAI's response: whole, or as a stream of chunks.
 
-Whoever reads only OpenAI's fields sees an ordinary completion. What a stream tells of its progress comes in chunks
-with an empty delta, so that no client has to know of it.
+To a client that reads only OpenAI's fields it is an ordinary completion. A stream reports its progress in chunks with
+an empty delta, which such clients pass over.
 """
 
 from __future__ import annotations
@@ -33,60 +33,54 @@ class Answer:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan, self._chat, self._options = plan, plan.chat, plan.request.options
         self.id = ("chatcmpl-" if plan.chat else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
 
     def whole(self, result: Result, queue_s: float) -> dict[str, Any]:
         """The response in one piece."""
+        picks = self._picks(result)
         return {
-            **self._head("chat.completion" if self._plan.chat else "text_completion"),
-            "choices": [self._choice(place, pick, result) for place, pick in enumerate(self._picks(result))],
+            **self._head("chat.completion" if self._chat else "text_completion"),
+            "choices": [self._choice(place, pick, result) for place, pick in enumerate(picks)],
             "usage": usage_body(result.usage),
-            "best_of_n": self._evidence(result, queue_s),
+            "best_of_n": self._evidence(result, picks, queue_s),
         }
 
     def opening(self) -> bytes:
         """The first chunk of a stream."""
-        return self._chunk({"role": "assistant", "content": ""} if self._plan.chat else "")
+        return self._chunk({"role": "assistant", "content": ""})
 
     def progress(self, about: dict[str, Any]) -> bytes:
-        """A chunk that tells of the work; its delta is empty."""
-        return self._chunk({} if self._plan.chat else "", best_of_n=about)
+        """A chunk that reports on the work; its delta is empty."""
+        return self._chunk({}, best_of_n=about)
 
     def news(self, event: Candidate | Score) -> dict[str, Any]:
         """A candidate that was finished or scored."""
         if isinstance(event, Candidate):
-            return {
-                "event": "candidate",
-                "index": event.index,
-                "text": event.text,
-                "finish_reason": _reason(event),
-                "completion_tokens": event.completion_tokens,
-                "sampled_s": event.finished,
-            }
-        return {"event": "score", **self._score(event)}
+            return {"event": "candidate", **_sampled(event)}
+        return {"event": "score", **self._scored(event)}
 
     def closing(self, result: Result, queue_s: float) -> Iterator[bytes]:
         """The winner's chunks, the evidence, the usage, the end."""
         picks = self._picks(result)
         for place, pick in enumerate(picks):
-            if place and self._plan.chat:
+            if self._chat and place:
                 yield self._chunk({"role": "assistant", "content": ""}, place)
-            for piece in _PIECE.findall(_content(pick) or "") if pick else ():
-                yield self._chunk({"content": piece} if self._plan.chat else piece, place)
-            if pick and pick.tool_calls and self._plan.chat:
+            for piece in _PIECE.findall(_content(pick) or ""):
+                yield self._chunk({"content": piece}, place)
+            if self._chat and pick and pick.tool_calls:
                 calls = [{"index": i, **call} for i, call in enumerate(pick.tool_calls)]
                 yield self._chunk({"tool_calls": calls}, place)
-            if pick is None and self._plan.chat:
+            if self._chat and pick is None:
                 yield self._chunk({"refusal": result.selection.reason}, place)
-            evidence = {"best_of_n": self._evidence(result, queue_s)} if place == len(picks) - 1 else {}
-            yield self._chunk({} if self._plan.chat else "", place, _ended(pick), self._logprobs(pick), **evidence)
-        if self._plan.stream_usage:
+            evidence = {"best_of_n": self._evidence(result, picks, queue_s)} if place == len(picks) - 1 else {}
+            yield self._chunk({}, place, _ended(pick), self._logprobs(pick), **evidence)
+        if self._plan.request.stream_options and self._plan.request.stream_options.include_usage:
             yield _event({**self._head(self._kind), "choices": [], "usage": usage_body(result.usage)})
         yield DONE
 
-    def _picks(self, result: Result) -> list[Candidate | None]:
+    def _picks(self, result: Result) -> Sequence[Candidate | None]:
         """The candidates to return, best first; None for an answer that is refused.
 
         Without any reward (all of them late or unparsable) the first finished text is better than nothing, and the
@@ -95,51 +89,39 @@ class Answer:
         Raises:
             ApiError: 408 when the deadline passed before any candidate was finished.
         """
-        if result.best is None and (self._plan.min_reward or any(s.reward is not None for s in result.scores)):
-            return [None] * self._plan.k
-        unfinished = {
-            c.index for c in result.candidates if c.error is not None or result.scores[c.index].status == "late"
-        }
-        unfinished = {index for index in unfinished if not _text(result, index)}
-        if len(unfinished) == len(result.candidates):
+        k, best, candidates = self._plan.request.returned, result.best, result.candidates
+        if best is None and (self._options.min_reward is not None or any(s.reward is not None for s in result.scores)):
+            return [None] * k
+        missing = {s.candidate for s in result.scores if s.status == "late" or candidates[s.candidate].error}
+        finished = [i for i in result.selection.ranking if candidates[i].text or i not in missing]
+        if not finished:
             said = f"the deadline of {self._plan.deadline_s:g} s passed before any candidate was finished."
             raise ApiError(408, said, "deadline_exceeded", "best_of_n.deadline_s")
-        order = [i for i in result.selection.ranking if i != result.best and i not in unfinished]
-        if result.best is None:
-            order.sort(key=lambda i: not _text(result, i).strip())
-        picks = [result.candidates[i] for i in ([] if result.best is None else [result.best]) + order]
-        return [*picks[: self._plan.k]]
+        finished.sort(key=lambda i: (i != best, best is None and not candidates[i].text.strip()))
+        return [candidates[i] for i in finished[:k]]
 
     def _choice(self, place: int, pick: Candidate | None, result: Result) -> dict[str, Any]:
-        ended: dict[str, Any] = {"index": place, "logprobs": self._logprobs(pick), "finish_reason": _ended(pick)}
-        if not self._plan.chat:
-            return {**ended, "text": pick.text if pick else ""}
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": _content(pick) if pick else None,
-            "refusal": None if pick else result.selection.reason,
-        }
-        if pick and pick.tool_calls:
-            message["tool_calls"] = list(pick.tool_calls)
-        return {**ended, "message": message}
+        choice = {"index": place, "logprobs": self._logprobs(pick), "finish_reason": _ended(pick)}
+        if not self._chat:
+            return {**choice, "text": pick.text if pick else ""}
+        refusal = None if pick else result.selection.reason
+        calls = {"tool_calls": list(pick.tool_calls)} if pick and pick.tool_calls else {}
+        return {**choice, "message": {"role": "assistant", "content": _content(pick), "refusal": refusal, **calls}}
 
     def _logprobs(self, pick: Candidate | None) -> dict[str, Any] | None:
         """The answer's tokens with their log-probabilities; in a stream they come with the end of the answer.
 
         Raises:
-            ApiError: 400 when the policy does not tell them.
+            ApiError: 400 when the policy does not have them.
         """
-        if pick is None or not self._plan.logprobs:
+        if pick is None or not self._plan.bon.sampling.logprobs:
             return None
         if pick.logprobs is None:
-            raise bad("logprobs", "the policy does not tell them.", "unsupported_parameter")
+            raise bad("logprobs", "the policy does not have them.", "unsupported_parameter")
         spoken = _spoken(pick, pick.logprobs)
-        if self._plan.chat:
-            content = [
-                {"token": piece, "logprob": logprob, "bytes": _bytes(piece), "top_logprobs": []}
-                for piece, logprob in spoken
-            ]
-            return {"content": content, "refusal": None}
+        if self._chat:
+            known = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
+            return {"content": [{**token, "top_logprobs": []} for token in known], "refusal": None}
         return {
             "tokens": [piece for piece, _ in spoken],
             "token_logprobs": [logprob for _, logprob in spoken],
@@ -147,15 +129,13 @@ class Answer:
             "text_offset": [*accumulate((len(piece) for piece, _ in spoken[:-1]), initial=0)] if spoken else [],
         }
 
-    def _evidence(self, result: Result, queue_s: float) -> dict[str, Any]:
+    def _evidence(self, result: Result, picks: Sequence[Candidate | None], queue_s: float) -> dict[str, Any]:
         rewards = [s.reward for s in result.scores if s.reward is not None]
-        timing, late = result.timing, [s for s in result.scores if s.status == "late"]
-        picks = [self._about(pick, result, text=False) for pick in self._picks(result) if pick]
-        everything = (
-            [self._about(candidate, result) for candidate in result.candidates]
-            if self._plan.return_candidates
-            else None
+        timing, late = result.timing, "late" in result.counts
+        passed = (
+            f"the deadline of {self._plan.deadline_s:g} s passed; this is the best of what was there." if late else None
         )
+        everything = result.candidates if self._options.return_candidates else ()
         return {
             "n": len(result.candidates),
             "scorer": self._plan.scorer,
@@ -163,11 +143,11 @@ class Answer:
             "best": result.best,
             "reward": result.reward,
             "mean_reward": sum(rewards) / len(rewards) if rewards else None,
-            "reason": result.selection.reason or (self._late if late else None),
-            "deadline_passed": bool(late),
+            "reason": result.selection.reason or passed,
+            "deadline_passed": late,
             "statuses": result.counts,
-            "choices": picks,
-            **({} if everything is None else {"candidates": everything}),
+            "choices": [self._about(pick, result, "text") for pick in picks if pick],
+            **({"candidates": [self._about(candidate, result) for candidate in everything]} if everything else {}),
             "timing": {
                 "queue_s": queue_s,
                 "sample_s": timing.sample,
@@ -177,43 +157,43 @@ class Answer:
             },
         }
 
-    def _about(self, candidate: Candidate, result: Result, text: bool = True) -> dict[str, Any]:
-        left_out = ("event",) if text else ("event", "text")
-        sampled = {name: value for name, value in self.news(candidate).items() if name not in left_out}
-        return self._score(result.scores[candidate.index]) | sampled
+    def _about(self, candidate: Candidate, result: Result, *without: str) -> dict[str, Any]:
+        about = self._scored(result.scores[candidate.index]) | _sampled(candidate)
+        return {name: value for name, value in about.items() if name not in without}
 
-    def _score(self, score: Score) -> dict[str, Any]:
-        matched = matched_words(score.inferred, self._plan.task.instruction) if score.inferred else []
+    def _scored(self, score: Score) -> dict[str, Any]:
+        known = score.to_dict()
+        names = (
+            "reward",
+            "status",
+            "explanation",
+            "inferred",
+            "precision",
+            "recall",
+            "upper_bound",
+            "reason",
+            "same_as",
+        )
+        inferred = known.get("inferred")
         return {
             "index": score.candidate,
-            "reward": score.reward,
-            "status": score.status,
-            "inferred": score.inferred,
-            "matched": matched,
-            "precision": score.precision,
-            "recall": score.recall,
-            "upper_bound": score.upper_bound,
-            "reason": score.reason,
-            "same_as": score.same_as,
+            **{name: known.get(name) for name in names},
+            "matched": matched_words(inferred, self._plan.task.instruction) if inferred else [],
             "scored_s": (score.started, score.finished) if score.finished else None,
         }
 
     @property
-    def _late(self) -> str:
-        return f"the deadline of {self._plan.deadline_s:g} s passed; this is the best of what was there."
-
-    @property
     def _kind(self) -> str:
-        return "chat.completion.chunk" if self._plan.chat else "text_completion"
+        return "chat.completion.chunk" if self._chat else "text_completion"
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._plan.model}
 
     def _chunk(
-        self, delta: Any, place: int = 0, finish_reason: str | None = None, logprobs: Any = None, **more: Any
+        self, delta: dict[str, Any], place: int = 0, ended: str | None = None, logprobs: Any = None, **more: Any
     ) -> bytes:
-        content = {"delta": delta} if self._plan.chat else {"text": delta}
-        choice = {"index": place, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+        content = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
+        choice = {"index": place, **content, "logprobs": logprobs, "finish_reason": ended}
         return _event({**self._head(self._kind), "choices": [choice], **more})
 
 
@@ -223,29 +203,33 @@ def failure(error: ApiError) -> bytes:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    """Tokens in OpenAI's shape: cached ones are part of the prompt's, as OpenAI counts them."""
-    policy, scorer = usage.policy_prompt_tokens, usage.scorer_prompt_tokens
-    policy_new, scorer_new = usage.policy_completion_tokens, usage.scorer_completion_tokens
+    """Tokens in OpenAI's shape, the scorer's included.
+
+    A prompt counts as often as it was sent to a model, and cached tokens are part of it, as OpenAI counts them.
+    """
+    prompt = {"policy": usage.policy_prompt_tokens, "scorer": usage.scorer_prompt_tokens}
+    completion = {"policy": usage.policy_completion_tokens, "scorer": usage.scorer_completion_tokens}
     return {
-        "prompt_tokens": policy + scorer,
-        "completion_tokens": policy_new + scorer_new,
-        "total_tokens": policy + scorer + policy_new + scorer_new,
+        "prompt_tokens": sum(prompt.values()),
+        "completion_tokens": sum(completion.values()),
+        "total_tokens": sum(prompt.values()) + sum(completion.values()),
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "policy": {"prompt_tokens": policy, "completion_tokens": policy_new},
-        "scorer": {"prompt_tokens": scorer, "completion_tokens": scorer_new},
+        **{model: {"prompt_tokens": prompt[model], "completion_tokens": completion[model]} for model in prompt},
+    }
+
+
+def _sampled(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "index": candidate.index,
+        "text": candidate.text,
+        "finish_reason": candidate.finish_reason,
+        "completion_tokens": candidate.completion_tokens,
+        "sampled_s": candidate.finished,
     }
 
 
 def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
-
-
-def _text(result: Result, index: int) -> str:
-    return result.candidates[index].text
-
-
-def _reason(candidate: Candidate) -> str | None:
-    return None if candidate.finish_reason == "pruned" else candidate.finish_reason
 
 
 def _spoken(pick: Candidate, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -264,10 +248,10 @@ def _bytes(piece: str) -> list[int] | None:
     return None if "\ufffd" in piece else list(piece.encode())
 
 
-def _content(pick: Candidate) -> str | None:
+def _content(pick: Candidate | None) -> str | None:
     """The text without the canonical form of its tool calls, which is there to be scored."""
-    if not pick.tool_calls:
-        return pick.text
+    if pick is None or not pick.tool_calls:
+        return pick.text if pick else None
     return pick.text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
 
 

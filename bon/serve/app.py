@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -22,24 +21,22 @@ from starlette.responses import Response
 from bon import __version__
 from bon.best_of_n import BestOfN
 from bon.mini import WEIGHTS
-from bon.scorers.base import Scorer
 from bon.serve.admission import Admission
-from bon.serve.answers import Answer
+from bon.serve.answers import Answer, usage_body
 from bon.serve.edge import Edge
 from bon.serve.failures import ApiError, ClientGone, api_error, json_response
 from bon.serve.health import Health
-from bon.serve.job import Job, unless_gone
+from bon.serve.job import Job, while_connected
 from bon.serve.metrics import Metrics
-from bon.serve.plan import Plan, Planner, default_scorers
+from bon.serve.plan import Plan, Planner, offered_scorers
 from bon.serve.playground import PAGE, POLICY
 from bon.serve.protocol import ChatRequest, CompletionRequest, parse
 from bon.serve.responses import ChatResponse, CompletionResponse, ErrorResponse, ModelBody, ModelList, StateBody
 from bon.serve.settings import Settings
-from bon.serve.stream import EventStream, disconnected
+from bon.serve.stream import EventStream
 from bon.types import Result
 
 log = logging.getLogger("bon.serve")
-R = TypeVar("R", ChatRequest, CompletionRequest)
 
 # A request that fails within this time gets its own HTTP status although it asked for a stream.
 STREAM_OPENS_AFTER_S = 0.05
@@ -48,36 +45,42 @@ _MOST_DISCARDED = 64 * 1024 * 1024
 
 
 class Server:
-    """What the routes share.
+    """What the routes share, and the routes.
 
     Args:
         bon: models and defaults.
         settings: limits and names.
-        scorers: scorers that requests may name; the first is the default.
     """
 
-    def __init__(self, bon: BestOfN, settings: Settings, scorers: Mapping[str, Scorer] | None = None) -> None:
+    def __init__(self, bon: BestOfN, settings: Settings) -> None:
         self.bon, self.settings = bon, settings
-        scorers = dict(scorers or default_scorers(bon))
-        overlaps = bon.policy.overlaps and all(scorer.overlaps for scorer in scorers.values())
-        self.admission = Admission(settings.max_running or (64 if overlaps else 1), settings.max_waiting)
+        scorers = offered_scorers(bon)
+        concurrent = bon.policy.concurrent and all(scorer.concurrent for scorer in scorers.values())
+        self.admission = Admission(settings.max_running or (64 if concurrent else 1), settings.max_waiting)
         self.metrics = Metrics(self.admission)
         self.health = Health(bon, self.admission)
         self.planner = Planner(bon, scorers, settings.model_names or (public_name(bon.policy.name),), settings)
         self.started = int(time.time())
         self._jobs: set[Job] = set()
 
-    async def complete(self, kind: type[R], request: Request) -> Response:
-        """Answer ``POST /v1/chat/completions`` and ``/v1/completions``."""
+    async def chat_completions(self, request: Request) -> Response:
+        """Sample candidates, score them, return the best."""
+        return await self._complete(ChatRequest, request)
+
+    async def completions(self, request: Request) -> Response:
+        """Do the same for a bare prompt, taken as a user's message."""
+        return await self._complete(CompletionRequest, request)
+
+    async def _complete(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Response:
         plan = self.planner.plan(parse(kind, await read_body(request, self.settings)))
         job = Job(plan, self.admission.ticket(), partial(self._ended, plan, request))
         self._jobs.add(job)
         try:
-            if plan.stream:
+            if plan.request.stream:
                 await asyncio.wait([job.task], timeout=STREAM_OPENS_AFTER_S)
                 if not job.task.done() or job.task.exception() is None:
                     return EventStream(job, self.settings.heartbeat_s, self.settings.status_s)
-            result = await unless_gone(disconnected(request), asyncio.shield(job.task))
+            result = await while_connected(request, asyncio.shield(job.task))
             return json_response(Answer(plan).whole(result, job.ticket.queue_s))
         except BaseException as error:
             await job.abort()
@@ -97,14 +100,10 @@ class Server:
         fields: dict[str, Any] = request.state.log
         fields |= {"n": plan.bon.n, "scorer": plan.scorer, "queue_ms": round(job.ticket.queue_s * 1000, 2)}
         if isinstance(outcome, Result):
-            usage = outcome.usage
-            fields |= {
-                "statuses": outcome.counts,
-                "reward": outcome.reward,
-                "policy_tokens": usage.policy_prompt_tokens + usage.policy_completion_tokens,
-                "scorer_tokens": usage.scorer_prompt_tokens + usage.scorer_completion_tokens,
-                "cached_tokens": usage.cached_tokens,
-            }
+            usage = usage_body(outcome.usage)
+            fields |= {"statuses": outcome.counts, "reward": outcome.reward}
+            fields |= {f"{model}_tokens": sum(usage[model].values()) for model in ("policy", "scorer")}
+            fields["cached_tokens"] = outcome.usage.cached_tokens
         elif isinstance(outcome, ClientGone):
             fields["client_gone"] = True
         elif isinstance(outcome, Exception):
@@ -116,31 +115,26 @@ class Server:
             fields["prompt"] = [message.to_dict() for message in plan.task.messages]
             fields["answer"] = outcome.text if isinstance(outcome, Result) else None
 
-    def models(self) -> list[dict[str, Any]]:
-        """What ``GET /v1/models`` lists."""
-        planner = self.planner
-        about = {
-            "n": self.bon.n,
-            "max_n": self.settings.max_n,
-            "scorers": list(planner.scorers),
-            "scorer": next(iter(planner.scorers)),
-        }
-        return [
-            {"id": name, "object": "model", "created": self.started, "owned_by": "bon", "best_of_n": about}
-            for name in planner.models
-        ]
+    async def models(self) -> Response:
+        """List the names that ``model`` may have."""
+        return json_response({"object": "list", "data": [self._model(name) for name in self.planner.models]})
 
-    def model(self, name: str) -> dict[str, Any]:
-        """One of the models.
-
-        Raises:
-            ApiError: 404 when there is no such model.
-        """
+    async def model(self, name: str) -> Response:
+        """Describe one of them."""
         self.planner.check_model(name)
-        return next(model for model in self.models() if model["id"] == name)
+        return json_response(self._model(name))
 
-    def ready(self) -> Response:
-        """Answer ``GET /ready``: whether a request sent now would be answered."""
+    def _model(self, name: str) -> dict[str, Any]:
+        names = list(self.planner.scorers)
+        about = {"n": self.bon.n, "max_n": self.planner.max_n, "scorers": names, "scorer": names[0]}
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "bon", "best_of_n": about}
+
+    async def alive(self) -> Response:
+        """Report that the process answers."""
+        return json_response({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Report whether a request sent now would be answered."""
         self.health.probe()
         if self.admission.draining:
             return json_response({"status": "draining", "reason": "the server is shutting down"}, 503)
@@ -148,83 +142,56 @@ class Server:
             return json_response({"status": "failed", "reason": "a model does not answer"}, 503)
         return json_response({"status": "ready"})
 
-    def scrape(self) -> Response:
-        """Answer ``GET /metrics``."""
+    async def scrape(self) -> Response:
+        """Expose the Prometheus metrics."""
         self.metrics.ready.set(self.health.reason is None and not self.admission.draining)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def page(self) -> Response:
+        """Show the playground."""
+        return Response(PAGE, media_type="text/html; charset=utf-8", headers={"content-security-policy": POLICY})
 
-def create_app(bon: BestOfN, settings: Settings | None = None, scorers: Mapping[str, Scorer] | None = None) -> FastAPI:
+
+def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
     """Build the application; ``app.state.server`` is its ``Server``.
+
+    When it shuts down it closes ``bon``, which frees the models that ``bon`` loaded and no engine that was passed in.
 
     Args:
         bon: models and defaults.
         settings: limits and names.
-        scorers: scorers that requests may name, the default first; None offers what ``bon``'s model can do.
     """
     settings = settings or Settings()
-    server = Server(bon, settings, scorers)
+    server = Server(bon, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await bon.aclose()
 
-    app = FastAPI(title="bon", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = _App(title="bon", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.server = server
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": what} for status, what in _ERRORS.items()
     }
-    unready: dict[int | str, dict[str, Any]] = {503: {"model": StateBody, "description": "Not now"}}
-    streamed: dict[str, Any] = {"text/event-stream": {}}
-
-    @app.post("/v1/chat/completions", responses=errors | _ok(ChatResponse, streamed), openapi_extra=_takes(ChatRequest))
-    async def chat_completions(request: Request) -> Response:
-        """Sample candidates, score them, return the best."""
-        return await server.complete(ChatRequest, request)
-
-    @app.post(
-        "/v1/completions", responses=errors | _ok(CompletionResponse, streamed), openapi_extra=_takes(CompletionRequest)
-    )
-    async def completions(request: Request) -> Response:
-        """Do the same for a bare prompt, taken as a user's message."""
-        return await server.complete(CompletionRequest, request)
-
-    @app.get("/v1/models", responses=_ok(ModelList) | {401: errors[401]})
-    async def models() -> Response:
-        """List the names that ``model`` may have."""
-        return json_response({"object": "list", "data": server.models()})
-
-    @app.get("/v1/models/{name:path}", responses=_ok(ModelBody) | {401: errors[401], 404: errors[404]})
-    async def model(name: str) -> Response:
-        """Describe one of them."""
-        return json_response(server.model(name))
-
-    @app.get("/health", responses=_ok(StateBody))
-    async def health() -> Response:
-        """Say that the process answers."""
-        return json_response({"status": "ok"})
-
-    @app.get("/ready", responses=_ok(StateBody) | unready)
-    async def ready() -> Response:
-        """Say whether a request sent now would be answered."""
-        return server.ready()
-
-    @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
-        """Expose the Prometheus metrics."""
-        return server.scrape()
-
+    for path, answer, takes, gives in (
+        ("/v1/chat/completions", server.chat_completions, ChatRequest, ChatResponse),
+        ("/v1/completions", server.completions, CompletionRequest, CompletionResponse),
+    ):
+        body = {"content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=takes.__name__)}}}}
+        responses = errors | {200: {"model": gives, "content": {"text/event-stream": {}}}}
+        app.post(path, responses=responses, openapi_extra={"requestBody": {"required": True, **body}})(answer)
+    app.get("/v1/models", responses={200: {"model": ModelList}, 401: errors[401]})(server.models)
+    about_one = {200: {"model": ModelBody}} | {status: errors[status] for status in (401, 404)}
+    app.get("/v1/models/{name:path}", responses=about_one)(server.model)
+    app.get("/health", responses={200: {"model": StateBody}})(server.alive)
+    unready = {"model": StateBody, "description": "Not now"}
+    app.get("/ready", responses={200: {"model": StateBody}, 503: unready})(server.ready)
+    app.get("/metrics", include_in_schema=False)(server.scrape)
     if settings.shows_playground:
-
-        @app.get("/", include_in_schema=False)
-        async def playground() -> Response:
-            """Show the playground."""
-            return Response(PAGE, media_type="text/html; charset=utf-8", headers={"content-security-policy": POLICY})
-
+        app.get("/", include_in_schema=False)(server.page)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(HTTPException, _answer)
-    app.openapi = _openapi(app)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
@@ -281,44 +248,26 @@ _ERRORS = {
     502: "The server behind this one refuses the request",
     503: "A model does not answer, or the server shuts down",
 }
+_SCHEMAS = "#/components/schemas/{model}"
 
 
 def _answer(request: Request, error: Exception) -> Response:
-    """Put an error into OpenAI's shape; the log says what kind of error it was, which holds no text of the client's."""
-    answer = _as_api(error)
+    """Put an error into OpenAI's shape, and its code, which holds no text of the client's, into the log."""
+    if isinstance(error, HTTPException):
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
+        error = ApiError(error.status_code, f"{error.detail}.", code, headers=error.headers)
+    answer = api_error(error)
     request.state.log["code"] = answer.code
     return answer.response()
 
 
-def _as_api(error: Exception) -> ApiError:
-    if isinstance(error, HTTPException):
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        return ApiError(
-            error.status_code, f"{error.detail}.", codes.get(error.status_code, "http"), headers=error.headers
-        )
-    return api_error(error)
+class _App(FastAPI):
+    """Describes the requests as well: the routes read their bodies themselves, so FastAPI does not know them."""
 
-
-def _ok(model: type, more: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
-    return {200: {"model": model, **({"content": more} if more else {})}}
-
-
-def _takes(model: type) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """Describe the requests as well: the routes read their bodies themselves, so FastAPI does not know them."""
-
-    def describe() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _, schemas = models_json_schema(
-                [(ChatRequest, "validation"), (CompletionRequest, "validation")],
-                ref_template="#/components/schemas/{model}",
-            )
-            app.openapi_schema.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-        return app.openapi_schema
-
-    return describe
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None:
+            wanted = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
+            _, schemas = models_json_schema(wanted, ref_template=_SCHEMAS)  # type: ignore[arg-type]
+            super().openapi()["components"]["schemas"].update(schemas["$defs"])
+        return super().openapi()

@@ -1,4 +1,4 @@
-"""The outermost layer: who may come in, which headers go out, and one log line per request."""
+"""The outermost layer: checks hosts and keys, adds security headers, writes one log line per request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Edge:
         app: the application.
         settings: keys and host names.
         metrics: counts requests.
-        paths: paths to name in metrics; others are counted as "other", so that labels stay few.
+        paths: paths with a label of their own in the metrics; others are counted as "other", so that labels stay few.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, paths: frozenset[str]) -> None:
@@ -97,18 +97,13 @@ class Edge:
             log.info("%s %s", scope["method"], path, extra={"fields": line})
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        if self._hosts is not None:
-            host = re.sub(r":\d*$", "", headers.get("host", "").lower())
-            if host not in self._hosts:
-                raise ApiError(403, f"this server does not answer to the host name {host[:100]!r}.", "host_not_allowed")
+        host = re.sub(r":\d*$", "", headers.get("host", "").lower())
+        if self._hosts is not None and host not in self._hosts:
+            raise ApiError(403, f"this server does not answer to the host name {host[:100]!r}.", "host_not_allowed")
         if self._keys and scope["path"].startswith("/v1/"):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             given = sha256(key.strip().encode("utf-8", "replace")).digest()
-            matches = [hmac.compare_digest(given, known) for known in self._keys]  # all of them: no early way out
+            matches = [hmac.compare_digest(given, known) for known in self._keys]  # all of them, in constant time
             if scheme.lower() != "bearer" or not any(matches):
-                raise ApiError(
-                    401,
-                    "a valid API key is needed: send the header 'Authorization: Bearer <key>'.",
-                    "invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
+                said = "a valid API key is needed: send the header 'Authorization: Bearer <key>'."
+                raise ApiError(401, said, "invalid_api_key", headers={"www-authenticate": "Bearer"})

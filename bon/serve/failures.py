@@ -10,21 +10,10 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from bon.errors import (
-    BonError,
-    EngineError,
-    InputError,
-    MissingExtraError,
-    ModelNotFoundError,
-    PromptTooLongError,
-    RefusedError,
-    UnavailableError,
-    UnknownNameError,
-    UserCodeError,
-)
+from bon import errors
 
 # Not the client's fault, and no model answers until somebody has done something about it.
-BROKEN = (EngineError, UserCodeError, ModelNotFoundError, MissingExtraError)
+BROKEN = (errors.EngineError, errors.ModelNotFoundError, errors.MissingExtraError)
 RETRY_AFTER_S = 5  # where the model's server does not say
 _ADDRESS = re.compile(r"https?://[^\s,;)'\"]*[^\s,;:.)'\"]")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -74,7 +63,7 @@ def bad(param: str, message: str, code: str = "invalid_value") -> ApiError:
 
 
 def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> ApiError:
-    """Put what a run raised into words for the client.
+    """The error that the client gets for what a run raised.
 
     Args:
         error: what was raised.
@@ -82,27 +71,25 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
     """
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, PromptTooLongError):
+    if isinstance(error, errors.PromptTooLongError):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
-    if isinstance(error, RefusedError):  # official clients do not repeat what carries this header
+    if isinstance(error, errors.RefusedError):  # official clients do not repeat what carries this header
         return ApiError(502, _unplaced(error), "refused_upstream", headers={"x-should-retry": "false"})
     if isinstance(error, BROKEN):
-        about = f": {_unplaced(error)}" if isinstance(error, EngineError) else "; the log has the details."
-        wait = error.retry_after if isinstance(error, UnavailableError) else None
+        about = f": {_unplaced(error)}" if isinstance(error, errors.EngineError) else "; the log has the details."
+        wait = error.retry_after if isinstance(error, errors.UnavailableError) else None
         headers = {"retry-after": str(math.ceil(RETRY_AFTER_S if wait is None else max(wait, 1)))}
         return ApiError(503, f"a model of this server failed{about}", "engine_error", headers=headers)
-    if isinstance(error, InputError):
-        name = str(error.name) if isinstance(error, UnknownNameError) else None
+    if isinstance(error, errors.InputError) and not isinstance(error, errors.UserCodeError):
+        name = str(error.name) if isinstance(error, errors.UnknownNameError) else None
         if passed:
             name = name if name in passed else next(iter(passed))
             return ApiError(400, f"{name}: the policy cannot honour this field: {error}", "unsupported_parameter", name)
         return ApiError(400, str(error), "invalid_value", name)
-    if isinstance(error, BonError):
-        return ApiError(503 if error.retryable else 500, _unplaced(error), "failed")
     return ApiError(500, "the server failed on this request; its log has the details.", "internal_error")
 
 
-def _unplaced(error: BonError) -> str:
+def _unplaced(error: errors.BonError) -> str:
     """What an error says, without the address of a server behind this one: that is none of the client's business."""
-    about_server = isinstance(error, UnavailableError | RefusedError)
+    about_server = isinstance(error, errors.UnavailableError | errors.RefusedError)
     return _ADDRESS.sub("the model's server", str(error)) if about_server else str(error)

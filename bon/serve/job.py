@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from starlette.requests import Request
+
 from bon.serve.admission import Ticket
 from bon.serve.failures import ApiError, ClientGone
 from bon.serve.plan import Plan
@@ -15,12 +17,12 @@ T = TypeVar("T")
 
 
 class Job:
-    """Waits for its turn, then runs; it has begun once it exists, and its place is given back when it ends.
+    """Waits for its turn, then runs; it starts when it is made and leaves the queue when it ends.
 
     Args:
         plan: what to run.
         ticket: its place.
-        ended: told of the outcome, a result or what was raised.
+        ended: called with the outcome, a result or what was raised.
 
     Attributes:
         events: candidates and scores as they come, and None when the work has ended.
@@ -28,22 +30,19 @@ class Job:
     """
 
     def __init__(self, plan: Plan, ticket: Ticket, ended: Callable[[Job, Result | BaseException], None]) -> None:
-        self.plan, self.ticket = plan, ticket
+        self.plan, self.ticket, self._ended = plan, ticket, ended
         self.events: asyncio.Queue[Candidate | Score | None] = asyncio.Queue()
-        self.sampled, self.scored = 0, 0
-        self.best: float | None = None
+        self._sampled, self._scored = set[int](), set[int]()
+        self._best: float | None = None
+        self._stopped: ApiError | None = None
         self.task = asyncio.create_task(self._work())
         self.task.add_done_callback(self._done)
-        self._ended = ended
-        self._stopped: ApiError | None = None
 
     async def _work(self) -> Result:
         try:
             return await self._run()
         except asyncio.CancelledError:
-            if self._stopped is None:
-                raise
-            raise self._stopped from None
+            raise self._stopped or asyncio.CancelledError from None
 
     async def _run(self) -> Result:
         deadline = self.plan.deadline_s
@@ -54,7 +53,7 @@ class Job:
             said = f"the deadline of {deadline:g} s passed before it was this request's turn."
             raise ApiError(408, said, "deadline_exceeded", "best_of_n.deadline_s") from None
         left = None if deadline is None else max(0.0, deadline - self.ticket.queue_s)
-        return await self.plan.bon.run(self.plan.task, watch=self._tell, deadline=left)
+        return await self.plan.bon.run(self.plan.task, callback=self._tell, deadline=left)
 
     def _done(self, task: asyncio.Task[Result]) -> None:
         self.ticket.leave()
@@ -63,47 +62,43 @@ class Job:
 
     def _tell(self, event: Candidate | Score) -> None:
         if isinstance(event, Candidate):
-            self.sampled += 1
+            self._sampled.add(event.index)
         else:
-            self.scored += 1
-            if event.reward is not None and (self.best is None or event.reward > self.best):
-                self.best = event.reward
+            self._scored.add(event.candidate)
+            if event.reward is not None and (self._best is None or event.reward > self._best):
+                self._best = event.reward
         self.events.put_nowait(event)
 
     def progress(self) -> dict[str, object]:
-        """How far it is, for a stream."""
+        """How far the work is, for a stream."""
         if place := self.ticket.position:
             return {"event": "queued", "position": place}
-        return {
-            "event": "progress",
-            "sampled": self.sampled,
-            "scored": self.scored,
-            "n": self.plan.bon.n,
-            "best_reward": self.best,
-        }
+        done = {"sampled": len(self._sampled), "scored": len(self._scored), "n": self.plan.bon.n}
+        return {"event": "progress", **done, "best_reward": self._best}
 
     def stop(self, error: ApiError) -> None:
-        """Stop all of it; the client is told why."""
+        """Stop the work; the client gets the error."""
         self._stopped = error
         self.task.cancel()
 
     async def abort(self) -> None:
-        """Stop all of it and wait until it has stopped."""
+        """Stop the work and wait until it has stopped."""
         self.task.cancel()
         await asyncio.wait([self.task])
 
 
-async def unless_gone(gone: Awaitable[None], work: Awaitable[T]) -> T:
-    """Await ``work`` for as long as the client is there.
-
-    Args:
-        gone: ends when the client has closed the connection.
-        work: is cancelled then.
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Await ``work``, which is cancelled when the client closes the connection.
 
     Raises:
-        ClientGone: the client closed the connection; ``work`` has stopped.
+        ClientGone: the client closed the connection, and ``work`` has stopped.
     """
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone)
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.create_task(disconnected())
     try:
         await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
         if working.done():

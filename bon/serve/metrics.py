@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from bon.serve.admission import Admission
@@ -24,28 +27,23 @@ class Metrics:
     def __init__(self, admission: Admission) -> None:
         self.registry = registry = CollectorRegistry()
 
-        def counter(name: str, about: str, *labels: str) -> Counter:
-            return Counter(f"bon_{name}", about, labels, registry=registry)
-
-        def histogram(name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"bon_{name}", about, labels, registry=registry, buckets=buckets)
-
-        def gauge(name: str, about: str) -> Gauge:
-            return Gauge(f"bon_{name}", about, registry=registry)
-
-        self.http = counter("http_requests", "HTTP requests", "path", "status")
-        self.first_byte = histogram("time_to_first_byte_seconds", "From a request to its first byte", _SECONDS)
-        self.runs = counter("runs", "Best-of-N runs by how they ended", "outcome")
-        self.candidates = counter("candidates", "Candidates by finish reason", "finish_reason")
-        self.scores = counter("scores", "Scores by status, the parse statuses among them", "status")
+        counter = partial(Counter, namespace="bon", registry=registry)
+        gauge = partial(Gauge, namespace="bon", registry=registry)
+        seconds = partial(Histogram, namespace="bon", registry=registry, buckets=_SECONDS)
+        rewards = partial(Histogram, namespace="bon", registry=registry, buckets=_REWARDS)
+        self.http = counter("http_requests", "HTTP requests", ("path", "status"))
+        self.first_byte = seconds("time_to_first_byte_seconds", "From a request to its first byte")
+        self.runs = counter("runs", "Best-of-N runs by how they ended", ("outcome",))
+        self.candidates = counter("candidates", "Candidates by finish reason", ("finish_reason",))
+        self.scores = counter("scores", "Scores by status, the parse statuses among them", ("status",))
         self.stopped = counter("stopped_early_runs", "Runs that a good enough candidate ended early")
-        self.stage = histogram("stage_seconds", "Latency by stage; sampling and scoring overlap", _SECONDS, "stage")
+        self.stage = seconds("stage_seconds", "Latency by stage; sampling and scoring overlap", ("stage",))
         self.overlap = counter("overlap_seconds", "Seconds in which sampling and scoring overlapped")
-        self.tokens = counter("tokens", "Tokens", "model", "kind")
+        self.tokens = counter("tokens", "Tokens", ("model", "kind"))
         self.cached = counter("cached_prompt_tokens", "Prompt tokens that a shared prefix saved")
         self.cache_hits = counter("prefix_cache_hit_runs", "Runs in which a prefix was shared")
-        self.reward = histogram("winner_reward", "Reward of the winner", _REWARDS)
-        self.mean_reward = histogram("mean_reward", "Mean reward of a run's candidates", _REWARDS)
+        self.reward = rewards("winner_reward", "Reward of the winner")
+        self.mean_reward = rewards("mean_reward", "Mean reward of a run's candidates")
         self.ready = gauge("ready", "1 when the models answer and the server is not shutting down")
         gauge("running_requests", "Requests that run").set_function(lambda: admission.running)
         gauge("waiting_requests", "Requests that wait for their turn").set_function(lambda: admission.waiting)
@@ -69,7 +67,7 @@ class Metrics:
             self.candidates.labels(candidate.finish_reason).inc()
         for status, count in outcome.counts.items():
             self.scores.labels(status).inc(count)
-        best, stop_at = outcome.reward, plan.bon.stop_at
+        best, stop_at = outcome.reward, getattr(plan.bon.budget, "stop_at", None)
         if stop_at is not None and best is not None and best >= stop_at and "pruned" in outcome.counts:
             self.stopped.inc()
         timing, usage = outcome.timing, outcome.usage
@@ -77,10 +75,8 @@ class Metrics:
             self.stage.labels(stage).observe(getattr(timing, stage))
         self.stage.labels("total").observe(queue_s + timing.total)
         self.overlap.inc(timing.overlap)
-        self.tokens.labels("policy", "prompt").inc(usage.policy_prompt_tokens)
-        self.tokens.labels("policy", "completion").inc(usage.policy_completion_tokens)
-        self.tokens.labels("scorer", "prompt").inc(usage.scorer_prompt_tokens)
-        self.tokens.labels("scorer", "completion").inc(usage.scorer_completion_tokens)
+        for model, kind in itertools.product(("policy", "scorer"), ("prompt", "completion")):
+            self.tokens.labels(model, kind).inc(getattr(usage, f"{model}_{kind}_tokens"))
         if usage.cached_tokens:
             self.cached.inc(usage.cached_tokens)
             self.cache_hits.inc()

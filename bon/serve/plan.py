@@ -2,53 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from bon.best_of_n import BestOfN
+from bon.budget import Budget, Fixed, StopAt, as_budget
+from bon.engines.function import FunctionEngine
 from bon.errors import InputError
-from bon.scorers import BackwardLikelihood, Flip
-from bon.scorers.base import Scorer
+from bon.scorers.base import ModelScorer, Scorer
 from bon.serve.failures import ApiError, bad
 from bon.serve.protocol import ChatRequest, CompletionRequest
 from bon.serve.settings import Settings
+from bon.spec import SCORERS
 from bon.task import Task
 from bon.types import Sampling
+
+log = logging.getLogger("bon.serve")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one request asks for.
+    """What is run for one request.
 
     Args:
-        task: the prompt.
+        request: what the client sent.
+        task: its prompt.
         bon: best-of-N with the request's settings, on the server's engines.
         scorer: name of the scorer.
         model: name that the response carries.
-        chat: which of the two endpoints.
-        k: how many are returned.
-        stream, stream_usage: whether as a stream, and whether that ends with the usage.
-        logprobs: whether the tokens of the answer come with their log-probabilities.
-        return_candidates: whether all candidates are returned.
         deadline_s: seconds from arrival.
-        min_reward: whether there is one, so that the answer may be refused.
         passed: fields, by their paths, that the policy's engine is to honour.
     """
 
+    request: ChatRequest | CompletionRequest
     task: Task
     bon: BestOfN
     scorer: str
     model: str
-    chat: bool
-    k: int
-    stream: bool
-    stream_usage: bool
-    logprobs: bool
-    return_candidates: bool
     deadline_s: float | None
-    min_reward: bool
     passed: Mapping[str, Any]
+
+    @property
+    def chat(self) -> bool:
+        """Which of the two endpoints."""
+        return isinstance(self.request, ChatRequest)
 
 
 @dataclass(frozen=True)
@@ -77,38 +76,20 @@ class Planner:
             self.check_model(request.model)
         if request.stream_options is not None and not request.stream:
             raise bad("stream_options", "is for requests with stream=true.")
-        options, k = request.options, request.n or 1
-        n = self._candidates(request, k)
-        stop_at, prune = options.stop_at if options.stop_at is not None else self.bon.stop_at, self.bon.prune
-        if k > 1:  # the k best are known only when every reward is
-            if options.stop_at is not None:
-                raise bad("best_of_n.stop_at", f"cannot be combined with n={k}: the {k} best need every reward.")
-            stop_at, prune = None, False
+        options = request.options
         name = options.scorer or next(iter(self.scorers))
-        if name not in self.scorers:
+        if name not in self.scorers:  # a listed name, never a spec: a request loads no model and imports nothing
             raise bad("best_of_n.scorer", f"there is no scorer {name!r:.100}; there is {', '.join(self.scorers)}.")
-        return Plan(
-            task=self._task(request),
-            bon=self.bon.replace(
-                n=n,
-                sampling=self._sampling(request),
-                scorer=self.scorers[name],
-                min_reward=options.min_reward,
-                prune=prune,
-                stop_at=stop_at,
-            ),
-            scorer=name,
-            model=request.model or self.models[0],
-            chat=isinstance(request, ChatRequest),
-            k=k,
-            stream=bool(request.stream),
-            stream_usage=bool(request.stream_options and request.stream_options.include_usage),
-            logprobs=_wants_logprobs(request),
-            return_candidates=options.return_candidates,
-            deadline_s=self._deadline(options.deadline_s),
-            min_reward=options.min_reward is not None,
-            passed=request.passed | (request.about_tools if isinstance(request, ChatRequest) else {}),
+        bon = self.bon.replace(
+            n=self._budget(request),
+            sampling=self._sampling(request),
+            scorer=self.scorers[name],
+            min_reward=options.min_reward,
+            prune=self.bon.prune and request.returned == 1,
         )
+        passed = request.passed | (request.about_tools if isinstance(request, ChatRequest) else {})
+        model = request.model or self.models[0]
+        return Plan(request, self._task(request), bon, name, model, self._deadline(options.deadline_s), passed)
 
     def check_model(self, name: str) -> None:
         """Raise a 404 for a model that is not served."""
@@ -117,47 +98,57 @@ class Planner:
             message = f"there is no model {name!r:.100}; this server has {served}."
             raise ApiError(404, message, "model_not_found", "model")
 
-    def _candidates(self, request: ChatRequest | CompletionRequest, k: int) -> int:
-        asked = {"best_of_n.n": request.options.n}
-        if isinstance(request, CompletionRequest):
-            asked["best_of"] = request.best_of
-            if None not in asked.values() and len(set(asked.values())) > 1:
-                raise bad("best_of", "contradicts best_of_n.n; give one of them.")
-        name, n = next(((name, n) for name, n in asked.items() if n is not None), ("n", max(self.bon.n, k)))
-        if n > self.settings.max_n:
-            raise bad(name, f"is {n}, and this server samples {self.settings.max_n} candidates at most.")
-        if n < k:
-            raise bad("n", f"is {k}, but only {name}={n} candidates are to be sampled.")
-        return n
+    @property
+    def max_n(self) -> int:
+        """Candidates that a request may ask for: never fewer than the server samples by itself."""
+        return max(self.settings.max_n, self.bon.n or 0)
+
+    def _budget(self, request: ChatRequest | CompletionRequest) -> Budget:
+        options, k, own = request.options, request.returned, self.bon.budget
+        name, n = request.candidates
+        stop_at = options.stop_at
+        if n is None and stop_at is None and k == 1:
+            return own
+        if stop_at is not None and k > 1:
+            raise bad("best_of_n.stop_at", f"cannot be combined with n={k}: the {k} best need every reward.")
+        if isinstance(n, str):
+            if stop_at is not None:
+                raise bad("best_of_n.stop_at", f"cannot be combined with best_of_n.n={n!r:.100}, only with a number.")
+            try:
+                budget = as_budget(n)
+            except InputError as error:
+                raise bad(name, str(error)) from error
+        else:
+            stop_at = getattr(own, "stop_at", None) if stop_at is None and k == 1 else stop_at
+            most = n or max(self.bon.n or k, k)
+            budget = Fixed(most) if stop_at is None else StopAt(stop_at, most)
+        limit = getattr(budget, "most", None)
+        if limit is None or limit > self.max_n:
+            said = "has no limit" if limit is None else f"is {limit}"
+            raise bad(name, f"{said}, and this server samples {self.max_n} candidates at most.")
+        if k > 1 and not isinstance(budget, Fixed):
+            raise bad(name, f"is {n!r:.100}, but the {k} best (n={k}) need every reward: give a number.")
+        if limit < k:
+            raise bad("n", f"is {k}, but only {name}={limit} candidates are to be sampled.")
+        return budget
 
     def _task(self, request: ChatRequest | CompletionRequest) -> Task:
         name = "messages" if isinstance(request, ChatRequest) else "prompt"
-        instruction = request.options.instruction
-        prompt = [m.message for m in request.messages] if isinstance(request, ChatRequest) else request.text
         try:
-            task = Task.of(prompt)
+            task = Task.of(request.conversation)
+            name = "best_of_n.instruction"
+            return Task.of(task, request.options.instruction)
         except InputError as error:
             raise bad(name, str(error)) from error
-        if instruction is None:
-            return task
-        try:
-            return Task.of(prompt, instruction)
-        except InputError as error:
-            raise bad("best_of_n.instruction", str(error)) from error
 
     def _sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
-        given: dict[str, Any] = {
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "top_k": request.top_k,
-            "min_p": request.min_p,
-            "max_tokens": request.length,
-            "stop": request.stops,
-            "seed": request.seed,
-        }
-        sampling = replace(self.bon.sampling, **{k: v for k, v in given.items() if v is not None})
-        sampling = sampling.replace(logprobs=_wants_logprobs(request))
-        return sampling.replace(extra={**sampling.extra, **request.passed})
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        given = {name: getattr(request, name) for name in names} | {"max_tokens": request.length, "stop": request.stops}
+        return self.bon.sampling.replace(
+            **{name: value for name, value in given.items() if value is not None},
+            logprobs=request.logprobs is not None and request.logprobs is not False,
+            extra={**self.bon.sampling.extra, **request.passed},
+        )
 
     def _deadline(self, asked: float | None) -> float | None:
         most = self.settings.deadline_s
@@ -166,25 +157,22 @@ class Planner:
         return most if asked is None else asked
 
 
-def _wants_logprobs(request: ChatRequest | CompletionRequest) -> bool:
-    """Whether they are wanted; those of tokens that were not chosen cannot be had."""
-    chat = isinstance(request, ChatRequest)
-    name, others = ("top_logprobs", request.top_logprobs) if chat else ("logprobs", request.logprobs)  # type: ignore[union-attr]
-    if others:
-        raise bad(name, "is 0 at most here: only the chosen tokens' are known.", "unsupported_parameter")
-    return bool(request.logprobs) if chat else request.logprobs is not None
+def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
+    """The scorers that requests may name: the server's own first, then what else can run on the models it has.
 
-
-def default_scorers(bon: BestOfN) -> dict[str, Scorer]:
-    """Name the server's scorer, and offer the other ways to score with the same model.
-
-    Scorers that are not from bon come alone.
+    A scorer has the name under which it is registered; one of the user's own has its ``name``.
     """
-    scorer = bon.scorer
-    engine = scorer.engine if isinstance(scorer, Flip | BackwardLikelihood) else None
-    if engine is None:
-        return {scorer.name: scorer}
-    if isinstance(scorer, Flip):
-        own = f"flip-{scorer.style.name}"
-        return {own: scorer, "likelihood": BackwardLikelihood(engine)}
-    return {"likelihood": scorer, "flip-direct": Flip(engine)}
+    own, others = bon.scorer.name, dict[str, Scorer]()
+    engines = [bon.scorer.engine] if isinstance(bon.scorer, ModelScorer) else []
+    engines += [] if isinstance(bon.policy, FunctionEngine) else [bon.policy]
+    for name in SCORERS:
+        try:
+            kind = SCORERS.load(name)
+            if kind is type(bon.scorer):
+                own = name
+            elif isinstance(kind, type) and issubclass(kind, ModelScorer):
+                able = [engine for engine in engines if isinstance(engine, kind.ability)]
+                others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
+        except Exception as error:  # of another package, whose code may raise anything
+            log.warning("the scorer %r is not offered: %s", name, error)
+    return {own: bon.scorer} | {name: scorer for name, scorer in others.items() if name != own}

@@ -1,7 +1,7 @@
 """The process: uvicorn, and a drain on SIGTERM.
 
-The first SIGTERM or Ctrl-C lets running and waiting requests finish; new ones get 503 and ``/ready`` turns red, so that
-a load balancer goes elsewhere. A second one, or ``drain_s``, ends it.
+After the first SIGTERM or Ctrl-C running and waiting requests are finished; new ones get 503 and ``/ready`` fails, so
+that a load balancer goes elsewhere. A second one, or ``drain_s`` seconds, end the process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DrainingServer(uvicorn.Server):
         self._give_up_at = monotonic() + self._server.settings.drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        """End when nothing is left to do; stop what is left when the time is up."""
+        """End when no request is left; stop those that are left when the time is up."""
         admission = self._server.admission
         left = admission.running + admission.waiting
         if self._give_up_at is not None and monotonic() > self._give_up_at:
@@ -55,11 +55,10 @@ class DrainingServer(uvicorn.Server):
 def build(app: FastAPI) -> DrainingServer:
     """A uvicorn server for an application."""
     server: Server = app.state.server
-    settings = server.settings
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
+        host=server.settings.host,
+        port=server.settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -70,6 +69,6 @@ def build(app: FastAPI) -> DrainingServer:
 
 
 def serve(bon: BestOfN, settings: Settings) -> None:
-    """Serve until told to stop; blocks."""
+    """Serve until a signal ends it, then close ``bon``; blocks."""
     log_json()
     build(create_app(bon, settings)).run()

@@ -1,6 +1,6 @@
 """OpenAI's requests, as far as they can be honoured, and their ``best_of_n`` extension.
 
-Unknown fields are refused. Fields that say nothing about the text (``user``, ``metadata``) are taken and not used.
+Unknown fields are refused. Fields that do not concern the text (``user``, ``metadata``) are accepted and not used.
 Fields that only a policy behind HTTP can honour (``tools``, ``response_format``) are handed to it, and so are the calls
 of tools and their results in a conversation.
 """
@@ -9,48 +9,28 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-)
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from bon.serve.failures import ApiError, bad
 from bon.task import Message
 
-# Handed to the policy's engine when they say anything.
-POLICY_FIELDS = (
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "response_format",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "reasoning_effort",
-    "verbosity",
-    *("repetition_penalty", "ignore_eos", "min_tokens"),  # vLLM's, which its own clients send
-)
 _ABOUT_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _NEUTRAL = {
     "response_format": {"type": "text"},
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
-    "repetition_penalty": 1,
-    "ignore_eos": False,
-    "min_tokens": 0,
+    **{"repetition_penalty": 1, "ignore_eos": False, "min_tokens": 0},  # vLLM's, which its own clients send
 }
+# Handed to the policy's engine when they change anything.
+POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity")
 
 
 class _Body(BaseModel):
@@ -71,14 +51,16 @@ class TextPart(_Body):
     text: str
 
 
-def _refuse_true(value: bool) -> bool:
+def _refuse_others(value: Any) -> Any:
     if value:
-        raise PydanticCustomError("unsupported", "cannot be honoured")
+        raise PydanticCustomError("unsupported", "can only be {only} here", {"only": str(type(value)()).lower()})
     return value
 
 
-No = Annotated[bool, AfterValidator(_refuse_true), WithJsonSchema({"const": False})]
-Nothing = Annotated[None, Field(description="Taken when null, as other servers send it back.")]
+No = Annotated[bool, AfterValidator(_refuse_others), WithJsonSchema({"const": False})]
+# Log-probabilities are known of the chosen tokens only.
+Zero = Annotated[int, AfterValidator(_refuse_others), WithJsonSchema({"type": "integer", "const": 0})]
+Nothing = Annotated[None, Field(description="Accepted when null, as other servers send it back.")]
 
 
 def _belongs(role: str) -> BeforeValidator:
@@ -133,8 +115,7 @@ class ChatMessage(_Body):
     @property
     def message(self) -> Message:
         """The turn with its content as one string."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         calls = tuple(call.model_dump() for call in self.tool_calls or ())
         return Message(self.role, text, calls, self.tool_call_id)
 
@@ -143,13 +124,15 @@ class StreamOptions(_Body):
     """What a stream holds besides the text."""
 
     include_usage: bool | None = Field(default=None, description="Send a last chunk with the usage.")
-    include_obfuscation: bool | None = Field(default=None, description="Taken and not done.")
+    include_obfuscation: bool | None = Field(default=None, description="Accepted and not done.")
 
 
 class BestOfNOptions(_Body):
     """What bon adds to OpenAI's request."""
 
-    n: int | None = Field(default=None, ge=1, description="Candidates to sample; the server's default if left out.")
+    n: Annotated[int, Field(ge=1)] | Annotated[str, Field(max_length=200)] | None = Field(
+        default=None, description="Candidates to sample, or the spec of a budget: 'stop-at:0.9,most=16'."
+    )
     stop_at: float | None = Field(default=None, description="Stop everything once a candidate has this reward.")
     min_reward: float | None = Field(default=None, description="Refuse to answer when the best reward is below this.")
     scorer: str | None = Field(default=None, description="Which of the server's scorers; GET /v1/models lists them.")
@@ -188,11 +171,25 @@ class _Common(_Body):
         return self.best_of_n or BestOfNOptions()
 
     @property
+    def candidates(self) -> tuple[str, int | str | None]:
+        """The field that says how many candidates to sample, and its value."""
+        return ("n", None) if self.options.n is None else ("best_of_n.n", self.options.n)
+
+    @property
+    def returned(self) -> int:
+        """How many of the best are returned."""
+        return self.n or 1
+
+    @property
     def stops(self) -> tuple[str, ...] | None:
         """Stop strings; None when the request does not say."""
-        if self.stop is None:
-            return None
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        return None if stops is None else tuple(stops)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of one completion at most."""
+        return self.max_tokens
 
     @property
     def passed(self) -> dict[str, Any]:
@@ -209,7 +206,7 @@ class ChatRequest(_Common):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Zero | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -223,12 +220,15 @@ class ChatRequest(_Common):
     prompt_cache_key: str | None = None
 
     @property
+    def conversation(self) -> list[Message]:
+        """What the policy continues."""
+        return [message.message for message in self.messages]
+
+    @property
     def about_tools(self) -> dict[str, Any]:
         """Path -> value of what the messages hold that only a policy behind HTTP can read."""
-        turns = [
-            (f"messages[{i}].{k}", v) for i, m in enumerate(self.messages) for k, v in m.message.about_tools.items()
-        ]
-        return dict(turns)
+        turns = enumerate(self.conversation)
+        return {f"messages[{i}].{name}": value for i, turn in turns for name, value in turn.about_tools.items()}
 
     @property
     def length(self) -> int | None:
@@ -244,18 +244,22 @@ class CompletionRequest(_Common):
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
     best_of: int | None = Field(default=None, ge=1, le=128, description="Candidates to sample, as best_of_n.n.")
     echo: No | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: Zero | None = None
     suffix: Literal[""] | None = None
 
     @property
-    def text(self) -> str:
-        """The prompt."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def candidates(self) -> tuple[str, int | str | None]:
+        """The field that says how many candidates to sample, and its value."""
+        if self.best_of is None:
+            return super().candidates
+        if self.options.n not in (None, self.best_of):
+            raise bad("best_of", "contradicts best_of_n.n; give one of them.")
+        return "best_of", self.best_of
 
     @property
-    def length(self) -> int | None:
-        """Tokens of one completion at most."""
-        return self.max_tokens
+    def conversation(self) -> str:
+        """What the policy continues."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
 B = TypeVar("B", bound=_Common)
@@ -270,45 +274,39 @@ def parse(kind: type[B], body: bytes) -> B:
     try:
         data = orjson.loads(body)
         json.loads(body, object_pairs_hook=_no_duplicates)
+        if not isinstance(data, dict):
+            raise ApiError(400, f"the body must be a JSON object, not {type(data).__name__}.", "invalid_json")
+        return kind.model_validate(data)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}.", "invalid_json") from error
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply.", "invalid_json") from error
-    if not isinstance(data, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {type(data).__name__}.", "invalid_json")
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         raise _failure(kind, error.errors(include_url=False), data) from error
-    except RecursionError as error:
-        raise ApiError(400, "the body is nested too deeply.", "invalid_json") from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
     if len(names) < len(pairs):
-        seen: set[str] = set()
-        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise bad(name[:100], "is given twice.", "duplicate_field")
     return names
 
 
 def _failure(kind: type[_Common], errors: list[ErrorDetails], data: dict[str, Any]) -> ApiError:
-    """The deepest error is the one that knows most about the field at fault (unions report all their members)."""
-    paths = [_path(error, data) for error in errors]
-    unsupported = [path for error, path in zip(errors, paths, strict=True) if error["type"] == "unsupported_content"]
-    deepest = max(paths, key=lambda path: (len(path), path in unsupported, -paths.index(path)))
-    found = [error for error, path in zip(errors, paths, strict=True) if path == deepest]
-    name = _written(deepest) or "body"
-    if found[0]["type"] == "extra_forbidden":
-        known = [*kind.model_fields] if len(deepest) == 1 else [*BestOfNOptions.model_fields]
-        close = difflib.get_close_matches(str(deepest[-1]), known, n=1)
+    """Name the field at fault: the deepest one with an error, as a union reports the errors of all its members."""
+    found = [(_path(error, data), error) for error in errors]
+    path, worst = max(found, key=lambda pair: (len(pair[0]), pair[1]["type"] == "unsupported_content"))
+    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in path)[1:] or "body"
+    if worst["type"] == "extra_forbidden":
+        known = kind.model_fields if len(path) == 1 else BestOfNOptions.model_fields
+        close = difflib.get_close_matches(str(path[-1]), list(known), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return bad(name, f"there is no such field, or it cannot be honoured.{hint}", "unknown_parameter")
-    code = "unsupported_content" if deepest in unsupported else "invalid_value"
-    meant = [error for error in found if error["type"] == code] or found
-    wanted = " or ".join(dict.fromkeys(error["msg"] for error in meant))
-    return bad(name, f"{wanted[:1].lower()}{wanted[1:]}.", code)
+    if worst["type"] == "unsupported_content":
+        return bad(name, f"{worst['msg']}.", worst["type"])
+    wanted = " or ".join(dict.fromkeys(error["msg"] for where, error in found if where == path))
+    return bad(name, f"{wanted[:1].lower()}{wanted[1:]}.")
 
 
 def _path(error: ErrorDetails, data: Any) -> tuple[str | int, ...]:
@@ -321,10 +319,3 @@ def _path(error: ErrorDetails, data: Any) -> tuple[str | int, ...]:
             continue
         path.append(step)
     return tuple(path)
-
-
-def _written(path: tuple[str | int, ...]) -> str:
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step[:100]}" if text else step[:100]
-    return text

@@ -1,10 +1,15 @@
-"""What is sent back, as the OpenAPI document describes it; ``answers.py`` makes it."""
+"""What is sent back, as the OpenAPI document describes it; ``answers.py`` makes it.
+
+Not ``openai.types``: those are what a client must be ready for, with most fields optional; these are what is sent.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+
+from bon.types import FinishReason, ScoreStatus
 
 
 class ErrorBody(BaseModel):
@@ -22,37 +27,25 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-class PartUsage(BaseModel):
-    """Tokens of the policy, or of the scorer."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class CachedTokens(BaseModel):
-    """Tokens that were not computed."""
-
-    cached_tokens: int
-
-
 class UsageBody(BaseModel):
-    """Tokens of all candidates and all scores, in sum and separately; cached ones are part of the prompt's."""
+    """Tokens of policy and scorer, in sum and separately; a prompt counts as often as it was sent to a model."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
-    policy: PartUsage
-    scorer: PartUsage
+    prompt_tokens_details: dict[Literal["cached_tokens"], int] = Field(description="Those that were not computed.")
+    policy: dict[Literal["prompt_tokens", "completion_tokens"], int]
+    scorer: dict[Literal["prompt_tokens", "completion_tokens"], int]
 
 
 class ScoreBody(BaseModel):
     """What is known of one candidate."""
 
     index: int
-    finish_reason: str | None
+    finish_reason: FinishReason = Field(description="'abort' where it was stopped because it was not needed.")
     reward: float | None
-    status: str
+    status: ScoreStatus
+    explanation: str | None = Field(description="What the scorer says about the reward.")
     inferred: str | None = Field(description="The instruction that was inferred from the candidate.")
     matched: list[tuple[int, int]] = Field(description="Spans of ``inferred`` whose words are in the instruction.")
     precision: float | None
@@ -61,19 +54,9 @@ class ScoreBody(BaseModel):
     reason: str | None = Field(description="Why there is no reward.")
     same_as: int | None = Field(description="An identical candidate, whose score this is.")
     text: str | None = Field(default=None, description="With return_candidates.")
-    completion_tokens: int | None = None
+    completion_tokens: int | None
     sampled_s: float = Field(description="When it was finished, from the start of the run.")
     scored_s: tuple[float, float] | None = Field(description="When its score was started and finished.")
-
-
-class TimingBody(BaseModel):
-    """Seconds."""
-
-    queue_s: float
-    sample_s: float
-    score_s: float
-    overlap_s: float
-    total_s: float
 
 
 class BestOfNBody(BaseModel):
@@ -87,10 +70,10 @@ class BestOfNBody(BaseModel):
     mean_reward: float | None
     reason: str | None = Field(description="Why there is no winner, or why no more was done.")
     deadline_passed: bool
-    statuses: dict[str, int]
+    statuses: dict[ScoreStatus, int]
     choices: list[ScoreBody] = Field(description="Scores of the returned choices, in their order.")
     candidates: list[ScoreBody] | None = Field(default=None, description="All of them, with return_candidates.")
-    timing: TimingBody
+    timing: dict[Literal["queue_s", "sample_s", "score_s", "overlap_s", "total_s"], float]
 
 
 class MessageBody(BaseModel):
@@ -102,77 +85,50 @@ class MessageBody(BaseModel):
     tool_calls: list[dict[str, Any]] | None = None
 
 
-class TokenLogprob(BaseModel):
-    """A token of the answer."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-    top_logprobs: list[Any] = Field(max_length=0)
+class _Choice(BaseModel):
+    index: int
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: dict[str, Any] | None = Field(description="The tokens of the answer, in OpenAI's format, on request.")
 
 
-class ChatLogprobs(BaseModel):
-    """The tokens of the answer, when they were asked for."""
-
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class TextLogprobs(BaseModel):
-    """The tokens of the answer, when they were asked for."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: None
-    text_offset: list[int]
-
-
-class ChatChoice(BaseModel):
+class ChatChoice(_Choice):
     """One of the best."""
 
-    index: int
     message: MessageBody
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
-class ChatResponse(BaseModel):
+class TextChoice(_Choice):
+    """One of the best."""
+
+    text: str
+
+
+class _Response(BaseModel):
+    id: str
+    created: int
+    model: str
+    usage: UsageBody
+    best_of_n: BestOfNBody
+
+
+class ChatResponse(_Response):
     """OpenAI's chat completion."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: UsageBody
-    best_of_n: BestOfNBody
 
 
-class TextChoice(BaseModel):
-    """One of the best."""
-
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class CompletionResponse(BaseModel):
+class CompletionResponse(_Response):
     """OpenAI's text completion."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[TextChoice]
-    usage: UsageBody
-    best_of_n: BestOfNBody
 
 
 class ModelDefaults(BaseModel):
     """What a client may ask for."""
 
-    n: int
+    n: int | None = Field(description="Candidates of a request that does not say, where the budget has a limit.")
     max_n: int
     scorers: list[str]
     scorer: str

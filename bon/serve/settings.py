@@ -24,8 +24,8 @@ class Settings:
         max_body_bytes: size of a request.
         body_timeout_s: seconds a client may take to send it.
         heartbeat_s: a stream on which nothing happened for so long gets a comment.
-        status_s: a stream tells of its progress so often at most.
-        drain_s: seconds that running requests get to finish after SIGTERM.
+        status_s: a stream reports its progress so often at most.
+        drain_s: seconds that running requests have to finish after SIGTERM.
         cors_origins: origins whose pages may call the API; none by default.
         allowed_hosts: values of the Host header to answer; None means loopback names when listening on loopback (so
             that a foreign page cannot reach the server through DNS rebinding), else any.
@@ -52,15 +52,12 @@ class Settings:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("max_n", 1), ("max_waiting", 0), ("max_body_bytes", 1), ("port", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if self.max_running is not None and self.max_running < 1:
-            raise InputError(f"max_running must be at least 1, got {self.max_running}.")
-        for name in ("deadline_s", "body_timeout_s", "heartbeat_s", "drain_s"):
+        least = {"max_n": 1, "max_running": 1, "max_waiting": 0, "max_body_bytes": 1, "port": 0}
+        for name in (*least, "deadline_s", "body_timeout_s", "heartbeat_s", "drain_s"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(f"{name} must be above 0, got {value}.")
+            if value is not None and not (value >= least[name] if name in least else value > 0):
+                wanted = f"at least {least[name]}" if name in least else "above 0"
+                raise InputError(f"{name} must be {wanted}, got {value}.")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise InputError("an API key must be non-empty ASCII text.")
 

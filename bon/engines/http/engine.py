@@ -1,15 +1,13 @@
 """Any OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp's server, TGI, hosted APIs.
 
 By default each sample is a request of its own, so that each candidate can be shown, scored, retried and aborted by
-itself, and those that are there count when a deadline passes. ``n_per_request`` asks for more at once; a server that
-ignores or refuses n is topped up with single requests, and that is remembered. What a request costs, client and server
-together, is some 7 ms of CPU time: on two busy cores that both shared, N single requests to vLLM took as long as one
-with n=N for answers of 200 tokens, and 1.4 to 2.7 times as long for answers of 15 tokens (N = 8 to 32, a model of 1.1M
-parameters). So ask for more at once where answers are that short, or where a prompt is billed with each request.
+itself, and those that are there count when a deadline passes. ``n_per_request`` asks for more at once, which pays where
+answers are short or a prompt is billed with each request; what a server then leaves out is asked for one by one.
 
-Tokens are streamed only where ``keep`` wants to see them; a completion that it gives up is aborted by closing its
-stream. With ``tokenizer`` prompts are rendered here and sent as token ids, so that prefixes match exactly, text never
-becomes a control token, and ``loglikelihood`` works; else they go to the chat endpoint and the server renders them.
+Tokens are streamed only where ``keep`` reads them; a completion that it gives up is aborted by closing the connection
+(what it cost by then is known only of a stream). With ``tokenizer`` prompts are rendered here and sent as token ids, so
+that prefixes match exactly, text never becomes a control token, and ``loglikelihood`` works; else they go to the chat
+endpoint and the server renders them.
 
 What it does not do: it does not count the tokens of a prompt beforehand without a tokenizer, so a prompt that is too
 long is noticed when the server says so.
@@ -18,27 +16,24 @@ long is noticed when the server says so.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
-import openai
-
-from bon.engines import wire
-from bon.engines.base import Completion, Keep, Loglikelihood, Prompt
-from bon.engines.http.endpoints import Endpoints, Link
-from bon.engines.http.samples import Job, Samples, cancel
-from bon.errors import InputError, ModelNotFoundError, PromptTooLongError
-from bon.types import Sampling
+from bon.engines.base import Completion, Keep, Loglikelihood, Prompt, Request, Wanted, check_pairs, too_long
+from bon.engines.http import wire
+from bon.engines.http.endpoints import Endpoints
+from bon.engines.http.link import Endpoint, Link
+from bon.engines.http.model import NOTHING, Model
+from bon.engines.http.samples import Job
+from bon.errors import BonError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError, whole_number
 
 if TYPE_CHECKING:
     from bon.engines.text.render import Renderer
-
-T = TypeVar("T")
 
 # How to ask for the log-probabilities of a prompt: OpenAI's old way, the same where an answer must have a token, and
 # vLLM's own way.
@@ -49,7 +44,13 @@ RATINGS: Sequence[Mapping[str, Any]] = (
 )
 
 
-class OpenAIEngine:
+T = TypeVar("T")
+
+ASK_AGAIN_S = 0.02
+"""How often requests that are not streamed are looked at: are they still wanted?"""
+
+
+class HTTPEngine:
     """A model behind one or several OpenAI-compatible addresses.
 
     Args:
@@ -57,6 +58,7 @@ class OpenAIEngine:
             model. ``#name`` at the end names the model.
         model: None asks the server, which must then have only one.
         api_key: None takes BON_UPSTREAM_API_KEY, or OPENAI_API_KEY for https and loopback addresses.
+        api_key_env: name of an environment variable that holds the key.
         tokenizer: folder or Hugging Face name of the model's tokenizer; prompts are then sent as token ids.
         extra_body: fields sent with every request, such as vLLM's ``{"repetition_penalty": 1.1}``;
             ``Sampling.extra`` may override them and name none but these and OpenAI's own.
@@ -71,10 +73,10 @@ class OpenAIEngine:
 
     Raises:
         InputError: an address or option that cannot be.
-        ModelNotFoundError: the tokenizer is neither on disk nor can be fetched.
+        UnknownNameError: an option that does not exist.
     """
 
-    overlaps = True
+    concurrent = True
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class OpenAIEngine:
         *,
         model: str | None = None,
         api_key: str | None = None,
+        api_key_env: str | None = None,
         tokenizer: str | Path | None = None,
         extra_body: Mapping[str, Any] | None = None,
         n_per_request: int = 1,
@@ -90,116 +93,149 @@ class OpenAIEngine:
         deadline_s: float | None = None,
         retries: int = 3,
         cooldown_s: float = 5.0,
+        **unknown: Any,
     ) -> None:
-        urls = base_url.split(",") if isinstance(base_url, str) else [*base_url]
-        for name, value, least in (("n_per_request", n_per_request, 1), ("max_concurrency", max_concurrency, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be a whole number >= {least}, got {value!r}.")
-        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-            raise InputError(f"retries must be a whole number >= 0, got {retries!r}.")
-        for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s), ("cooldown_s", cooldown_s)):
-            if seconds is not None and not seconds > 0:
-                raise InputError(f"{name} must be above 0 seconds, got {seconds!r}.")
-        self.extra_body = dict(extra_body or {})
-        wire.check_extra(self.extra_body, self.extra_body)
-        self._optional = wire.OPTIONAL - self.extra_body.keys()
-        self._model = model or next((name for url in urls if (name := urlsplit(str(url)).fragment)), None)
-        self._n_per_request, self._deadline_s = n_per_request, deadline_s
-        self._tokenizer = tokenizer
+        for option in unknown:
+            known = [p.name for p in inspect.signature(HTTPEngine).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            raise UnknownNameError("option of the HTTP engine", option, known)
+        if not isinstance(extra_body, Mapping | None):
+            raise InputError(f"extra_body must be an object such as {{'repetition_penalty': 1.1}}, got {extra_body!r}.")
+        extra_body = dict(extra_body or {})
+        wire.check_extra(extra_body, extra_body)
+        self._tokenizer, self._n_per_request = tokenizer, whole_number("n_per_request", n_per_request, 1)
+        self._deadline_s = None if deadline_s is None else _seconds("deadline_s", deadline_s)
+        urls = base_url if isinstance(base_url, list | tuple) else str(base_url).split(",")
+        endpoints = [Endpoint(str(url)) for url in urls]
+        if not endpoints:
+            raise InputError("give at least one base URL, such as http://127.0.0.1:8000/v1.")
         self.endpoints = Endpoints(
-            urls,
-            api_key or _key_from_environment(urls),
-            max_concurrency=max_concurrency,
-            timeout_s=timeout_s,
-            retries=retries,
-            cooldown_s=cooldown_s,
+            endpoints,
+            _key(api_key, api_key_env, endpoints),
+            whole_number("max_concurrency", max_concurrency, 1),
+            _seconds("timeout_s", timeout_s),
+            whole_number("retries", retries, 0),
+            _seconds("cooldown_s", cooldown_s),
         )
+        named = next((endpoint.named for endpoint in endpoints if endpoint.named), None)
+        named = named if model is None else str(model)
+        self._model = Model(self.endpoints, named, extra_body, measured=tokenizer is not None)
 
     @property
     def name(self) -> str:
         """The model's name, or where it is while that is not known."""
         first = self.endpoints.all[0]
-        return self._model or first.model or first.url
+        return self._model.name or first.model or first.url
 
     @property
     def max_model_len(self) -> int | None:
         """What the servers said; None before the first request, and for those that do not say."""
-        return min((e.max_model_len for e in self.endpoints.all if e.max_model_len is not None), default=None)
+        return self._model.max_model_len
 
     def __repr__(self) -> str:
-        return f"OpenAIEngine({self.name!r} at {', '.join(e.url for e in self.endpoints.all)})"
+        return f"HTTPEngine({self.name!r} at {', '.join(e.url for e in self.endpoints.all)})"
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
-    ) -> AsyncIterator[Completion]:
-        """Sample n completions of each prompt; see ``Engine.generate``.
+    def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
+        """Sample the completions of each request; see ``Generates.generate``.
 
-        One that cannot be made, after all retries, is yielded with finish_reason "error" and the others go on. Without
-        a tokenizer a prompt that is too long is noticed late: when others have been yielded by then, it ends the same
-        way.
+        What goes wrong with one prompt or one sample, after all retries, is a completion with finish_reason "error",
+        and the others go on. Without a tokenizer a prompt that is too long is noticed when the server says so.
 
         Raises:
             ModelNotFoundError: the server has no such model, or several and none was named.
-            RefusedError: the server refuses the key or the request.
+            RefusedError: the server refuses the key, or whatever it is asked.
         """
-        if n < 1:
-            raise InputError(f"n must be at least 1, got {n}.")
-        wire.check_extra(sampling.extra, self.extra_body)
-        return self._generate(prompts, sampling, n, keep)
+        for request in requests:
+            wire.check_extra(request.sampling.extra, self._model.extra_body)
+        return self._generate(requests, keep)
 
-    async def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int, keep: Keep | None
-    ) -> AsyncIterator[Completion]:
+    async def _generate(self, requests: Sequence[Request], keep: Keep | None) -> AsyncGenerator[Completion, None]:
         until = self._until()
-        jobs = await self._jobs(prompts, sampling, until)
-        done: asyncio.Queue[Completion | Exception] = asyncio.Queue()
-        at_once = 1 if keep else self._n_per_request
-        groups = [range(first, min(first + at_once, n)) for first in range(0, n, at_once)]
-        making = [
-            asyncio.create_task(Samples(self, job, sampling, keep, until, done).make(group))
-            for job in jobs
-            for group in groups
-        ]
+        rows, errors = await self._rendered(requests, until)
+        wanted, read = (keep.check, None) if isinstance(keep, Wanted) else (None, keep)
+        # No TaskGroup, because a generator must not yield inside one (PEP 789). The loop itself puts every task here
+        # the moment it ends, however it ends, and ``result`` raises what it raised.
+        ended: asyncio.Queue[asyncio.Task[list[Completion]]] = asyncio.Queue()
+        asked: dict[asyncio.Task[list[Completion]], tuple[Job, Sequence[int]]] = {}
+
+        def start(job: Job, samples: Sequence[int]) -> None:
+            task = asyncio.create_task(self._make(job, samples, until))
+            task.add_done_callback(ended.put_nowait)
+            asked[task] = job, samples
+
         try:
-            for count in range(len(jobs) * n):
-                completion = await done.get()
-                if isinstance(completion, Exception):
-                    raise completion
-                if isinstance(completion.error, PromptTooLongError) and count == 0:
-                    raise completion.error
-                yield completion
+            for index in {*range(len(requests))} - errors.keys():
+                as_tokens = None if rows[index] is None else self.renderer.as_tokens
+                job = Job(self._model, index, requests[index], self._n_per_request, read, rows[index], as_tokens)
+                for group in job.groups():
+                    start(job, group)
+            for index, error in errors.items():
+                for sample in requests[index].samples:
+                    yield Completion.failed(index, sample, error)
+            while asked:
+                task = await _wait(ended, None if wanted is None else ASK_AGAIN_S)
+                for running, (job, _) in asked.items():
+                    if wanted is not None and not wanted(job.index) and not running.cancelling():
+                        running.cancel()
+                if task is None:
+                    continue
+                job, samples = asked.pop(task)
+                if task.cancelled():
+                    done = [Completion(job.index, sample, "", "abort") for sample in samples]
+                else:
+                    done = task.result()
+                for left_out in {*samples} - {completion.sample_index for completion in done}:
+                    start(job, [left_out])
+                for completion in done:
+                    yield completion
         finally:
-            await cancel(making)
+            await _cancel(asked)
+
+    async def _make(self, job: Job, samples: Sequence[int], until: float | None) -> list[Completion]:
+        try:
+            return await job.make(samples, until)
+        except BonError as error:
+            if not _concerns_one(error):
+                raise
+            return [Completion.failed(job.index, sample, error) for sample in samples]
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
     ) -> list[Loglikelihood]:
-        """Rate continuations; see ``Engine.loglikelihood``.
+        """Rate continuations; see ``Rates.loglikelihood``. One that fails after all retries has an ``error`` as well.
 
         Raises:
             InputError: the engine has no tokenizer, or the server does not give log-probabilities of a prompt.
         """
+        check_pairs(prompts, continuations)
         if self._tokenizer is None:
             raise InputError(
                 f"{self.name!r} over HTTP can rate a text only with its tokenizer at hand: "
-                f"OpenAIEngine({self.endpoints.all[0].url!r}, tokenizer='<its name or folder>'). "
-                "Or load the model itself (engine='torch'), or score with Flip, which only samples."
+                f"HTTPEngine({self.endpoints.all[0].url!r}, tokenizer='<its name or folder>'). "
+                "Or load the model itself (NAME,engine=torch), or score with Flip, which only samples."
             )
         renderer, until = self.renderer, self._until()
         starts = [renderer.render(prompt) for prompt in prompts]
         last = (renderer.end_id,) if end and renderer.end_id is not None else ()
-        ends = [(*renderer.encode(continuation), *last) for continuation in continuations]
-        rows = [start + tail for start, tail in zip(starts, ends, strict=True)]
-        await self._check_lengths(rows, until)
-        rating = [asyncio.create_task(self.endpoints.call(partial(self._rate, row), until)) for row in rows]
+        rows = [(*s, *renderer.encode(text), *last) for s, text in zip(starts, continuations, strict=True)]
+        errors = await self._too_long([len(row) for row in rows], "prompt with continuation", until)
+
+        async def rate(index: int) -> Loglikelihood:
+            try:
+                if index in errors:
+                    raise errors[index]
+                values, cached = await self.endpoints.call(partial(self._rate, rows[index]), until)
+            except BonError as error:
+                if not _concerns_one(error):
+                    raise
+                return Loglikelihood.failed(error)
+            start = len(starts[index])
+            return Loglikelihood(math.fsum(values[start:]), len(values) - start, start, cached)
+
+        rating = [asyncio.create_task(rate(index)) for index in range(len(rows))]
         try:
-            rated = await asyncio.gather(*rating)
+            return await asyncio.gather(*rating)
         finally:
-            await cancel(rating)
-        return [
-            Loglikelihood(math.fsum(values[len(start) :]), len(values) - len(start), len(start), cached)
-            for start, (values, cached) in zip(starts, rated, strict=True)
-        ]
+            await _cancel(rating)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -207,7 +243,11 @@ class OpenAIEngine:
 
     @cached_property
     def renderer(self) -> Renderer:
-        """What turns prompts into token ids; there is one only with a tokenizer."""
+        """What turns prompts into token ids; there is one only with a tokenizer.
+
+        Raises:
+            ModelNotFoundError: the tokenizer is neither on disk nor can be fetched.
+        """
         from transformers import AutoTokenizer
 
         from bon.engines.text.render import Renderer
@@ -218,135 +258,93 @@ class OpenAIEngine:
             raise ModelNotFoundError(f"cannot load a tokenizer from {str(self._tokenizer)!r}: {error}") from error
         return Renderer(tokenizer)
 
-    async def model_of(self, link: Link) -> str:
-        """The name to send: the one that was given, else the only one that the server has.
+    async def _rendered(
+        self, requests: Sequence[Request], until: float | None
+    ) -> tuple[list[tuple[int, ...] | None], dict[int, BonError]]:
+        """The token ids of each prompt, None where its messages are sent, and what is wrong with some of them."""
+        rows: list[tuple[int, ...] | None] = [None] * len(requests)
+        errors: dict[int, BonError] = {}
+        if self._tokenizer is None:
+            return rows, errors
+        renderer = self.renderer
+        for index, request in enumerate(requests):
+            options = request.sampling.extra.keys() | self._model.extra_body.keys()
+            if wire.TOOLS & options or any(turn.about_tools for turn in request.prompt.turns):
+                continue  # only the chat endpoint knows how its model sees tools
+            try:
+                rows[index] = renderer.render(request.prompt)
+            except InputError as error:
+                errors[index] = error
+        return rows, await self._too_long([len(row or ()) for row in rows], "prompt", until) | errors
 
-        Raises:
-            ModelNotFoundError: the server has none, or several.
-        """
-        endpoint = link.endpoint
-        if self._model is not None and (self._tokenizer is None or endpoint.max_model_len is not None):
-            return self._model
-        async with link.asking_for_model:
-            if endpoint.model is None:
-                cards = await self._cards(link)
-                names = [str(card.get("id")) for card in cards]
-                name = self._model or (names[0] if len(names) == 1 else None)
-                if name is None:
-                    listed = ", ".join([*names[:8], *(["…"] if names[8:] else [])])
-                    has = f"several models ({listed})" if names else "no model"
-                    raise ModelNotFoundError(f"{endpoint.url} has {has}; name one: {endpoint.url}#name, or model=.")
-                room = next((card.get("max_model_len") for card in cards if card.get("id") == name), None)
-                endpoint.max_model_len = room if isinstance(room, int) else endpoint.max_model_len
-                endpoint.model = name
-        return endpoint.model
-
-    async def _cards(self, link: Link) -> list[Mapping[str, Any]]:
-        try:
-            data = (await link.get("/models")).get("data")
-        except (openai.NotFoundError, openai.PermissionDeniedError):
-            if self._model is not None:
-                return []
-            raise
-        return [card for card in data if isinstance(card, Mapping)] if isinstance(data, list) else []
-
-    async def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling, until: float | None) -> list[Job]:
-        about_tools = wire.TOOLS & (sampling.extra.keys() | self.extra_body.keys()) or any(
-            turn.about_tools for prompt in prompts for turn in prompt.turns
-        )
-        if self._tokenizer is None or about_tools:  # the server's chat endpoint knows how its model sees tools
-            return [Job(i, _chat(prompt)) for i, prompt in enumerate(prompts)]
-        rows = [self.renderer.render(prompt) for prompt in prompts]
-        await self._check_lengths(rows, until)
-        return [Job(i, _chat(prompt), ids) for i, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))]
-
-    async def _check_lengths(self, rows: Sequence[Sequence[int]], until: float | None) -> None:
-        """Refuse rows of tokens that leave no room in the context."""
-        await self.endpoints.call(self.model_of, until)
+    async def _too_long(self, lengths: Sequence[int], what: str, until: float | None) -> dict[int, BonError]:
+        await self.endpoints.call(self._model.name_at, until)
         limit = self.max_model_len
-        too_long = [i for i, row in enumerate(rows) if limit is not None and len(row) >= limit]
-        if too_long and limit is not None:
-            raise PromptTooLongError(len(rows[too_long[0]]), limit - 1, f"prompt {too_long[0]}", too_long)
+        return dict[int, BonError](too_long(lengths, None if limit is None else limit - 1, what))
 
     def _until(self) -> float | None:
         return None if self._deadline_s is None else asyncio.get_running_loop().time() + self._deadline_s
-
-    async def ask(
-        self,
-        link: Link,
-        path: str,
-        body: Mapping[str, Any],
-        send: Callable[[str, Mapping[str, Any]], Awaitable[T]],
-        optional: Collection[str] | None = None,
-    ) -> T:
-        """Send a body without what the server is known to refuse, and learn what else it refuses.
-
-        Args:
-            link: where to.
-            path, body: what to send; the model's name is added.
-            send: how.
-            optional: fields that may be left out; None for all that bon can do without.
-
-        Raises:
-            openai.APIError: what remains.
-            PromptTooLongError: the server says so.
-        """
-        optional = self._optional if optional is None else optional
-        refused, guessed = link.endpoint.refused, set[str]()
-        body = {**body, "model": await self.model_of(link)}
-        while True:
-            fit = wire.fitted(body, (refused | guessed) & {*optional})
-            try:
-                answer = await send(path, fit)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                if sizes := wire.overflow(error):
-                    body = self._shortened(link, body, *sizes)
-                    continue
-                fields, said = wire.refusal(error, fit, optional)
-                if not fields:
-                    raise
-                (refused if said else guessed).update(fields)
-            else:
-                refused |= guessed
-                return answer
-
-    def _shortened(self, link: Link, body: Mapping[str, Any], tokens: int, limit: int) -> Mapping[str, Any]:
-        """The body with max_tokens that fit beside a prompt of so many tokens."""
-        link.endpoint.max_model_len = link.endpoint.max_model_len or limit
-        room = limit - tokens
-        if room < 1 or body.get("max_tokens", 0) <= room:
-            raise PromptTooLongError(tokens, limit - 1)
-        return {**body, "max_tokens": room}
 
     async def _rate(self, row: tuple[int, ...], link: Link) -> tuple[list[float], int]:
         """Log-probabilities of a row of tokens (0.0 for the first, which has none), and how many were cached."""
         for attempt, way in enumerate(RATINGS):
             if f"rating {attempt}" in link.endpoint.refused:
                 continue
-            body = {**self.extra_body, "prompt": list(row), "temperature": 0.0, **way}
+            body = wire.Body({**self._model.extra_body, "prompt": row, "temperature": 0.0, **way})
             try:
-                data = await self.ask(link, wire.PLAIN, body, link.post, optional=())
-            except (openai.BadRequestError, openai.UnprocessableEntityError, openai.NotFoundError):
+                data = await self._model.ask(link, wire.PLAIN, body, {}, link.fetch, NOTHING)
+            except wire.StatusError as error:
+                if error.status not in (400, 404, 422):
+                    raise
                 data = {}
             values = wire.prompt_logprobs(data, len(row))
             if values is not None:
-                return [value or 0.0 for value in values], wire.read_usage(data.get("usage")).cached
+                return values, wire.read_usage(data.get("usage"))[2]
             link.endpoint.refused.add(f"rating {attempt}")
         raise InputError(
             f"{link.endpoint.url} gives no log-probabilities of a prompt (neither echo nor prompt_logprobs). "
-            "Load the model itself (engine='torch' or 'vllm'), or score with Flip, which only samples."
+            "Load the model itself (NAME,engine=torch or engine=vllm), or score with Flip, which only samples."
         )
 
 
-def _chat(prompt: Prompt) -> Mapping[str, Any]:
-    messages = [turn.to_dict() for turn in prompt.turns]
-    return {"messages": messages, **({"chat_template_kwargs": dict(prompt.template)} if prompt.template else {})}
+def _concerns_one(error: BonError) -> bool:
+    """Whether an error says something about one sample or prompt, and nothing about the others."""
+    return error.retryable or isinstance(error, PromptTooLongError | wire.RequestRefusedError | wire.UnwritableError)
 
 
-def _key_from_environment(urls: Sequence[object]) -> str | None:
-    if key := os.environ.get("BON_UPSTREAM_API_KEY"):
-        return key
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{name} must be above 0 seconds, got {value!r}.")
+    return value
+
+
+def _key(api_key: str | None, variable: str | None, endpoints: Sequence[Endpoint]) -> str | None:
+    """The API key: the one given, the one that a variable holds, or one of those that the environment usually has."""
+    key = api_key
+    if variable is not None:
+        if api_key is not None:
+            raise InputError("give api_key or api_key_env, not both.")
+        if not (key := os.environ.get(str(variable))):
+            raise InputError(f"api_key_env={variable!r}: there is no such environment variable, or it is empty.")
     # OpenAI's key goes to no address where it would travel in the clear.
-    parts = [urlsplit(str(url)) for url in urls]
-    safe = all(p.scheme == "https" or p.hostname in ("127.0.0.1", "localhost", "::1") for p in parts)
-    return os.environ.get("OPENAI_API_KEY") if safe else None
+    safe = all(e.base.scheme == "https" or e.base.host in ("127.0.0.1", "localhost", "::1") for e in endpoints)
+    key = key or os.environ.get("BON_UPSTREAM_API_KEY") or (os.environ.get("OPENAI_API_KEY") if safe else None)
+    if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
+        raise InputError("the API key is no printable ASCII text (does it end in a line break?).")
+    return key
+
+
+async def _wait(queue: asyncio.Queue[T], seconds: float | None) -> T | None:
+    """The next item, or None when there is none within some seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await queue.get()
+    except TimeoutError:
+        return None
+
+
+async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have cleaned up."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

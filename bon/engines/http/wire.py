@@ -1,25 +1,28 @@
 """OpenAI's wire format: request bodies, answers, streams, and what a refusal is about.
 
-Pure functions on JSON values; nothing here opens a connection. Answers are read leniently (servers differ in what they
-leave out), and one that has no usable choice is an error, never an empty text.
+Pure functions on JSON values; nothing here opens a connection. What a server leaves out is unknown; a choice that says
+something unusable is an error, never an empty text.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
-import openai
 import orjson
 
-from bon.errors import InputError, UnavailableError, UnknownNameError
+from bon.engines.base import Completion
+from bon.errors import InputError, RefusedError, UnavailableError, UnknownNameError
 from bon.task import canonical_calls
-from bon.types import FinishReason, Sampling
+from bon.types import FinishReason, Sampling, Tokens
 
-CHAT, PLAIN = "/chat/completions", "/completions"
+CHAT, PLAIN = "chat/completions", "completions"
 
 
 def _names(text: str) -> frozenset[str]:
@@ -39,35 +42,40 @@ EXTRAS = _names(
 TOOLS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 # What bon asks for and can do without: dropped where a server refuses it ("max_tokens" gets its newer name).
 OPTIONAL = _names("n logprobs chat_template_kwargs stream_options continuous_usage_stats return_token_ids max_tokens")
+STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+_DEFAULTS = Sampling()
 _NAMES_N = re.compile(r"""['"`]n['"`]|\bn (?:must|should|is|has|=|>)|\bonly one (?:completion )?choice|\bbest_of\b""")
 _FINISH: Mapping[str, FinishReason] = {"length": "length", "max_tokens": "length"}
+
+AsTokens = Callable[[Sequence[int], str], Tokens | None]
 
 
 class BadAnswerError(UnavailableError):
     """An answer that cannot be read; a retry may help."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One completion as the server sent it; the fields are those of ``bon.engines.base.Completion``."""
-
-    text: str
-    finish_reason: FinishReason
-    logprobs: tuple[float, ...] | None = None
-    pieces: tuple[str, ...] | None = None
-    token_ids: tuple[int, ...] | None = None
-    completion_tokens: int = 0
-    tool_calls: tuple[Mapping[str, Any], ...] = ()
-    filtered: bool = False
+class RequestRefusedError(RefusedError):
+    """A server refuses this one request, whatever it thinks of others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """All choices of one request, and what its prompt cost."""
+class UnwritableError(InputError):
+    """A prompt or an option that JSON cannot hold."""
 
-    choices: tuple[Choice, ...]
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
+
+class StatusError(Exception):
+    """An answer whose HTTP status is no success; ``code`` and ``param`` are "" where the server gives none."""
+
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__(f"HTTP status {status}")  # not what the server says: that may repeat the key
+        self.status, self.headers, self.whole = status, headers, body.decode(errors="replace")
+        data: Any = None
+        with suppress(orjson.JSONDecodeError):
+            data = orjson.loads(body)
+        error = (data.get("error") or data) if isinstance(data, Mapping) else None
+        fields = error if isinstance(error, Mapping) else {"message": error}
+        self.code, self.param = (v if isinstance(v := fields.get(name), str) else "" for name in ("code", "param"))
+        said = (fields.get("message"), fields.get("detail"), self.whole)
+        self.message = " ".join(next(text for text in said if isinstance(text, str)).split())
 
 
 def check_extra(extra: Collection[str], listed: Collection[str]) -> None:
@@ -86,43 +94,56 @@ def check_extra(extra: Collection[str], listed: Collection[str]) -> None:
             )
 
 
-def sampling_fields(sampling: Sampling, first_sample: int, max_model_len: int | None) -> dict[str, Any]:
-    """Sampling options under the server's names, only where they are set.
+def sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """Sampling options under the server's names, only where they are set; ``Job`` adds max_tokens and seed."""
+    options = {name: getattr(sampling, name) for name in ("top_p", "top_k", "min_p", "stop")}
+    chosen = {name: value for name, value in options.items() if value != getattr(_DEFAULTS, name)}
+    return {"temperature": sampling.temperature, **chosen, **sampling.extra}
 
-    With n > 1 a server gives choice i the seed plus i (vLLM does), so sample s has seed + s however it was asked for.
+
+def seed_of(seed: int, sample: int, at_once: int) -> int:
+    """The seed to send for a request whose first sample is this one.
+
+    It is a hash, so that two seeds share no sample. A server that is asked for several gives choice i the seed plus i
+    (vLLM does), so only the first of every ``at_once`` samples is hashed and the others count on from there.
     """
-    fields: dict[str, Any] = {"temperature": sampling.temperature}
-    if sampling.top_p < 1:
-        fields["top_p"] = sampling.top_p
-    if sampling.top_k:
-        fields["top_k"] = sampling.top_k
-    if sampling.min_p:
-        fields["min_p"] = sampling.min_p
-    if max_model_len is None or sampling.max_tokens < max_model_len:
-        fields["max_tokens"] = sampling.max_tokens  # else: whatever room the context has
-    if sampling.stop:
-        fields["stop"] = list(sampling.stop)
-    if sampling.seed is not None:
-        fields["seed"] = sampling.seed + first_sample
-    return fields
+    digest = hashlib.blake2b(f"{seed}:{sample - sample % at_once}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % (2**31 - 2**16) + sample % at_once
 
 
-def fitted(body: Mapping[str, Any], refused: Collection[str]) -> dict[str, Any]:
-    """A body without what a server was found to refuse."""
-    fit = {name: value for name, value in body.items() if name not in refused}
-    if "continuous_usage_stats" in refused and "stream_options" in fit:
-        fit["stream_options"] = {"include_usage": True}
-    if "max_tokens" in refused and "max_tokens" in body:
-        fit["max_completion_tokens"] = body["max_tokens"]
-    return fit
+@dataclass
+class Body:
+    """A request's body, of which all but what varies between requests is encoded once; ``where`` is for errors."""
+
+    fields: Mapping[str, Any]
+    where: str = "the prompt"
+    _heads: dict[tuple[str, frozenset[str]], bytes] = field(default_factory=dict)
+
+    def encode(self, model: str, varying: Mapping[str, int], dropped: frozenset[str]) -> bytes:
+        """The JSON, without the fields in ``dropped``.
+
+        Raises:
+            UnwritableError: something that JSON cannot hold.
+        """
+        if (model, dropped) not in self._heads:
+            kept = {name: value for name, value in self.fields.items() if name not in dropped}
+            if "continuous_usage_stats" in dropped and "stream_options" in kept:
+                kept["stream_options"] = {"include_usage": True}
+            try:
+                self._heads[model, dropped] = orjson.dumps({**kept, "model": model})[:-1]
+            except TypeError as error:
+                raise UnwritableError(f"{self.where} is no JSON (an unpaired surrogate?): {error}") from error
+        if "max_tokens" in dropped:  # which has a newer name
+            varying = {"max_completion_tokens" if name == "max_tokens" else name: varying[name] for name in varying}
+        tail = "".join([f',"{name}":{value}' for name, value in varying.items() if name not in dropped])
+        return self._heads[model, dropped] + tail.encode() + b"}"
 
 
-def refusal(error: openai.APIStatusError, body: Mapping[str, Any], optional: Collection[str]) -> tuple[set[str], bool]:
-    """Which optional fields of a body a 400 or 422 is about, and whether it says so (else: all of them, a guess)."""
-    present = {name for name in optional if name in body}
-    if "continuous_usage_stats" in body.get("stream_options", {}):
-        present |= {"continuous_usage_stats"} & {*optional}
-    text = f"{error.param or ''} {server_message(error)}".lower()
+def refusal(error: StatusError, sent: Collection[str], optional: Collection[str]) -> tuple[set[str], bool]:
+    """Which optional fields a 400 or 422 is about, and whether it says so (else: all that were sent, a guess)."""
+    stats = {"continuous_usage_stats"} if "stream_options" in sent else set()
+    present = ({*sent} | stats) & {*optional}
+    text = f"{error.param} {error.message}".lower()
     named = {name for name in present - {"n", "max_tokens"} if re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)}
     if "continuous_usage_stats" in named:
         named.discard("stream_options")  # which it is a part of
@@ -133,223 +154,225 @@ def refusal(error: openai.APIStatusError, body: Mapping[str, Any], optional: Col
     return (named, True) if named else (present - {"max_tokens"}, False)
 
 
-def server_message(error: openai.APIStatusError) -> str:
-    """What the server said, in one line."""
-    body = error.body
-    if isinstance(body, Mapping):
-        body = body.get("message") or body.get("detail") or body.get("error") or dict(body)
-    text = " ".join(str(body if body is not None else error.message).split())
-    return text if len(text) <= 400 else text[:400] + "…"
-
-
 _LIMIT = re.compile(
-    r"(?:context (?:length|size|window)[^\d]{0,40}|configured limit of |must be <= |n_ctx\D{1,4})(\d[\d,]*)", re.I
+    r"(?:context (?:length|size|window)[^\d]{0,40}|configured limit of |must be <= |n_ctx\D{1,4})(\d[\d,]{,11})", re.I
 )
 _LENGTH = re.compile(
-    r"(\d[\d,]*) (?:input tokens|in the messages|in the prompt|tokens from the input|`inputs` tokens)"
-    r"|request \((\d[\d,]*) tokens|resulted in (\d[\d,]*) tokens|at least (\d[\d,]*) input tokens",
+    r"(\d[\d,]{,11}) (?:input tokens|in the messages|in the prompt|tokens from the input|`inputs` tokens)"
+    r"|request \((\d[\d,]{,11}) tokens|resulted in (\d[\d,]{,11}) tokens|at least (\d[\d,]{,11}) input tokens",
     re.I,
 )
 
 
-def overflow(error: openai.APIStatusError) -> tuple[int, int] | None:
+def overflow(error: StatusError) -> tuple[int, int] | None:
     """(tokens of the prompt, tokens of the context) when an error says that a prompt or its answer does not fit."""
-    text = f"{error.body} {error.message}"
-    limit, length = _LIMIT.search(text), _LENGTH.search(text)
-    if error.status_code not in (400, 413, 422) or not limit or not length:
+    limit, length = _LIMIT.search(error.whole), _LENGTH.search(error.whole)
+    if not limit or not length:
         return None
     tokens = next(group for group in length.groups() if group)
     return int(tokens.replace(",", "")), int(limit[1].replace(",", ""))
 
 
-def read_answer(data: Mapping[str, Any]) -> Answer:
-    """Read the answer to a chat or a plain completion request.
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever goes wrong while an answer is read is the answer's fault."""
+    try:
+        yield
+    except BadAnswerError:
+        raise
+    except Exception as error:
+        raise BadAnswerError(f"sent an answer that cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def read_answer(
+    data: Mapping[str, Any], request_index: int, samples: Sequence[int], as_tokens: AsTokens | None = None
+) -> list[Completion]:
+    """The completions of an answer, one for each of ``samples``; those whose choice cannot be read are left out.
 
     Raises:
-        BadAnswerError: no choices, or one that holds no text.
+        BadAnswerError: no choice can be read.
     """
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices:
-        raise BadAnswerError(f"sent no choices: {_error_in(data) or orjson.dumps(data, default=str)[:120].decode()}")
-    if not all(isinstance(choice, Mapping) for choice in choices):
-        raise BadAnswerError(f"sent choices that cannot be read: {str(choices)[:120]}")
-    ordered = sorted(choices, key=lambda c: c["index"] if isinstance(c.get("index"), int) else 0)
-    usage = read_usage(data.get("usage"))
-    read = [_read_choice(choice) for choice in ordered]
-    return Answer(tuple(_share_out(read, usage.completion)), usage.prompt, usage.cached)
+        raise BadAnswerError(f"sent no choices: {error_in(data) or reprlib.repr(data)}")
+    read: list[dict[str, Any]] = []
+    for sample, choice in zip(samples, sorted(choices, key=_position), strict=False):
+        try:
+            with _reading():
+                read.append({"sample_index": sample, **_read_choice(choice, as_tokens)})
+        except BadAnswerError as error:
+            problem = error
+    if not read:
+        raise problem
+    prompt, completion, cached = read_usage(data.get("usage"))
+    # Each choice has the tokens that it lists, else an equal share of what the request cost.
+    if completion and (len(choices) == 1 or not all(fields["completion_tokens"] for fields in read)):
+        share, more = divmod(completion, len(choices))
+        for i, fields in enumerate(read):
+            fields["completion_tokens"] = share + (i < more)
+    read[0] |= {"prompt_tokens": prompt, "cached_tokens": cached}
+    return [Completion(request_index, **fields) for fields in read]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenUsage:
-    """A usage block; 0 where the server says nothing."""
-
-    prompt: int = 0
-    completion: int = 0
-    cached: int = 0
+def _position(choice: object) -> int:
+    index = choice.get("index") if isinstance(choice, Mapping) else None
+    return index if isinstance(index, int) else 0
 
 
-def read_usage(usage: object) -> TokenUsage:
-    """Read a usage block."""
-    if not isinstance(usage, Mapping):
-        return TokenUsage()
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    return TokenUsage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(cached))
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-
-def _share_out(choices: Sequence[Choice], total: int) -> list[Choice]:
-    """Give each choice its tokens: those it lists, else an equal share of what the request cost."""
-    listed = [len(c.token_ids or c.logprobs or ()) for c in choices]
-    if len(choices) == 1 or not all(listed):
-        share, more = divmod(total, len(choices))
-        listed = [share + (i < more) for i in range(len(choices))] if total else listed
-    return [replace(choice, completion_tokens=tokens) for choice, tokens in zip(choices, listed, strict=True)]
-
-
-def _read_choice(choice: Mapping[str, Any]) -> Choice:
-    message = choice.get("message")
+def _read_choice(choice: Mapping[str, Any], as_tokens: AsTokens | None) -> dict[str, Any]:
+    """The fields of ``Completion`` that a choice has."""
+    message, reason = choice.get("message"), choice.get("finish_reason")
     calls: tuple[Mapping[str, Any], ...] = ()
     if isinstance(message, Mapping):
         text = _content(message.get("content"))
-        calls = tuple(c for c in message.get("tool_calls") or () if isinstance(c, Mapping))
+        calls = tuple(message.get("tool_calls") or ())
     elif isinstance(choice.get("text"), str):
         text = choice["text"]
     else:
-        raise BadAnswerError(f"sent a choice without a message: {str(choice)[:120]}")
-    reason = choice.get("finish_reason")
+        raise BadAnswerError(f"sent a choice without a message: {reprlib.repr(choice)}")
     if reason in ("abort", "error"):
         raise BadAnswerError(f"gave up a completion (finish_reason {reason!r}).")
-    ids = choice.get("token_ids")
-    return Choice(
-        "\n".join(part for part in (text, canonical_calls(calls)) if part),
-        _FINISH.get(str(reason), "stop"),
-        read_logprobs(choice.get("logprobs")),
-        read_pieces(choice.get("logprobs")),
-        tuple(ids) if isinstance(ids, list) and all(isinstance(i, int) for i in ids) else None,
-        tool_calls=calls,
-        filtered=reason == "content_filter",
-    )
+    ids = token_ids(choice)
+    logprobs, pieces = read_logprobs(choice.get("logprobs"))
+    fields = {
+        "logprobs": logprobs,
+        "cumulative_logprob": None if logprobs is None else math.fsum(logprobs),
+        "pieces": pieces,
+        "completion_tokens": len(ids or logprobs or ()),
+    }
+    if reason == "content_filter":
+        withheld = RequestRefusedError("the server's content filter withheld this completion.")
+        return {**fields, "text": "", "finish_reason": "error", "error": withheld}
+    return {
+        **fields,
+        "text": "\n".join(part for part in (text, canonical_calls(calls)) if part) if calls else text,
+        "finish_reason": _FINISH.get(str(reason), "stop"),
+        "tokens": as_tokens(ids, text) if as_tokens and ids else None,
+        "tool_calls": calls,
+    }
 
 
 def _content(content: object) -> str:
     """Text of a message: a string, a list of parts, or nothing (a message that only calls tools)."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     if isinstance(content, list):
         return "".join(str(p.get("text") or "") for p in content if isinstance(p, Mapping))
-    raise BadAnswerError(f"sent a message whose content is not text: {str(content)[:120]}")
+    raise BadAnswerError(f"sent a message whose content is not text: {reprlib.repr(content)}")
 
 
-def read_logprobs(logprobs: object) -> tuple[float, ...] | None:
-    """Log-probabilities of the sampled tokens, from either API's shape; None when one is missing."""
+def token_ids(choice: Mapping[str, Any]) -> list[int] | None:
+    """The token ids of a choice; None where it has none."""
+    ids = choice.get("token_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+        raise BadAnswerError(f"sent token ids that cannot be: {reprlib.repr(ids)}")
+    return ids
+
+
+def read_logprobs(logprobs: object) -> tuple[tuple[float, ...] | None, tuple[str, ...] | None]:
+    """Log-probabilities and texts of the sampled tokens, from either API's shape; None where one is missing."""
     if not isinstance(logprobs, Mapping):
-        return None
-    content, values = logprobs.get("content"), logprobs.get("token_logprobs")
+        return None, None
+    content, values, texts = (logprobs.get(name) for name in ("content", "token_logprobs", "tokens"))
     if isinstance(content, list):
-        values = [item.get("logprob") if isinstance(item, Mapping) else None for item in content]
-    if not isinstance(values, list) or not values:
+        items = [item if isinstance(item, Mapping) else {} for item in content]
+        values, texts = [item.get("logprob") for item in items], [item.get("token") for item in items]
+    if not isinstance(values, list) or not values or not all(map(_is_logprob, values)):
+        return None, None
+    known = isinstance(texts, list) and len(texts) == len(values) and all(isinstance(t, str) for t in texts)
+    return tuple(map(float, values)), tuple(texts or ()) if known else None
+
+
+def read_usage(usage: object) -> tuple[int, int, int]:
+    """Prompt, completion and cached tokens of a usage block; 0 where the server says nothing."""
+    usage = usage if isinstance(usage, Mapping) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    said = usage.get("prompt_tokens"), usage.get("completion_tokens"), cached
+    prompt, completion, cached = (count if type(count) is int and count > 0 else 0 for count in said)
+    return prompt, completion, cached
+
+
+def prompt_logprobs(data: Mapping[str, Any], length: int) -> list[float] | None:
+    """Log-probabilities of a prompt's own tokens, 0 for the first; None when the answer does not have them."""
+    try:
+        choice = data["choices"][0]
+        if (rows := choice.get("prompt_logprobs")) is not None:  # vLLM: for each, a mapping from token id to log p
+            values = [None, *(entry["logprob"] for (entry,) in (row.values() for row in rows[1:]))]
+        else:
+            values = choice["logprobs"]["token_logprobs"]
+        own = values[1:length] if length <= len(values) <= length + 1 else [None]
+    except (LookupError, TypeError, ValueError, AttributeError):
         return None
-    numbers = tuple(float(v) for v in values if isinstance(v, int | float) and math.isfinite(v))
-    return numbers if len(numbers) == len(values) else None
+    return [0.0, *own] if all(map(_is_logprob, own)) else None
 
 
-def read_pieces(logprobs: object) -> tuple[str, ...] | None:
-    """Texts of the sampled tokens, from either API's shape; None when one is missing."""
-    if not isinstance(logprobs, Mapping):
-        return None
-    content, values = logprobs.get("content"), logprobs.get("tokens")
-    if isinstance(content, list):
-        values = [item.get("token") if isinstance(item, Mapping) else None for item in content]
-    return tuple(values) if isinstance(values, list) and all(isinstance(v, str) for v in values) else None
+def _is_logprob(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e9
 
 
-def prompt_logprobs(data: Mapping[str, Any], length: int) -> list[float | None] | None:
-    """Log-probabilities of a prompt's own tokens (the first has none); None when the answer does not have them."""
-    choices = data.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, Mapping):
-        return None
-    logprobs = choice.get("logprobs")
-    values = logprobs.get("token_logprobs") if isinstance(logprobs, Mapping) else None
-    if isinstance(choice.get("prompt_logprobs"), list):  # vLLM: a mapping from token id to its log-probability, each
-        values = [
-            next(iter(at.values())).get("logprob") if isinstance(at, Mapping) and len(at) == 1 else None
-            for at in choice["prompt_logprobs"]
-        ]
-    if not isinstance(values, list) or not length <= len(values) <= length + 1:
-        return None
-    return values[:length] if all(isinstance(v, int | float) for v in values[1:length]) else None
-
-
-def _error_in(data: Mapping[str, Any]) -> str | None:
+def error_in(data: Mapping[str, Any]) -> str | None:
+    """The error that an answer or an event holds."""
     error = data.get("error")
-    return str(error.get("message", error) if isinstance(error, Mapping) else error) if error else None
+    message = error.get("message") if isinstance(error, Mapping) else error
+    return None if not error else message if isinstance(message, str) else reprlib.repr(error)
 
 
 @dataclass
 class Growing:
-    """A completion that comes in pieces.
-
-    Raises (from ``add``):
-        BadAnswerError: an event that is not a completion chunk.
-    """
+    """A completion that comes in pieces."""
 
     text: str = ""
     events: int = 0  # chunks with text: about one token each
     finish_reason: str | None = None
     logprobs: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    usage: TokenUsage = field(default_factory=TokenUsage)
+    ids: list[int] = field(default_factory=list)
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, Any] | None = None
 
-    def add(self, event: object) -> bool:
-        """Take in one event; True when the text grew and the completion goes on."""
-        if not isinstance(event, Mapping):
-            raise BadAnswerError(f"sent an event that is not an object: {str(event)[:120]}")
-        if event.get("usage"):
-            self.usage = read_usage(event["usage"])
-        choices = event.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
-            return False
-        choice = choices[0]
-        delta = choice.get("delta")
-        piece = _content(delta.get("content") if isinstance(delta, Mapping) else choice.get("text"))
-        self.text += piece
-        self.events += bool(piece)
-        self.logprobs += read_logprobs(choice.get("logprobs")) or ()
-        self.pieces += read_pieces(choice.get("logprobs")) or ()
-        self.token_ids += choice.get("token_ids") or ()
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+    def add(self, event: Mapping[str, Any]) -> bool:
+        """Take in one event; True when the text grew and the completion goes on.
+
+        Raises:
+            BadAnswerError: an event that is not a completion chunk.
+        """
+        if said := error_in(event):
+            raise BadAnswerError(f"broke off: {said}")
+        self.usage = event.get("usage") or self.usage
+        with _reading():
+            choice = (event.get("choices") or [{}])[0]
+            if "message" in choice:  # the server does not stream
+                self.whole = event
+                return False
+            delta = choice.get("delta")
+            piece = _content(delta.get("content") if isinstance(delta, Mapping) else choice.get("text"))
+            logprobs, pieces = read_logprobs(choice.get("logprobs"))
+            self.text += piece
+            self.events += bool(piece)
+            self.logprobs += logprobs or ()
+            self.pieces += pieces or ()
+            self.ids += token_ids(choice) or ()
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return bool(piece) and self.finish_reason is None
 
     @property
     def tokens(self) -> int:
         """Tokens so far, as well as they are known."""
-        return self.usage.completion or len(self.token_ids) or len(self.logprobs) or self.events
+        return read_usage(self.usage)[1] or len(self.ids) or len(self.logprobs) or self.events
 
-    def answer(self, *, pruned: bool = False) -> Answer:
-        """What there is, as the only choice of an answer.
+    def answer(self, *, aborted: bool = False) -> Mapping[str, Any]:
+        """The answer that a plain request would have brought.
 
         Raises:
             BadAnswerError: the stream ended before the completion did.
         """
-        if not pruned and (self.finish_reason is None or self.finish_reason in ("abort", "error")):
+        if self.whole is not None:
+            return self.whole
+        if self.finish_reason is None and not aborted:
             raise BadAnswerError("broke off in the middle of an answer.")
-        reason: FinishReason = "pruned" if pruned else _FINISH.get(str(self.finish_reason), "stop")
-        logprobs = tuple(self.logprobs) if len(self.logprobs) >= self.events else None
-        choice = Choice(
-            self.text,
-            reason,
-            logprobs or None,
-            tuple(self.pieces) or None,
-            tuple(self.token_ids) or None,
-            self.tokens,
-            filtered=self.finish_reason == "content_filter",
-        )
-        return Answer((choice,), self.usage.prompt, self.usage.cached)
+        known = {"token_logprobs": self.logprobs, "tokens": self.pieces} if len(self.logprobs) >= self.events else None
+        choice = {"text": self.text, "finish_reason": self.finish_reason, "token_ids": self.ids, "logprobs": known}
+        prompt, _, cached = read_usage(self.usage)
+        usage = {"prompt_tokens": prompt, "completion_tokens": self.tokens}
+        return {"choices": [choice], "usage": {**usage, "prompt_tokens_details": {"cached_tokens": cached}}}

@@ -34,8 +34,9 @@ from bon.engines.torch.decode import Batch, Job, KeepAll, batches
 from bon.engines.torch.pack import pack
 from bon.engines.torch.paths import Paths
 from bon.engines.torch.rows import Run, Stats
+from bon.engines.torch.threads import choose_threads
 from bon.engines.torch.worker import Call, Worker
-from bon.errors import BonError, EngineError, InputError, UnknownNameError
+from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
 
 _MEMORY_SHARE = 0.25  # of the memory that is free once the weights are there, for keys and values
 _MOST_ON_CPU = 1 << 29  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
@@ -56,6 +57,7 @@ class TorchEngine:
         max_model_len: tokens of prompt and completion together; None takes the model's own limit.
         max_batch_tokens: tokens whose keys and values one batch may hold; longer work is split. None takes what fits a
             quarter of the memory that is free, on a CPU no more than 512 MiB or half of what the weights take.
+        threads: of the arithmetic on a CPU; None follows the rule of ``bon.engines.torch.threads``.
         revision: branch, tag or commit of a Hugging Face name.
         trust_remote_code: whether the model may bring its own code.
         share_prefix: compute and store what prompts have in common once. Models for which that does not work take the
@@ -82,6 +84,7 @@ class TorchEngine:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_model_len: int | None = None,
         max_batch_tokens: int | None = None,
+        threads: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         share_prefix: bool = True,
@@ -93,6 +96,8 @@ class TorchEngine:
         for option, value in (("max_model_len", max_model_len), ("max_batch_tokens", max_batch_tokens)):
             if value is not None and (not isinstance(value, int) or value < 2):
                 raise InputError(f"{option} must be a whole number of tokens, got {value!r}.")
+        if threads is not None:
+            whole_number("threads", threads, 1)
         self.name = str(model)
         self._model, tokenizer = load(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
@@ -107,7 +112,9 @@ class TorchEngine:
         tokens, logit_bytes = _PASS.get(self._device.type, _PASS["cuda"])
         self._pass = (tokens, max(MOST_DRAFT + 1, logit_bytes // (4 * int(config.vocab_size))))
         self._paths = Paths(Run(self._model, self.stats, *self._pass), share_prefix)
-        self._worker = Worker(self.name, lambda: None)
+        on_cpu = self._device.type == "cpu"
+        wanted = (threads or choose_threads()) if on_cpu else torch.get_num_threads()
+        self._worker = Worker(self.name, lambda: torch.set_num_threads(wanted))  # holds for the thread that calls it
 
     def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
         """Sample completions; see ``Generates.generate``.

@@ -1,8 +1,8 @@
 """The production engine: vLLM in this process, with continuous batching.
 
-Every sample is a request of its own that joins the running batch, so each can be handed over, pruned and aborted by
-itself; the prompt's keys and values are shared through vLLM's prefix cache. vLLM's engine lives on bon's background
-event loop; callers may be on any. It serves no pooling models and no images.
+Every sample is a vLLM request of its own that joins the running batch, so each can be returned and aborted by itself;
+the prompt's keys and values are shared through vLLM's prefix cache. vLLM's engine lives on bon's background event
+loop; callers may be on any. It serves no pooling models and no images.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import itertools
 import json
 import math
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from bon import portal
-from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt
+from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt, Request, check_pairs, too_long
 from bon.engines.text.render import Renderer
-from bon.engines.vllm.request import KEEP_EVERY, Request, last
+from bon.engines.text.watch import KEEP_EVERY
+from bon.engines.vllm.running import Running, SharedPrompt, last
 from bon.engines.vllm.start import (
     EngineDeadError,
     LoRARequest,
@@ -31,12 +32,13 @@ from bon.engines.vllm.start import (
     Started,
     StructuredOutputsParams,
     VLLMClientError,
+    refuse_unknown,
     start,
 )
-from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
-from bon.types import Sampling
+from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, PromptTooLongError
 
 _LOGIT_BYTES = 1 << 28  # logits of one prompt that is read with a draft
+_ONLY_THE_FIRST_TOKEN = 1 << 30  # as an interval between outputs: vLLM sends the first token and then the end
 
 # What Sampling has itself, what the engine decides, and what would change the meaning of a completion.
 _NOT_EXTRA = {
@@ -71,7 +73,7 @@ class VLLMEngine:
         EngineError: the engine did not come up; the message has vLLM's reason, with its numbers.
     """
 
-    overlaps = True
+    concurrent = True
 
     def __init__(
         self,
@@ -95,61 +97,59 @@ class VLLMEngine:
             eos = (llm.model_config.try_get_generation_config() or {}).get("eos_token_id")
             ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
             self.renderer = Renderer(tokenizer, chat_template_kwargs, eos_ids=ends)
-            self.max_model_len: int | None = int(llm.model_config.max_model_len)
+            self.max_model_len = int(llm.model_config.max_model_len)
+            self._vocabulary = int(llm.model_config.get_vocab_size())
+            self._max_num_seqs = int(llm.vllm_config.scheduler_config.max_num_seqs)
+            # On a GPU; it can give log-probabilities of a prompt's end without logits of its beginning.
+            self._rates_the_end = bool(llm.vllm_config.use_v2_model_runner)
         except BaseException:
             self._finalizer()
             raise
         self._ids = itertools.count()
-        self._under_way = 0
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, *, keep: Keep | None = None
-    ) -> AsyncIterator[Completion]:
-        """Sample n completions of each prompt, each a request of its own; see ``Engine.generate``.
+    def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
+        """Sample completions; see ``Generates.generate``.
 
         ``Sampling.extra`` takes vLLM's own names (``EXTRA``), for instance ``{"repetition_penalty": 1.1}`` or
         ``{"structured_outputs": {"json": schema}}``. The same seed gives the same completion whatever else is running,
         up to rounding of the model's arithmetic. Log-probabilities are the model's own, before temperature and filters
         (under structured output: among the tokens that the grammar allows).
         """
-        if n < 1:
-            raise InputError(f"n must be at least 1, got {n}.")
-        contexts = [self.renderer.render(prompt) for prompt in prompts]
-        self._check_lengths([len(ids) for ids in contexts], "prompt")
-        make = self._params(sampling, keep)
-        requests = [
-            Request(self, p, s, ids, make(ids, s), sampling.stop, keep)
-            for p, ids in enumerate(contexts)
-            for s in range(n)
-        ]
-        if n == 1 and sampling.temperature == 0 and not sampling.stop and not sampling.extra:
-            for request in requests:
-                request.draft = self._draft(prompts[request.prompt_index], request)
-        return portal.across(self._together(requests))
+        prompts = [self.renderer.render(request.prompt) for request in requests]
+        errors = too_long([len(ids) for ids in prompts], self.max_model_len - 1, "prompt")
+        failed, running = [], []
+        for index, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
+            samples = {sample: self._params(request, ids, sample, keep) for sample in request.samples}
+            if index in errors:
+                failed += [Completion.failed(index, sample, errors[index]) for sample in samples]
+                continue
+            prompt, draft = SharedPrompt(ids), self._draft(request, ids)
+            running += [
+                Running(self, index, sample, prompt, params, request.sampling.stop, keep, draft)
+                for sample, params in samples.items()
+            ]
+        return portal.across(self._run(failed, running))
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
     ) -> list[Loglikelihood]:
-        """Rate continuations by prefill alone; see ``Engine.loglikelihood``. One token of the context stays free."""
-        if len(prompts) != len(continuations):
-            raise InputError(f"there are {len(prompts)} prompts and {len(continuations)} continuations.")
-        last = () if not end or self.renderer.end_id is None else (self.renderer.end_id,)
+        """Rate continuations by prefill alone; see ``Rates.loglikelihood``. One token of the context stays free."""
+        check_pairs(prompts, continuations)
+        end_ids = () if not end or self.renderer.end_id is None else (self.renderer.end_id,)
         contexts = [self.renderer.render(prompt) for prompt in prompts]
-        targets = [(*self.renderer.encode(text), *last) for text in continuations]
+        targets = [(*self.renderer.encode(text), *end_ids) for text in continuations]
         lengths = [len(context) + len(target) for context, target in zip(contexts, targets, strict=True)]
-        self._check_lengths(lengths, "prompt and continuation")
+        errors = too_long(lengths, self.max_model_len - 1, "prompt and continuation")
 
         async def rate_all() -> list[Loglikelihood]:
-            return list(await asyncio.gather(*map(self._rate, contexts, targets)))
+            return await asyncio.gather(*map(self._rate, contexts, targets, map(errors.get, range(len(lengths)))))
 
         return await portal.there(rate_all())
 
     @property
     def full(self) -> bool:
         """See ``bon.engines.base.Batches``."""
-        return (
-            self._engine is not None and self._under_way >= self._engine.llm.vllm_config.scheduler_config.max_num_seqs
-        )
+        return self._engine is not None and self._engine.llm.get_num_unfinished_requests() >= self._max_num_seqs
 
     def json_options(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         """See ``bon.engines.base.WritesJSON``."""
@@ -162,42 +162,38 @@ class VLLMEngine:
             self._engine = None
             await asyncio.to_thread(self._finalizer)
 
-    async def _together(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
-        """Run requests at the same time and yield each completion as it comes; leaving aborts the rest."""
-        running = [asyncio.create_task(self._counted(request)) for request in requests]
+    async def _run(self, failed: Sequence[Completion], samples: Sequence[Running]) -> AsyncGenerator[Completion, None]:
+        """Run samples at the same time and yield each completion as it comes; leaving aborts the rest."""
+        for completion in failed:
+            yield completion
+        tasks = [asyncio.create_task(sample.run()) for sample in samples]
         try:
-            for finished in asyncio.as_completed(running):
+            for finished in asyncio.as_completed(tasks):
                 yield await finished
         finally:
-            for task in running:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _counted(self, request: Request) -> Completion:
-        self._under_way += 1
-        try:
-            return await request.run()
-        finally:
-            self._under_way -= 1
-
-    async def _rate(self, context: Sequence[int], target: Sequence[int]) -> Loglikelihood:
+    async def _rate(
+        self, context: Sequence[int], target: Sequence[int], error: PromptTooLongError | None
+    ) -> Loglikelihood:
+        if error is not None:
+            return Loglikelihood.failed(error)
         if not target:
             return Loglikelihood(0.0, 0, len(context))
-        assert self._engine is not None
-        if self._engine.llm.vllm_config.use_v2_model_runner:  # on a GPU: logits of the target alone
+        if self._rates_the_end:
             rows = {"prompt_logprob_token_ids": [[token] for token in target], "prompt_logprob_start": len(context) - 1}
-            output = await self._prefill(context, target, **rows)
+            output = await self.prefill(context, target, **rows)
             total = math.fsum(output.prompt_token_id_logprobs[:, 0].tolist())
         else:
             output = await self.prefill(context, target)
             total = math.fsum(logprob for logprob, _ in last(output.prompt_logprobs, len(target)))
         return Loglikelihood(total, len(target), len(context), output.num_cached_tokens)
 
-    async def prefill(self, context: Sequence[int], target: Sequence[int]) -> Any:
-        """vLLM's output for context and target, with log-probabilities of the target's tokens, and one more token."""
-        return await self._prefill(context, target, logprobs=0, prompt_logprobs=0, flat_logprobs=True)
-
-    async def _prefill(self, context: Sequence[int], target: Sequence[int], **rated: Any) -> Any:
+    async def prefill(self, context: Sequence[int], target: Sequence[int], **rated: Any) -> Any:
+        """vLLM's output for context and target, and one more token; by default with logprobs of all tokens."""
+        rated = rated or {"logprobs": 0, "prompt_logprobs": 0, "flat_logprobs": True}
         for cached in (True, False):
             params = SamplingParams(
                 temperature=0.0,
@@ -207,29 +203,30 @@ class VLLMEngine:
                 skip_reading_prefix_cache=not cached,
                 **rated,
             )
-            async with aclosing(self.stream((*context, *target), params)) as outputs:  # type: ignore[type-var]
+            async with aclosing(self.stream((*context, *target), params)) as outputs:
                 output = [output async for output in outputs][-1]
             # vLLM gives no numbers, or meaningless ones, for what it took from the cache: position i needs token i - 1.
             if output.num_cached_tokens < len(context):
                 break
         return output
 
-    def _draft(self, prompt: Prompt, request: Request) -> tuple[int, ...]:
+    def _draft(self, request: Request, ids: Sequence[int]) -> tuple[int, ...]:
         """As much of a prompt's draft as leaves room for a token; none where the logits of the reading would be large.
 
         vLLM makes logits of the whole prompt to rate its end.
         """
-        if not prompt.draft:
+        sampling = request.sampling
+        if not request.prompt.draft or request.n > 1 or sampling.temperature > 0 or sampling.stop or sampling.extra:
             return ()
-        ids = self.renderer.encode(prompt.draft)[: min(MOST_DRAFT, request.params.max_tokens - 1)]
-        assert self._engine is not None
-        vocabulary = self._engine.llm.model_config.get_vocab_size()
-        return ids if 4 * vocabulary * (len(request.prompt) + len(ids)) <= _LOGIT_BYTES else ()
+        most = min(MOST_DRAFT, sampling.max_tokens - 1, self.max_model_len - len(ids) - 1)
+        draft = self.renderer.encode(request.prompt.draft)[:most]
+        return draft if 4 * self._vocabulary * (len(ids) + len(draft)) <= _LOGIT_BYTES else ()
 
-    async def stream(self, ids: Sequence[int], params: Any) -> AsyncIterator[Any]:
+    async def stream(self, ids: Sequence[int], params: Any) -> AsyncGenerator[Any, None]:
         """Outputs of one request to vLLM, as vLLM gives them; on the background loop only. Closing it aborts."""
-        if self._engine is None or self._failure is not None:
-            raise self._failure or EngineError(f"the engine {self.name!r} is closed.")
+        if self._failure is not None:
+            raise self._failure
+        assert self._engine is not None
         with self._errors():
             request = self._engine.llm.generate(
                 {"prompt_token_ids": list(ids)}, params, f"bon-{next(self._ids)}", lora_request=self._lora
@@ -257,53 +254,38 @@ class VLLMEngine:
         except Exception as error:
             raise EngineError(f"{self.name!r} failed: {error.__cause__ or error}") from error
 
-    def _params(self, sampling: Sampling, keep: Keep | None) -> Callable[[tuple[int, ...], int], Any]:
-        """What makes vLLM's sampling parameters for a prompt and a sample index."""
-        extra = dict(sampling.extra)
-        for option in extra:
-            if option not in EXTRA:
-                raise UnknownNameError("sampling option of the vllm engine", option, EXTRA)
+    def _params(self, request: Request, ids: Sequence[int], sample: int, keep: Keep | None) -> Any:
+        """vLLM's sampling parameters of one sample."""
+        sampling, extra = request.sampling, dict(request.sampling.extra)
+        refuse_unknown("sampling option of the vllm engine", extra, EXTRA)
         ends = [] if extra.get("ignore_eos") else sorted(self.renderer.end_ids)
         extra["stop_token_ids"] = [*ends, *extra.get("stop_token_ids", ())]
-        watched = bool(sampling.stop or keep)
-        options: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "logprobs": 0 if sampling.logprobs else None,
-            "flat_logprobs": sampling.logprobs,
-            "detokenize": False,
-            "output_kind": RequestOutputKind.DELTA if watched else RequestOutputKind.FINAL_ONLY,
-            "stream_interval": KEEP_EVERY if keep and not sampling.stop else None,
-        }
+        interval = None
+        if sampling.stop:
+            interval = 1
+        elif keep:
+            interval = KEEP_EVERY
+        elif request.n > 1 and sample == request.first_sample:
+            interval = _ONLY_THE_FIRST_TOKEN  # so that it is known what of the prompt was cached when another one ends
         with self._errors():
             if isinstance(extra.get("structured_outputs"), Mapping):
-                extra["structured_outputs"] = _structure(extra["structured_outputs"])
-            SamplingParams(**options, **extra, max_tokens=sampling.max_tokens)  # refuse now what is refused later
-
-        def make(ids: tuple[int, ...], sample: int) -> Any:
-            assert self.max_model_len is not None
-            room = self.max_model_len - len(ids)
-            seed = None if sampling.seed is None else _seed(sampling.seed, ids, sample)
-            return SamplingParams(**options, **extra, max_tokens=min(sampling.max_tokens, room), seed=seed)
-
-        return make
-
-    def _check_lengths(self, lengths: Sequence[int], what: str) -> None:
-        assert self.max_model_len is not None
-        limit = self.max_model_len - 1
-        if too_long := [i for i, length in enumerate(lengths) if length > limit]:
-            where = f"{what} {too_long[0]}" if len(lengths) > 1 else f"the {what}"
-            raise PromptTooLongError(lengths[too_long[0]], limit, where, too_long)
-
-
-def _structure(wanted: Mapping[str, Any]) -> Any:
-    known = [f.name for f in dataclasses.fields(StructuredOutputsParams) if f.init]
-    for name in wanted:
-        if name not in known:
-            raise UnknownNameError("kind of structured output", name, known)
-    return StructuredOutputsParams(**wanted)
+                known = [f.name for f in dataclasses.fields(StructuredOutputsParams) if f.init]
+                refuse_unknown("kind of structured output", extra["structured_outputs"], known)
+                extra["structured_outputs"] = StructuredOutputsParams(**extra["structured_outputs"])
+            return SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                max_tokens=max(1, min(sampling.max_tokens, self.max_model_len - len(ids))),
+                seed=None if sampling.seed is None else _seed(sampling.seed, ids, sample),
+                logprobs=0 if sampling.logprobs else None,
+                flat_logprobs=sampling.logprobs,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA if interval else RequestOutputKind.FINAL_ONLY,
+                stream_interval=interval,
+                **extra,
+            )
 
 
 def _seed(seed: int, prompt: Sequence[int], sample: int) -> int:

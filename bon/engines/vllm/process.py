@@ -1,6 +1,6 @@
 """What bon adds to the processes that vLLM starts: they end with the process that started them, and say why they died.
 
-vLLM builds its log handlers in each of its processes from a configuration; ``Diary`` comes in that way. It imports
+vLLM builds its log handlers in each of its processes from a configuration; ``ErrorLog`` comes in that way. It imports
 neither vLLM nor torch.
 """
 
@@ -15,44 +15,49 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 _LOOK_EVERY_S = 0.5
 _GRACE_S = 5.0  # for vLLM to free its memory and stop its workers
-_LAST_WORDS = 100_000  # bytes of a log in which its last error is looked for
+_TAIL = 100_000  # bytes of a log in which its last error is looked for
+# Errors that only say that another one happened.
+_CONSEQUENCES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt")
 
 
-def logging_config(diary: Path, level: str | None) -> dict[str, Any]:
-    """A configuration for ``logging.config.dictConfig`` that vLLM applies in every process of one engine.
+def write_config(folder: Path, level: str | None) -> tuple[Path, Path]:
+    """Write a ``logging.config.dictConfig`` that vLLM applies in every process of one engine.
 
     Args:
-        diary: file for errors, and for what the processes print.
+        folder: where to.
         level: shown on stderr from this level on; None shows nothing.
+
+    Returns:
+        Its path, and that of the file for errors and for what the processes print.
     """
-    handlers: dict[str, dict[str, Any]] = {
-        "diary": {"()": f"{__name__}.Diary", "file": str(diary), "owner": os.getpid(), "quiet": level is None},
-    }
+    errors, config = folder / "errors.log", folder / "logging.json"
+    handlers = {"errors": {"()": f"{__name__}.ErrorLog", "file": str(errors), "owner": os.getpid(), "quiet": not level}}
     if level is not None:
         handlers["stderr"] = {"class": "logging.StreamHandler", "level": level, "formatter": "plain"}
-    return {
+    whole = {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"plain": {"format": "vllm[%(process)d] %(levelname)s %(message)s"}},
         "handlers": handlers,
         "loggers": {"vllm": {"handlers": list(handlers), "level": level or "ERROR", "propagate": False}},
     }
+    config.write_text(json.dumps(whole))
+    return config, errors
 
 
-class Diary(logging.FileHandler):
+class ErrorLog(logging.FileHandler):
     """Writes errors to a file. Built in a process of vLLM's own, it also ties that process to the one that started it.
 
     Such a process gets a process group of its own, so that Ctrl-C stops a call and not the engine; it ends when its
-    parent is gone, whatever became of that one; and where ``quiet``, what it prints goes to the file as well.
+    parent is gone, however that one ended; and where ``quiet``, what it prints goes to the file as well.
 
     Args:
         file: where to write.
         owner: id of the process that bon runs in.
-        quiet: keep standard output and standard error of vLLM's processes to the file.
+        quiet: send standard output and standard error of vLLM's processes to the file.
     """
 
     def __init__(self, file: str, owner: int, quiet: bool) -> None:
@@ -62,16 +67,15 @@ class Diary(logging.FileHandler):
         if os.getpid() == owner:
             return
         os.setpgid(0, 0)
-        if os.getppid() == owner:
-            # Taking an interpreter with torch in it apart costs seconds, and nobody needs the pieces. Workers of this
-            # process are another matter: they hold shared memory that outlives them.
+        parent = os.getppid()
+        if parent == owner:
+            # An interpreter with torch in it takes seconds to shut down, for nothing. Workers of this process are
+            # another matter: they hold shared memory that outlives them.
             atexit.register(os._exit, 0)
         if quiet:
-            log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.close(log)
-        parent = os.getppid()
+            with open(file, "ab") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
         orphan = parent == 1 != owner  # the parent was gone before this began
         threading.Thread(target=_end_with, args=(0 if orphan else parent,), name="bon-watch", daemon=True).start()
 
@@ -82,7 +86,7 @@ class Diary(logging.FileHandler):
 
 
 def _end_with(parent: int) -> None:
-    """Stop this process once it has another parent than ``parent``: first politely, then not."""
+    """Stop this process once it has another parent than ``parent``: by SIGTERM, and then by SIGKILL."""
     while os.getppid() == parent:
         time.sleep(_LOOK_EVERY_S)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -90,22 +94,14 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_config(folder: Path, level: str | None) -> tuple[Path, Path]:
-    """Write the logging configuration of one engine; return its path and that of the diary."""
-    diary = folder / "errors.log"
-    config = folder / "logging.json"
-    config.write_text(json.dumps(logging_config(diary, level)))
-    return config, diary
-
-
-def last_words(diary: Path) -> str | None:
-    """The last exception in a diary as "Type: message", or the end of a worker; None where there is neither.
+def last_error(log: Path) -> str | None:
+    """The last exception in a log as "Type: message", or the end of a worker; None where there is neither.
 
     A worker that ended had its exception before that, or none.
     """
     try:
-        with diary.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS))
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return None
@@ -118,18 +114,15 @@ def last_words(diary: Path) -> str | None:
             inside = True
         elif inside and line and not line[0].isspace():
             inside = False
-            if not line.startswith(_ECHOES):
+            if not line.startswith(_CONSEQUENCES):
                 found = line
     return found
 
 
-def hush() -> None:
+def quiet_loggers() -> None:
     """Keep vLLM's loggers quiet until they are configured, which is after it has been imported."""
     logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
 
 
-# Errors that only say that another one happened.
-_ECHOES = ("vllm.v1.engine.exceptions.EngineDeadError", "SystemExit", "KeyboardInterrupt")
-
 if __name__ == "__mp_main__":  # a process that was spawned starts here: bon.engines.vllm.start sees to it
-    hush()
+    quiet_loggers()

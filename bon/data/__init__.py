@@ -1,0 +1,1 @@
+"""Rows in, rows out: files of prompts and of candidates."""

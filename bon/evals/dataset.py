@@ -1,0 +1,72 @@
+"""The dataset contract: tasks, and a way to tell whether an answer to each is right.
+
+A dataset is a class with one line in ``bon.spec.DATASETS``, or an entry point of the group ``bon.datasets``. From then
+on it has a name in Python and on the command line (``bon eval NAME``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bon.errors import InputError
+from bon.spec import DATASETS, Specified
+from bon.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a dataset.
+
+    Args:
+        task: what is asked.
+        passes: whether a text is a right answer.
+    """
+
+    task: Task
+    passes: Callable[[str], bool]
+
+
+class Dataset(ABC, Specified):
+    """A source of examples.
+
+    Attributes:
+        max_tokens: of an answer; long enough for a right one.
+    """
+
+    max_tokens: ClassVar[int] = 1024
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What to call it in a table."""
+
+    @property
+    def parts(self) -> Mapping[str, Dataset]:
+        """Further sets that are always evaluated along with this one, by their key in the report."""
+        return {}
+
+    @abstractmethod
+    def rows(self, limit: int | None = None, seed: int = 0) -> Iterable[Example]:
+        """The examples, the same ones in the same order for the same arguments.
+
+        Args:
+            limit: how many at most; None leaves it to the dataset.
+            seed: of the choice among more than ``limit``.
+        """
+
+
+def as_dataset(dataset: str | Dataset) -> Dataset:
+    """Read a dataset, its spec ("mini:unseen_wording"), or "module:Class" for one of the user's own.
+
+    Raises:
+        InputError: none of these.
+    """
+    if isinstance(dataset, str):
+        made = DATASETS.make(dataset, objects=True)
+        dataset = made() if isinstance(made, type) else made
+    if not isinstance(dataset, Dataset):
+        raise InputError(f"a dataset is a bon.evals.dataset.Dataset or its spec, not {dataset!r:.80}.")
+    return dataset
