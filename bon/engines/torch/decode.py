@@ -50,30 +50,38 @@ class Job:
     draft: tuple[int, ...] = ()
 
 
-def batches(jobs: Sequence[Job], budget: int, cost: Callable[[int, int, int], int]) -> Iterator[list[Job]]:
-    """Split jobs into batches: neighbours in length together, at most ``budget`` tokens and ``MAX_ROWS`` rows each.
+def batches(jobs: Sequence[Job], budget: int, cost: Callable[[int, int, int, int], int]) -> Iterator[list[Job]]:
+    """Split jobs into batches: neighbours together, at most ``budget`` tokens and ``MAX_ROWS`` rows each.
 
     Args:
         jobs: in the order in which they shall run.
         budget: tokens of keys and values that one batch may need.
-        cost: tokens that (prompt length, rows, new tokens) need at most.
+        cost: see ``Path.cost``.
     """
     batch: list[Job] = []
-    rows = spent = 0
+
+    def spent(job: Job, copies: int) -> int:
+        """Cost of the batch with so many samples of one more job."""
+        return cost(
+            len(batch) + 1,
+            sum(len(j.samples) for j in batch) + copies,
+            max(len(j.ids) for j in (*batch, job)),
+            max(j.limit for j in (*batch, job)),
+        )
+
     for job in jobs:
         waiting = job.samples
         while waiting:
-            room = min(len(waiting), MAX_ROWS - rows)
-            while room > 1 and spent + cost(len(job.ids), room, job.limit) > budget:
+            room = min(len(waiting), MAX_ROWS - sum(len(j.samples) for j in batch))
+            while room > 1 and spent(job, room) > budget:
                 room -= 1
-            fits = room > 0 and (not batch or spent + cost(len(job.ids), room, job.limit) <= budget)
+            fits = room > 0 and (not batch or spent(job, room) <= budget)
             if fits and (room == len(waiting) or not batch):
                 batch.append(replace(job, samples=waiting[:room]))
-                rows, spent = rows + room, spent + cost(len(job.ids), room, job.limit)
                 waiting = waiting[room:]
             if waiting:  # rather a new batch than a prompt that is read twice
                 yield batch
-                batch, rows, spent = [], 0, 0
+                batch = []
     if batch:
         yield batch
 

@@ -39,9 +39,10 @@ from bon.engines.torch.worker import Call, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
 
 _MEMORY_SHARE = 0.25  # of the memory that is free once the weights are there, for keys and values
-_MOST_ON_CPU = 1 << 30  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
+_MOST_ON_CPU = 1 << 29  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
 _MOST_BATCH_TOKENS = 1 << 19
 _PADDING = 0.1  # share of the tokens of a rating batch that may be padding
+_RATED_PASSES = 8  # of one rating batch: contexts that several of its prompts share are kept meanwhile
 _PASS = {"cpu": (1024, 1 << 26), "cuda": (8192, 1 << 28)}  # of one pass: tokens, and bytes of logits
 
 
@@ -55,7 +56,7 @@ class TorchEngine:
         chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
         max_model_len: tokens of prompt and completion together; None takes the model's own limit.
         max_batch_tokens: tokens whose keys and values one batch may hold; longer work is split. None takes what fits a
-            quarter of the memory that is free, on a CPU no more than 1 GiB or half of what the weights take.
+            quarter of the memory that is free, on a CPU no more than 512 MiB or half of what the weights take.
         threads: of the arithmetic on a CPU; None follows the rule of ``bon.engines.torch.threads``.
         revision: branch, tag or commit of a Hugging Face name.
         trust_remote_code: whether the model may bring its own code.
@@ -210,28 +211,40 @@ class TorchEngine:
             failed = Loglikelihood.failed(errors[i]) if i in errors else Loglikelihood(0.0, 0, len(contexts[i]))
             call.emit((i, failed))
         path = self._paths.choose([contexts[i] for i in rated], max((lengths[i] for i in rated), default=0), call.check)
-        for batch in self._rating_batches([rated[i] for i in path.order], lengths, targets, path.pads):
+        wanted = [len(target) for target in targets]
+        own = dict(zip(rated, path.own, strict=True))
+        fresh = [own.get(i, 0) + wanted[i] for i in range(len(prompts))]
+        for batch in self._rating_batches([rated[i] for i in path.order], fresh, lengths, wanted, path.pads):
             rows = path.rows()
             totals = rows.rate([contexts[i] for i in batch], [targets[i] for i in batch])
             for at, i in enumerate(batch):
                 call.emit((i, Loglikelihood(totals[at], len(targets[i]), len(contexts[i]), rows.cached[at])))
 
     def _rating_batches(
-        self, order: Sequence[int], lengths: Sequence[int], targets: Sequence[Sequence[int]], pads: bool
+        self, order: Sequence[int], own: Sequence[int], lengths: Sequence[int], wanted: Sequence[int], pads: bool
     ) -> Iterator[list[int]]:
-        """Neighbours in ``order`` together while the batch stays small, and where rows are padded one pass."""
+        """Neighbours in ``order`` together while the batch stays small.
+
+        Args:
+            order: which to rate, in which order.
+            own: tokens that the neighbour before has not, with those of the continuation.
+            lengths: tokens of prompt and continuation.
+            wanted: tokens of the continuation.
+            pads: whether rows are padded: then a batch is one pass through the model, with little padding.
+        """
+        most, positions = self._pass
         batch: list[int] = []
-        real = 0
         for i in order:
-            real += lengths[i]
-            tokens, large = real, real > self.max_batch_tokens
+            together = [*batch, i]
+            real = sum(own[j] for j in together)
+            large = real > min(self.max_batch_tokens, _RATED_PASSES * most)
             if pads:
-                rows, (most, positions) = len(batch) + 1, self._pass
-                tokens = rows * max(lengths[j] for j in (*batch[-1:], i))
-                large |= tokens > most or rows * max(len(targets[j]) for j in (*batch, i)) > positions
-            if batch and (large or tokens - real > _PADDING * tokens):
+                tokens = len(together) * max(lengths[j] for j in together)
+                large = tokens > min(most, self.max_batch_tokens) or tokens - real > _PADDING * tokens
+                large |= len(together) * max(wanted[j] for j in together) > positions
+            if batch and large:
                 yield batch
-                batch, real = [], lengths[i]
+                batch = []
             batch.append(i)
         if batch:
             yield batch

@@ -6,6 +6,7 @@ wrong answer.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from bon.engines.memory import out_of_memory
 from bon.engines.torch.prefix.attention import NAME, NotServedError
 from bon.engines.torch.prefix.shared import Preamble, SharedRows
-from bon.engines.torch.prefix.tree import Ids, arrange, preamble
+from bon.engines.torch.prefix.tree import Ids, arrange, common, preamble
 from bon.engines.torch.rows import PlainRows, Rows, Run
 
 log = logging.getLogger(__name__)
@@ -30,17 +31,26 @@ class Path(Protocol):
 
     Attributes:
         order: prompts in the order in which they shall be batched.
-        pads: whether the prompts of a batch are padded to the longest.
+        own: per prompt, in the order in which they were given, the tokens that the one before it in ``order`` has not.
+        pads: whether the prompts of a batch are padded to the longest when they are read.
     """
 
     order: list[int]
+    own: list[int]
     pads: bool
 
     def rows(self) -> Rows:
         """A fresh batch."""
 
-    def cost(self, prompt: int, copies: int, new: int) -> int:
-        """Tokens whose keys and values ``copies`` rows of one prompt need at most."""
+    def cost(self, prompts: int, rows: int, longest: int, new: int) -> int:
+        """Tokens that there is room for in the keys and values of a batch.
+
+        Args:
+            prompts: how many prompts.
+            rows: how many rows they become.
+            longest: tokens of the longest prompt.
+            new: tokens that a row generates at most.
+        """
 
 
 class PlainPath:
@@ -50,15 +60,16 @@ class PlainPath:
 
     def __init__(self, run: Run, prompts: Sequence[Ids]) -> None:
         self._run = run
+        self.own = [len(prompt) for prompt in prompts]
         self.order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
     def rows(self) -> Rows:
         """A fresh batch."""
         return PlainRows(self._run)
 
-    def cost(self, prompt: int, copies: int, new: int) -> int:
-        """Tokens whose keys and values ``copies`` rows of one prompt need at most."""
-        return copies * (prompt + new)
+    def cost(self, prompts: int, rows: int, longest: int, new: int) -> int:
+        """See ``Path.cost``."""
+        return rows * (longest + new)
 
 
 class SharedPath:
@@ -70,14 +81,18 @@ class SharedPath:
         self._run = run
         self._root = Preamble(preamble(prompts))
         self.order = arrange(prompts)
+        ordered = [prompts[i] for i in self.order]
+        shared = [len(self._root.ids), *(common(a, b) for a, b in itertools.pairwise(ordered))]
+        own = {i: len(prompts[i]) - count for i, count in zip(self.order, shared, strict=False)}
+        self.own = [own[i] for i in range(len(prompts))]
 
     def rows(self) -> Rows:
         """A fresh batch."""
         return SharedRows(self._run, self._root)
 
-    def cost(self, prompt: int, copies: int, new: int) -> int:
-        """Tokens whose keys and values ``copies`` rows of one prompt need at most."""
-        return prompt - len(self._root.ids) + copies * new
+    def cost(self, prompts: int, rows: int, longest: int, new: int) -> int:
+        """See ``Path.cost``."""
+        return prompts * (longest - len(self._root.ids)) + rows * new
 
 
 class Paths:

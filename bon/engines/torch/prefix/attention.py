@@ -48,7 +48,7 @@ def part(
     Returns:
         (groups, heads, queries, width) and (groups, heads, queries).
     """
-    if query.device.type == "cpu" and not softcap and (causal or query.shape[2] * key.shape[2] >= 4096):
+    if query.device.type == "cpu" and not softcap:
         mean, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=bias, scale=1.0
         )
