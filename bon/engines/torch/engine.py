@@ -28,7 +28,7 @@ from bon.engines.base import (
     too_long,
 )
 from bon.engines.loading import load
-from bon.engines.memory import available_bytes, kv_bytes_per_token, out_of_memory
+from bon.engines.memory import available_bytes, give_back, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
 from bon.engines.torch.decode import Batch, Job, KeepAll, batches
 from bon.engines.torch.pack import pack
@@ -141,6 +141,7 @@ class TorchEngine:
         await self._worker.aclose()
         self._paths.close()
         self._model = None
+        give_back()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # the next model, or another process, may need it
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bon.engines.memory import give_back
+
 _LEAST = 1 << 19  # numbers in a weight; below, what a call costs beyond torch's (45 µs) is not made up for
 _ROWS = 32  # any number above 1 gives the same layout
 
@@ -42,10 +44,12 @@ def pack(model: Any) -> None:
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     if not known or platform.machine() not in ("x86_64", "AMD64"):
         return
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and _pays(child.weight):
-                setattr(parent, name, PackedLinear(child))
+    # No list of the layers themselves: each weight goes as soon as it is packed, and the next takes its place.
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name in [name for name, child in parent.named_children() if type(child) is nn.Linear]:
+            if _pays(getattr(parent, name).weight):
+                setattr(parent, name, PackedLinear(getattr(parent, name)))
+    give_back()
 
 
 def _pays(weight: Tensor) -> bool:
