@@ -39,11 +39,12 @@ from bon.engines.torch.worker import Call, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
 
 _MEMORY_SHARE = 0.25  # of the memory that is free once the weights are there, for keys and values
-_MOST_ON_CPU = 1 << 29  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
+_MOST_ON_CPU = 3 << 27  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
 _MOST_BATCH_TOKENS = 1 << 19
 _PADDING = 0.1  # share of the tokens of a rating batch that may be padding
 _RATED_PASSES = 8  # of one rating batch: contexts that several of its prompts share are kept meanwhile
-_PASS = {"cpu": (1024, 1 << 26), "cuda": (8192, 1 << 28)}  # of one pass: tokens, and bytes of logits
+_PASS = {"cpu": (24 << 20, 1 << 26), "cuda": (1 << 29, 1 << 28)}  # bytes of one pass: in a layer, and of logits
+_PASS_TOKENS = (512, 1 << 14)  # at least, so that a pass is worth its overhead; and at most
 
 
 class TorchEngine:
@@ -56,7 +57,7 @@ class TorchEngine:
         chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
         max_model_len: tokens of prompt and completion together; None takes the model's own limit.
         max_batch_tokens: tokens whose keys and values one batch may hold; longer work is split. None takes what fits a
-            quarter of the memory that is free, on a CPU no more than 512 MiB or half of what the weights take.
+            quarter of the memory that is free, on a CPU no more than 384 MiB or half of what the weights take.
         threads: of the arithmetic on a CPU; None follows the rule of ``bon.engines.torch.threads``.
         revision: branch, tag or commit of a Hugging Face name.
         trust_remote_code: whether the model may bring its own code.
@@ -109,8 +110,7 @@ class TorchEngine:
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
         pack(self._model)
         self.stats = Stats()
-        tokens, logit_bytes = _PASS.get(self._device.type, _PASS["cuda"])
-        self._pass = (tokens, max(MOST_DRAFT + 1, logit_bytes // (4 * int(config.vocab_size))))
+        self._pass = _pass_limits(config, self._model)
         self._paths = Paths(Run(self._model, self.stats, *self._pass), share_prefix)
         on_cpu = self._device.type == "cpu"
         wanted = (threads or choose_threads()) if on_cpu else torch.get_num_threads()
@@ -273,6 +273,17 @@ def _context(config: Any, wanted: int | None) -> int | None:
     if wanted is not None and wanted > own:
         raise InputError(f"max_model_len is {wanted}, but the model's own limit is {own} tokens.")
     return int(wanted or own)
+
+
+def _pass_limits(config: Any, model: Any) -> tuple[int, int]:
+    """Tokens of one pass through the model, and positions whose logits it makes."""
+    layer_bytes, logit_bytes = _PASS.get(model.device.type, _PASS["cuda"])
+    width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner  # one for each layer, in some models
+    # What a layer holds of a token at a time: three of the feed-forward's vectors, and some of the width.
+    per_token = (3 * inner + 8 * width) * model.dtype.itemsize
+    tokens = min(max(layer_bytes // per_token, _PASS_TOKENS[0]), _PASS_TOKENS[1])
+    return tokens, max(MOST_DRAFT + 1, logit_bytes // (4 * int(config.vocab_size)))
 
 
 def _affordable_tokens(config: Any, model: Any) -> int:

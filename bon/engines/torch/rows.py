@@ -19,6 +19,8 @@ from transformers import DynamicCache
 
 Ids = tuple[int, ...]
 
+_AT_A_TIME = 64  # positions whose logits are exponentiated together: that takes their memory once more
+
 
 @dataclass
 class Stats:
@@ -205,5 +207,9 @@ def cache_argument(model: Any) -> str:
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of each id under its logits; shapes (tokens, vocabulary) and (tokens,)."""
-    logits = logits.float()
+    pieces = zip(torch.split(logits, _AT_A_TIME), torch.split(ids, _AT_A_TIME), strict=True)
+    return torch.cat([_logprobs(some.float(), of) for some, of in pieces])
+
+
+def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

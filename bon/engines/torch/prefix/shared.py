@@ -86,6 +86,7 @@ class SharedRows:
             behind.append(logits[last])
             ids = torch.tensor(taken, dtype=torch.long, device=self._device)
             found = token_logprobs(logits[read], ids).cpu()
+            del logits  # before the next pass makes as many
             logprobs += [piece.tolist() for piece in torch.split(found, agreed[len(agreed) - len(last) :])]
         left = np.array(wanted) - 1 - np.array(agreed)
         self._own.crop(self._own.lengths - left, self._device)
@@ -133,6 +134,7 @@ class SharedRows:
         for logits in self._read(inputs, counts, store=False):
             found.append(token_logprobs(logits, targets[at : at + len(logits)]).double().cpu())
             at += len(logits)
+            del logits  # before the next pass makes as many
         self._note_prefix()
         return [float(one.sum()) for one in torch.split(torch.cat(found), counts)]
 
