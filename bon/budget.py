@@ -46,20 +46,25 @@ class Fixed(Specified):
 
 @dataclass(frozen=True)
 class StopAt(Specified):
-    """Samples until a candidate has a reward, all asked for at once; the others are given up then.
+    """Samples until a candidate has a reward; what is still running is given up then.
 
     At the scorer's largest reward (1.0 for word F1) the winner's reward is what it would have been.
 
     Args:
         reward: good enough.
         most: samples when no candidate gets there.
+        batch: samples asked for at a time: where the first of them are often good enough, the others are not even
+            begun. None asks for all at once, which is the fastest where they seldom are.
     """
 
     reward: float
     most: int = 8
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         whole_number("most", self.most, 1)
+        if self.batch is not None:
+            whole_number("batch", self.batch, 1)
         number("the reward to stop at", self.reward)
 
     @property
@@ -68,8 +73,9 @@ class StopAt(Specified):
         return self.reward
 
     def more(self, group: Group) -> int:
-        """What is missing to ``most``, unless the reward was reached."""
-        return 0 if group.reached else max(0, self.most - group.asked)
+        """What is missing to ``most``, no more than ``batch``, unless the reward was reached."""
+        missing = 0 if group.reached else max(0, self.most - group.asked)
+        return missing if self.batch is None else min(self.batch, missing)
 
 
 def as_budget(n: int | str | Budget) -> Budget:

@@ -11,7 +11,7 @@ import asyncio
 import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal, TypeVar
@@ -220,8 +220,11 @@ class _Round:
     def __init__(self, pipeline: Pipeline, asked: Sequence[tuple[Group, Request]], *, live: bool) -> None:
         assert pipeline.policy is not None
         self._pipeline, self._policy = pipeline, pipeline.policy
-        self._asked = asked
-        self._schedule = pipeline.schedule_for([group for group, _ in asked], live=live)
+        groups = [group for group, _ in asked]
+        self._schedule = pipeline.schedule_for(groups, live=live)
+        single = live or any(group.watched or group.stop_at is not None for group in groups)
+        together = self._schedule == "all" and not single
+        self._asked = [(group, replace(request, together=together)) for group, request in asked]
         self._sampled: asyncio.Queue[Pending | None] = asyncio.Queue()  # None: sampling is over
         self._samplers: dict[asyncio.Task[None], list[Group]] = {}
 

@@ -60,6 +60,7 @@ class FakeServer:
         self.refuse: Callable[[Seen], Any] = lambda seen: None
         self.models: list[dict[str, Any]] = [{"id": "fake-model", "object": "model"}]
         self.honours_n = True
+        self.takes_batches = False  # several conversations in one request, as vLLM does
         self.hold = 0
         self.pace = 0.0  # seconds between the events of a stream
         self.seen: list[Seen] = []
@@ -157,6 +158,8 @@ class FakeServer:
                         await self._waiting.wait_for(lambda: self.under_way >= self.hold)
                 self.hold = 0
         fault = self.refuse(seen)
+        if fault is None and seen.path.endswith("/batch") and not self.takes_batches:
+            fault = Reply(404, {"detail": "Not Found"})
         if fault is None and self.faults:
             fault = self.faults.popleft()
         if fault == "hang":
@@ -183,14 +186,15 @@ class FakeServer:
         return self.text(seen, self.draws - 1)
 
     def completion(self, seen: Seen) -> dict[str, Any]:
-        n = seen.body.get("n", 1) if self.honours_n else 1
+        batch = seen.path.endswith("/batch")
+        n = len(seen.body["messages"]) if batch else seen.body.get("n", 1) if self.honours_n else 1
         texts = [self._draw(seen) for _ in range(n)]
         tokens = [len(text.split()) + 1 for text in texts]
         choices: list[dict[str, Any]] = []
         for i, text in enumerate(texts):
             choice: dict[str, Any] = {"index": i, "finish_reason": "stop"}
             values = [-0.5] * tokens[i]
-            if seen.path.endswith("/chat/completions"):
+            if "/chat/completions" in seen.path:
                 choice["message"] = {"role": "assistant", "content": text}
                 if seen.body.get("logprobs"):
                     choice["logprobs"] = {"content": [{"token": "x", "logprob": v} for v in values]}
@@ -204,7 +208,7 @@ class FakeServer:
             "model": "fake-model",
             "choices": choices,
             "usage": {
-                "prompt_tokens": 7,
+                "prompt_tokens": 7 * n if batch else 7,
                 "completion_tokens": sum(tokens),
                 "prompt_tokens_details": {"cached_tokens": 4},
             },

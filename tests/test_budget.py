@@ -244,3 +244,14 @@ def test_a_budget_whose_limits_are_no_numbers_is_refused_when_it_is_passed(attri
 def test_an_unknown_budget_names_the_known_ones():
     with pytest.raises(UnknownNameError, match="stop-at"):
         as_budget("adaptiv:3")
+
+
+def test_a_batch_that_is_good_enough_is_the_last_one():
+    """All samples were asked for at once, so that a good one could only stop what was still running."""
+    for reward, rounds in ((0.0, 1), (2.0, 3)):
+        engine = Recorder(concurrent=True)
+        result = BestOfN(engine, Own(lambda e: 1.0), n=StopAt(reward, most=5, batch=2), sampling={"seed": 5})(PROMPT)
+        assert engine.asked == [(0, 2), (2, 2), (4, 1)][:rounds]
+        assert len(result.candidates) == sum(n for _, n in engine.asked)
+    with pytest.raises(InputError, match="batch"):
+        as_budget("stop-at:1.0,batch=0")

@@ -5,6 +5,7 @@ import gzip
 import json
 import threading
 import time
+from contextlib import aclosing
 
 import pytest
 
@@ -69,7 +70,7 @@ def generate(engine, prompts=(PROMPT,), n=1, **options):
 
 
 def sent_seed(sample, seed=0):
-    return wire.seed_of(seed, sample, 1)
+    return wire.seed_of(seed, sample)
 
 
 def messages(error_completions):
@@ -274,8 +275,8 @@ def test_n_per_request_asks_for_that_many_at_once(server):
     assert [c.sample_index for c in done] == [*range(6)]
     assert {c.text for c in done} == {f"answer {i}" for i in range(6)}
     assert sorted((p.body["n"], p.body["seed"]) for p in server.posts) == [
-        (2, wire.seed_of(10, 4, 4)),
-        (4, wire.seed_of(10, 0, 4)),
+        (2, wire.seed_of(10, 4)),
+        (4, wire.seed_of(10, 0)),
     ]
     assert [c.completion_tokens for c in done] == [3] * 6
 
@@ -302,6 +303,72 @@ def test_a_server_that_refuses_n_is_asked_one_by_one(server, message):
     done = generate(HTTPEngine(server.url, n_per_request=3), n=3)
     assert [c.finish_reason for c in done] == ["stop"] * 3
     assert [p.body.get("n") for p in server.posts].count(3) == 1
+
+
+def said(text):
+    return Prompt.of(as_messages(text))
+
+
+def together(engine, texts, n=1, **sampling):
+    """What comes of prompts whose asker waits for all of them."""
+
+    async def once():
+        try:
+            requests = [Request(said(text), Sampling(**sampling), n, together=True) for text in texts]
+            async with aclosing(engine.generate(requests)) as completions:
+                return sorted([c async for c in completions], key=lambda c: (c.request_index, c.sample_index))
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(once())
+
+
+def test_samples_that_are_waited_for_together_are_one_request_at_each_replica(server):
+    with FakeServer() as other:
+        done = together(HTTPEngine([server.url, other.url]), ["hello"], n=5, seed=3)
+        asked = sorted((p.body["n"], p.body["seed"]) for p in [*server.posts, *other.posts])
+        assert len(server.posts) == len(other.posts) == 1
+    assert [c.sample_index for c in done] == [*range(5)]
+    assert asked == [(2, wire.seed_of(3, 3)), (3, wire.seed_of(3, 0))], "choice i of a request has its seed plus i"
+
+
+def test_prompts_that_are_waited_for_together_are_one_request_to_a_server_that_takes_several(server):
+    server.takes_batches = True
+    done = together(HTTPEngine(server.url), ["one", "two", "three"])
+    [post] = server.posts
+    assert [turns[0]["content"] for turns in post.body["messages"]] == ["one", "two", "three"]
+    assert [(c.request_index, c.text) for c in done] == [(0, "answer 0"), (1, "answer 1"), (2, "answer 2")]
+    assert [(c.prompt_tokens, c.completion_tokens) for c in done] == [(7, 3)] * 3
+    assert sum(c.cached_tokens for c in done) == 4, "what the whole request had cached"
+
+
+def test_a_server_that_takes_one_prompt_at_a_time_is_tried_once_and_then_asked_as_it_likes(server):
+    engine = HTTPEngine(server.url)
+
+    async def twice():
+        for _ in range(2):
+            requests = [Request(said(text), together=True) for text in ("one", "two")]
+            async with aclosing(engine.generate(requests)) as completions:
+                assert {c.finish_reason async for c in completions} == {"stop"}
+        await engine.aclose()
+
+    asyncio.run(twice())
+    assert [p.path.endswith("/batch") for p in server.posts] == [True] + [False] * 4
+
+
+def test_a_prompt_that_is_refused_fails_alone_and_not_with_those_beside_it(server):
+    server.takes_batches = True
+    server.refuse = lambda seen: error(400, "bad word") if "bad" in json.dumps(seen.body["messages"]) else None
+    done = together(HTTPEngine(server.url), ["one", "bad", "three"])
+    assert [c.finish_reason for c in done] == ["stop", "error", "stop"]
+
+
+@pytest.mark.parametrize("answer", [{"choices": []}, {"choices": [{"message": {"content": "x"}}]}, b"<html>"])
+def test_an_answer_that_is_no_batch_is_not_taken_for_one(server, answer):
+    server.takes_batches = True
+    server.faults += [answer]
+    done = together(HTTPEngine(server.url), ["one", "two"])
+    assert [c.text for c in done] == ["answer 0", "answer 1"]
 
 
 def test_choices_beyond_those_asked_for_are_dropped(server):
@@ -563,7 +630,7 @@ def test_a_choice_that_cannot_be_read_is_made_again_by_itself(server):
     server.faults += [{"choices": [bad, *good]}]
     done = generate(HTTPEngine(server.url, n_per_request=3), n=3, seed=0)
     assert [c.text for c in done] == ["at once 0", "answer 0", "at once 2"]
-    assert server.posts[1].body["seed"] == wire.seed_of(0, 1, 3)
+    assert server.posts[1].body["seed"] == wire.seed_of(0, 1)
 
 
 def test_what_keep_raises_comes_out_of_the_call(server):
@@ -983,7 +1050,8 @@ def test_best_of_n_over_http_end_to_end(server, http):
     policy = http(server.url)
     result = bon.BestOfN(policy, bon.Flip(policy), n=4, prune=False)("Write about a fox")
     assert (result.text, result.reward) == ("A red fox.", 1.0)
-    assert result.usage.policy_prompt_tokens == 4 * 7, "the prompt is sent with each of the four requests"
+    assert [p.body.get("n") for p in server.posts] == [4, None], "one request brings all samples, which are one text"
+    assert result.usage.policy_prompt_tokens == 7, "and reads the prompt once"
     assert result.usage.policy_completion_tokens == 16
     assert result.errors == ()
 

@@ -94,6 +94,7 @@ class Request:
         sampling: how.
         n: how many completions.
         first_sample: index of the first of them.
+        together: whoever asks waits for all completions of the call, so an engine may bring them at once.
 
     Raises:
         InputError: n < 1 or first_sample < 0.
@@ -103,6 +104,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
     first_sample: int = 0
+    together: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.first_sample < 0:

@@ -46,6 +46,10 @@ class Endpoints:
     loops: dict[asyncio.AbstractEventLoop, tuple[list[Link], AsyncGenerator[None, None]]] = field(default_factory=dict)
     closed: bool = False
 
+    def share(self, items: int, most: int) -> int:
+        """How many of some items to send with one request, so that every replica gets its part."""
+        return min(-(-items // len(self.all)), most)
+
     async def call(self, send: Callable[[Link], Awaitable[T]], until: float | None = None) -> T:
         """Send a request where it is best sent, again where that may help, until some loop time.
 

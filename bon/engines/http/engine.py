@@ -1,8 +1,10 @@
 """Any OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp's server, TGI, hosted APIs.
 
-By default each sample is a request of its own, so that each candidate can be shown, scored, retried and aborted by
-itself, and those that are there count when a deadline passes. ``n_per_request`` asks for more at once, which pays where
-answers are short or a prompt is billed with each request; what a server then leaves out is asked for one by one.
+Each sample is a request of its own where somebody looks at single ones, so that each candidate can be shown, scored,
+retried and aborted by itself, and those that are there count when a deadline passes. Where whoever asks waits for all
+of them (``Request.together``), one request brings all samples of a prompt, or, from a server that takes several
+prompts (vLLM), one sample of each: most of what a short answer costs a server is its request. What a server leaves
+out or refuses is asked for one by one. ``n_per_request`` sets how many samples one request asks for.
 
 Tokens are streamed only where ``keep`` reads them; a completion that it gives up is aborted by closing the connection
 (what it cost by then is known only of a stream). With ``tokenizer`` prompts are rendered here and sent as token ids, so
@@ -29,7 +31,7 @@ from bon.engines.http import wire
 from bon.engines.http.endpoints import Endpoints
 from bon.engines.http.link import Endpoint, Link
 from bon.engines.http.model import NOTHING, Model
-from bon.engines.http.samples import Job
+from bon.engines.http.samples import BATCH, MOST_TOGETHER, Job, make_together
 from bon.errors import BonError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError, whole_number
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ class HTTPEngine:
         tokenizer: folder or Hugging Face name of the model's tokenizer; prompts are then sent as token ids.
         extra_body: fields sent with every request, such as vLLM's ``{"repetition_penalty": 1.1}``;
             ``Sampling.extra`` may override them and name none but these and OpenAI's own.
-        n_per_request: samples to ask for with one request; with ``keep`` always one.
+        n_per_request: samples to ask for with one request, with ``keep`` always one; None takes all where the caller
+            waits for all, else one.
         max_concurrency: requests under way at each address.
         timeout_s: seconds for one request.
         deadline_s: seconds for one call of ``generate`` or ``loglikelihood`` with all its retries; samples that are
@@ -87,7 +90,7 @@ class HTTPEngine:
         api_key_env: str | None = None,
         tokenizer: str | Path | None = None,
         extra_body: Mapping[str, Any] | None = None,
-        n_per_request: int = 1,
+        n_per_request: int | None = None,
         max_concurrency: int = 256,
         timeout_s: float = 600.0,
         deadline_s: float | None = None,
@@ -102,7 +105,8 @@ class HTTPEngine:
             raise InputError(f"extra_body must be an object such as {{'repetition_penalty': 1.1}}, got {extra_body!r}.")
         extra_body = dict(extra_body or {})
         wire.check_extra(extra_body, extra_body)
-        self._tokenizer, self._n_per_request = tokenizer, whole_number("n_per_request", n_per_request, 1)
+        self._tokenizer = tokenizer
+        self._n_per_request = None if n_per_request is None else whole_number("n_per_request", n_per_request, 1)
         self._deadline_s = None if deadline_s is None else _seconds("deadline_s", deadline_s)
         urls = base_url if isinstance(base_url, list | tuple) else str(base_url).split(",")
         endpoints = [Endpoint(str(url)) for url in urls]
@@ -155,48 +159,63 @@ class HTTPEngine:
         # No TaskGroup, because a generator must not yield inside one (PEP 789). The loop itself puts every task here
         # the moment it ends, however it ends, and ``result`` raises what it raised.
         ended: asyncio.Queue[asyncio.Task[list[Completion]]] = asyncio.Queue()
-        asked: dict[asyncio.Task[list[Completion]], tuple[Job, Sequence[int]]] = {}
+        asked: dict[asyncio.Task[list[Completion]], tuple[list[Job], Sequence[int]]] = {}
 
-        def start(job: Job, samples: Sequence[int]) -> None:
-            task = asyncio.create_task(self._make(job, samples, until))
+        def start(jobs: list[Job], samples: Sequence[int]) -> None:
+            task = asyncio.create_task(self._make(jobs, samples, until))
             task.add_done_callback(ended.put_nowait)
-            asked[task] = job, samples
+            asked[task] = jobs, samples
 
         try:
+            jobs = {}
             for index in {*range(len(requests))} - errors.keys():
                 as_tokens = None if rows[index] is None else self.renderer.as_tokens
-                job = Job(self._model, index, requests[index], self._n_per_request, read, rows[index], as_tokens)
-                for group in job.groups():
-                    start(job, group)
+                jobs[index] = Job(
+                    self._model, index, requests[index], self._n_per_request, read, rows[index], as_tokens
+                )
+            for batch in self._batches([*jobs.values()]):
+                for samples in batch[0].groups():
+                    start(batch, samples)
             for index, error in errors.items():
                 for sample in requests[index].samples:
                     yield Completion.failed(index, sample, error)
             while asked:
                 task = await _wait(ended, None if wanted is None else ASK_AGAIN_S)
-                for running, (job, _) in asked.items():
-                    if wanted is not None and not wanted(job.index) and not running.cancelling():
+                for running, (batch, _) in asked.items():
+                    unwanted = wanted is not None and not any(wanted(job.index) for job in batch)
+                    if unwanted and not running.cancelling():
                         running.cancel()
                 if task is None:
                     continue
-                job, samples = asked.pop(task)
-                if task.cancelled():
-                    done = [Completion(job.index, sample, "", "abort") for sample in samples]
-                else:
-                    done = task.result()
-                for left_out in {*samples} - {completion.sample_index for completion in done}:
-                    start(job, [left_out])
+                batch, samples = asked.pop(task)
+                places = {(job.index, sample) for job in batch for sample in samples}
+                aborted = [Completion(*place, "", "abort") for place in places] if task.cancelled() else None
+                done = task.result() if aborted is None else aborted
+                for index, left_out in sorted(places - {(one.request_index, one.sample_index) for one in done}):
+                    start([jobs[index]], [left_out])
                 for completion in done:
                     yield completion
         finally:
             await _cancel(asked)
 
-    async def _make(self, job: Job, samples: Sequence[int], until: float | None) -> list[Completion]:
+    def _batches(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """The jobs of each HTTP request: one, or several where all servers are thought to take several prompts."""
+        if self._n_per_request or all(BATCH in endpoint.refused for endpoint in self.endpoints.all):
+            return [[job] for job in jobs]
+        batches: list[list[Job]] = []
+        most = self.endpoints.share(len(jobs), MOST_TOGETHER)
+        for job in jobs:
+            fitting = next((batch for batch in batches if len(batch) < most and batch[0].joins(job)), None)
+            batches.append([job]) if fitting is None else fitting.append(job)
+        return batches
+
+    async def _make(self, jobs: Sequence[Job], samples: Sequence[int], until: float | None) -> list[Completion]:
         try:
-            return await job.make(samples, until)
+            return await (make_together(jobs, until) if len(jobs) > 1 else jobs[0].make(samples, until))
         except BonError as error:
             if not _concerns_one(error):
                 raise
-            return [Completion.failed(job.index, sample, error) for sample in samples]
+            return [Completion.failed(job.index, sample, error) for job in jobs for sample in samples]
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True

@@ -1,4 +1,4 @@
-"""The samples of one request over HTTP: its bodies, streams that may be given up, and what comes of the answers."""
+"""What HTTP requests ask for: their bodies, streams that may be given up, several prompts at once; and the answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from bon.engines.base import Completion, Keep, Partial, Request
 from bon.engines.http import wire
 from bon.engines.http.link import Link, events
 from bon.engines.http.model import Model
+from bon.errors import PromptTooLongError
+
+BATCH = "batch"
+MOST_TOGETHER = 64
+"""Samples or prompts in one HTTP request: what one failure costs is bounded, and so is the size of an answer."""
 
 
 class Job:
@@ -20,22 +25,29 @@ class Job:
         model: Model,
         index: int,
         request: Request,
-        at_once: int,
+        at_once: int | None,
         keep: Keep | None,
         ids: tuple[int, ...] | None = None,
         as_tokens: wire.AsTokens | None = None,
     ) -> None:
         self.index, self.request = index, request
-        self._model, self._at_once, self._ids, self._as_tokens = model, at_once, ids, as_tokens
+        self._model, self._ids, self._as_tokens = model, ids, as_tokens
+        self._at_once = at_once or (model.endpoints.share(request.n, MOST_TOGETHER) if request.together else 1)
         self._options = {**model.extra_body, **wire.sampling_fields(request.sampling)}
         self._keep = None if wire.TOOLS & self._options.keys() else keep
         self._bodies: dict[tuple[str, bool], wire.Body] = {}
 
     def groups(self) -> list[range]:
-        """The samples of each HTTP request: cut at the same places however a prompt's samples are divided."""
+        """The samples of each HTTP request."""
         most, samples = 1 if self._keep else self._at_once, self.request.samples
-        cuts = [*range(samples.start - samples.start % most + most, samples.stop, most)]
-        return [range(*ends) for ends in zip([samples.start, *cuts], [*cuts, samples.stop], strict=True)]
+        return [samples[start : start + most] for start in range(0, len(samples), most)]
+
+    def joins(self, other: Job) -> bool:
+        """Whether both can be made with one HTTP request: one sample each, and only the prompts differ."""
+        a, b = self.request, other.request
+        alike = (a.n, a.first_sample, a.prompt.template) == (1, b.first_sample, b.prompt.template) and b.n == 1
+        plain = self._keep is None is other._keep and not wire.TOOLS & self._options.keys()
+        return alike and plain and a.together and b.together and a.sampling == b.sampling and self._ids is other._ids
 
     async def make(self, samples: Sequence[int], until: float | None) -> list[Completion]:
         """Make some samples with one request and its retries; a server may give fewer.
@@ -85,7 +97,7 @@ class Job:
         varying = self._varying(path, samples, link.endpoint.max_model_len)
         if keep is None:
             data = await self._model.ask(link, path, body, varying, link.fetch)
-            done = wire.read_answer(data, self.index, samples, self._as_tokens)
+            done = wire.read_answer(data, self._places(samples), self._as_tokens)
             if len(samples) > 1 and len(data["choices"]) < len(samples):
                 link.endpoint.refused.add("n")
             return done
@@ -100,8 +112,11 @@ class Job:
                         break
         finally:
             response.close()
-        done = wire.read_answer(growing.answer(aborted=aborted), self.index, samples, self._as_tokens)
+        done = wire.read_answer(growing.answer(aborted=aborted), self._places(samples), self._as_tokens)
         return [replace(done[0], finish_reason="abort")] if aborted else done
+
+    def _places(self, samples: Sequence[int]) -> list[wire.Place]:
+        return [(self.index, sample) for sample in samples]
 
     def _varying(self, path: str, samples: Sequence[int], max_model_len: int | None) -> dict[str, int]:
         """The fields that differ between the requests for this prompt."""
@@ -113,7 +128,7 @@ class Job:
         if len(samples) > 1:
             varying["n"] = len(samples)
         if sampling.seed is not None and sampling.temperature > 0:
-            varying["seed"] = wire.seed_of(sampling.seed, samples[0], self._at_once)
+            varying["seed"] = wire.seed_of(sampling.seed, samples[0])
         return varying
 
     def _body(self, path: str, streamed: bool) -> wire.Body:
@@ -127,3 +142,40 @@ class Job:
         if self.request.sampling.logprobs:
             fields["logprobs"] = True if path == wire.CHAT else 0
         return wire.Body(fields | (wire.STREAM if streamed else {}), f"prompt {self.index}")
+
+
+async def make_together(jobs: Sequence[Job], until: float | None) -> list[Completion]:
+    """Make the only sample of each of several requests that differ in their prompts alone, where the server can.
+
+    Nothing is returned where it cannot, or where it refuses one of the prompts: then each is asked for by itself.
+
+    Raises:
+        BonError: what concerns all of them.
+    """
+    first = jobs[0]
+    body = first._body(wire.CHAT, streamed=False)
+    messages = [[turn.to_dict() for turn in job.request.prompt.turns] for job in jobs]
+    body = wire.Body({**body.fields, "messages": messages, "return_token_ids": True}, "a batch of prompts")
+
+    async def send(link: Link) -> list[Completion]:
+        if BATCH in (refused := link.endpoint.refused):
+            return []
+        await first._model.name_at(link)
+        varying = first._varying(wire.CHAT, first.request.samples, link.endpoint.max_model_len)
+        try:
+            data = await first._model.ask(link, wire.CHAT_BATCH, body, varying, link.fetch)
+            if len(data.get("choices") or ()) == len(jobs):
+                return wire.read_answer(data, [(job.index, job.request.first_sample) for job in jobs])
+        except PromptTooLongError:
+            return []
+        except wire.StatusError as error:
+            if error.status in (401, 429, 503):
+                raise
+            if error.status in (400, 413, 422):
+                return []
+        except wire.BadAnswerError:
+            pass
+        refused.add(BATCH)
+        return []
+
+    return await first._model.endpoints.call(send, until)

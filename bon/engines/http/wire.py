@@ -23,6 +23,7 @@ from bon.task import canonical_calls
 from bon.types import FinishReason, Sampling, Tokens
 
 CHAT, PLAIN = "chat/completions", "completions"
+CHAT_BATCH = f"{CHAT}/batch"  # vLLM: ``messages`` is a list of conversations, and each gets one choice
 
 
 def _names(text: str) -> frozenset[str]:
@@ -48,6 +49,7 @@ _NAMES_N = re.compile(r"""['"`]n['"`]|\bn (?:must|should|is|has|=|>)|\bonly one 
 _FINISH: Mapping[str, FinishReason] = {"length": "length", "max_tokens": "length"}
 
 AsTokens = Callable[[Sequence[int], str], Tokens | None]
+Place = tuple[int, int]  # index of the request, index of the sample
 
 
 class BadAnswerError(UnavailableError):
@@ -101,14 +103,14 @@ def sampling_fields(sampling: Sampling) -> dict[str, Any]:
     return {"temperature": sampling.temperature, **chosen, **sampling.extra}
 
 
-def seed_of(seed: int, sample: int, at_once: int) -> int:
+def seed_of(seed: int, sample: int) -> int:
     """The seed to send for a request whose first sample is this one.
 
-    It is a hash, so that two seeds share no sample. A server that is asked for several gives choice i the seed plus i
-    (vLLM does), so only the first of every ``at_once`` samples is hashed and the others count on from there.
+    A server that is asked for several gives choice i the seed plus i (vLLM does), so samples count on from a start;
+    the start is a hash, so that two seeds share no sample.
     """
-    digest = hashlib.blake2b(f"{seed}:{sample - sample % at_once}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % (2**31 - 2**16) + sample % at_once
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % (2**31 - 2**16) + sample
 
 
 @dataclass
@@ -185,9 +187,11 @@ def _reading() -> Iterator[None]:
 
 
 def read_answer(
-    data: Mapping[str, Any], request_index: int, samples: Sequence[int], as_tokens: AsTokens | None = None
+    data: Mapping[str, Any], places: Sequence[Place], as_tokens: AsTokens | None = None
 ) -> list[Completion]:
-    """The completions of an answer, one for each of ``samples``; those whose choice cannot be read are left out.
+    """The completions of an answer, one for each of ``places``; those whose choice cannot be read are left out.
+
+    The tokens of one prompt are noted with the first of its samples; those of several are divided among them.
 
     Raises:
         BadAnswerError: no choice can be read.
@@ -196,10 +200,11 @@ def read_answer(
     if not isinstance(choices, list) or not choices:
         raise BadAnswerError(f"sent no choices: {error_in(data) or reprlib.repr(data)}")
     read: list[dict[str, Any]] = []
-    for sample, choice in zip(samples, sorted(choices, key=_position), strict=False):
+    for (request, sample), choice in zip(places, sorted(choices, key=_position), strict=False):
         try:
             with _reading():
-                read.append({"sample_index": sample, **_read_choice(choice, as_tokens)})
+                fields = _read_choice(choice, as_tokens)
+                read.append({"request_index": request, "sample_index": sample, **fields})
         except BadAnswerError as error:
             problem = error
     if not read:
@@ -207,11 +212,17 @@ def read_answer(
     prompt, completion, cached = read_usage(data.get("usage"))
     # Each choice has the tokens that it lists, else an equal share of what the request cost.
     if completion and (len(choices) == 1 or not all(fields["completion_tokens"] for fields in read)):
-        share, more = divmod(completion, len(choices))
-        for i, fields in enumerate(read):
-            fields["completion_tokens"] = share + (i < more)
-    read[0] |= {"prompt_tokens": prompt, "cached_tokens": cached}
-    return [Completion(request_index, **fields) for fields in read]
+        _divide(completion, "completion_tokens", read, len(choices))
+    prompts = read if len({request for request, _ in places}) > 1 else read[:1]
+    for name, tokens in ("prompt_tokens", prompt), ("cached_tokens", cached):
+        _divide(tokens, name, prompts, len(prompts))
+    return [Completion(**fields) for fields in read]
+
+
+def _divide(tokens: int, name: str, among: Sequence[dict[str, Any]], parts: int) -> None:
+    share, more = divmod(tokens, parts)
+    for i, fields in enumerate(among):
+        fields[name] = share + (i < more)
 
 
 def _position(choice: object) -> int:

@@ -153,8 +153,9 @@ class Flip(ModelScorer):
         sampling = self._held(self.sampling)
         if attempt:
             sampling = sampling.replace(temperature=max(sampling.temperature, RETRY_TEMPERATURE))
-        requests = [Request(run.prompt, sampling, self.samples, run.first_sample) for run in runs]
-        async with aclosing(self.engine.generate(requests, keep=_keep(runs, sampling.stop))) as completions:
+        keep = _keep(runs, sampling.stop)
+        requests = [Request(run.prompt, sampling, self.samples, run.first_sample, keep is None) for run in runs]
+        async with aclosing(self.engine.generate(requests, keep=keep)) as completions:
             async for completion in completions:
                 run = runs[completion.request_index]
                 if run.prompt.draft:
