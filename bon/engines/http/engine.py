@@ -167,15 +167,15 @@ class HTTPEngine:
             asked[task] = jobs, samples
 
         try:
-            jobs = {}
+            jobs: dict[int, Job] = {}
             for index in {*range(len(requests))} - errors.keys():
                 as_tokens = None if rows[index] is None else self.renderer.as_tokens
                 jobs[index] = Job(
                     self._model, index, requests[index], self._n_per_request, read, rows[index], as_tokens
                 )
             for batch in self._batches([*jobs.values()]):
-                for samples in batch[0].groups():
-                    start(batch, samples)
+                for part in batch[0].groups():
+                    start(batch, part)
             for index, error in errors.items():
                 for sample in requests[index].samples:
                     yield Completion.failed(index, sample, error)
