@@ -7,7 +7,7 @@ on it has a name in Python and on the command line (``bon eval NAME``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,15 +18,25 @@ from bon.task import Task
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of a dataset.
+    """One row of a dataset: candidates with labels, or a way to tell whether an answer is right, or both.
 
     Args:
         task: what is asked.
-        passes: whether a text is a right answer.
+        passes: whether a text is a right answer; None where only given candidates can be judged.
+        candidates: given answers, in no meaningful order; () where a policy has to write them.
+        labels: how good each candidate is, higher is better: 0 or 1, a grade, a win rate.
+        generators: who wrote each candidate, where that is known; as many as there are candidates, or none.
+        extract: the final answer of a text, for the majority vote; None where there is none to extract.
+        subset: which part of the dataset the row belongs to.
     """
 
     task: Task
-    passes: Callable[[str], bool]
+    passes: Callable[[str], bool] | None = None
+    candidates: Sequence[str] = ()
+    labels: Sequence[float] = ()
+    generators: Sequence[str] = ()
+    extract: Callable[[str], str | None] | None = None
+    subset: str = ""
 
 
 class Dataset(ABC, Specified):

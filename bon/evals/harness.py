@@ -204,6 +204,7 @@ class _Outcome:
     def of(
         cls, example: Example, greedy: Candidate, candidates: Sequence[Candidate], ranked: Mapping[str, Sequence[int]]
     ) -> _Outcome:
+        assert example.passes is not None
         passed = [example.passes(candidate.text) for candidate in candidates]
 
         def by(key: Callable[[int], int]) -> list[int]:
