@@ -333,7 +333,13 @@ ENGINES = Registry(
     },
 )
 SCORERS = Registry(
-    "scorer", {"flip": "bon.scorers.flip:Flip", "likelihood": "bon.scorers.likelihood:BackwardLikelihood"}
+    "scorer",
+    {
+        "flip": "bon.scorers.flip:Flip",
+        "likelihood": "bon.scorers.likelihood:BackwardLikelihood",
+        "consensus": "bon.scorers.consensus:Consensus",
+        "ensemble": "bon.scorers.ensemble:Ensemble",
+    },
 )
 SELECTORS = Registry(
     "selector",

@@ -1,5 +1,7 @@
 """Prompt styles: what a scorer's model is shown, in which pieces, and which template files are refused."""
 
+import json
+
 import pytest
 
 from bon.errors import InputError, UnknownNameError
@@ -137,3 +139,33 @@ def test_a_folder_with_templates_is_a_style_by_its_name(tmp_path):
 def test_what_is_no_style_is_refused():
     with pytest.raises(InputError, match="a style is a name, a folder or a Style, not 3"):
         load_style(3)
+
+
+def test_examples_are_turns_before_the_response_and_the_same_for_all_candidates(tmp_path):
+    """Shown as text in one message, a small model repeats the response; as turns, it answers with a request."""
+    (tmp_path / "system.txt").write_text("Guess.")
+    (tmp_path / "user.txt").write_text("Reply: {response}")
+    rows = [{"response": "Paris.", "instruction": "Capital of France?"}, {"response": "4", "instruction": "2 + 2?"}]
+    (tmp_path / "examples.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    style = load_style(tmp_path)
+    one, two = (style.prompt(Task.of("x"), text).turns for text in ("a", "b"))
+    assert [(turn.role, "".join(turn.pieces)) for turn in one] == [
+        ("system", "Guess."),
+        ("user", "Reply: Paris."),
+        ("assistant", "Capital of France?"),
+        ("user", "Reply: 4"),
+        ("assistant", "2 + 2?"),
+        ("user", "Reply: a"),
+    ]
+    assert one[:-1] == two[:-1], "what they share is computed once"
+    assert load_style("turns").examples
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[]", "nope", '{"response": "a", "instruction": 1}', '{"response": " ", "instruction": "b"}']
+)
+def test_an_example_that_is_none_is_named_with_its_line(tmp_path, line):
+    (tmp_path / "user.txt").write_text("{response}")
+    (tmp_path / "examples.jsonl").write_text('{"response": "a", "instruction": "b"}\n' + line)
+    with pytest.raises(InputError, match=r"examples\.jsonl, line 2"):
+        load_style(tmp_path)

@@ -45,7 +45,8 @@ async def later(prompt, responses):
 
 
 WAYS = [
-    *SCORERS,
+    *(name for name in SCORERS if not SCORERS.takes_argument(name)),
+    'ensemble:"likelihood,style=turns + consensus"',
     'flip:samples=2,sampling={"seed": 1, "max_tokens": 24}',
     "flip:style=json",
     "flip:tie_break=likelihood",

@@ -2,7 +2,9 @@
 
 A style is two text files, ``system.txt`` and ``user.txt``, read with ``str.format`` semantics: ``{response}`` is
 required in the user file, ``{context}`` is optional, literal braces are doubled. Users' own files (the FLIP paper's
-``FLIP_SYSTEM.prompt`` and ``FLIP_USER.prompt`` as they are, for instance) have the same format.
+``FLIP_SYSTEM.prompt`` and ``FLIP_USER.prompt`` as they are, for instance) have the same format. ``examples.jsonl``
+beside them has examples, which become turns of the conversation: small models go on with a response, or repeat it,
+unless they see that others were answered with a request.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
+import orjson
+
 from bon.engines.base import Piece, Prompt, Turn
 from bon.errors import InputError, UnknownNameError
 from bon.task import Task
 
 Output = Literal["text", "json"]
 
-STYLES: dict[str, Output] = {"direct": "text", "json": "json"}
+STYLES: dict[str, Output] = {"direct": "text", "turns": "text", "json": "json"}
 
 JSON_SCHEMA: Mapping[str, Any] = {
     "type": "object",
@@ -43,6 +47,7 @@ class Style:
         output: "text" when the answer is the bare instruction, "json" when it is an object with a field for it.
         context_heading: put before a context, together with a blank line after it; None inserts the bare context.
         schema: JSON schema of the answer, where it is known.
+        examples: (response, answer) pairs, each shown as a user's and an assistant's turn before the response.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Style:
     output: Output
     context_heading: str | None = None
     schema: Mapping[str, Any] | None = None
+    examples: tuple[tuple[str, str], ...] = ()
 
     @property
     def shows_context(self) -> bool:
@@ -67,10 +73,14 @@ class Style:
             response: the response, without thinking.
             template: variables for the chat template.
         """
-        values: dict[str | None, Piece] = {"context": self._context(task.context), "response": response, None: ""}
-        pieces = tuple(piece for literal, name in self.user for piece in (literal, values[name]) if piece != "")
-        system = (Turn("system", (self.system,)),) if self.system else ()
-        return Prompt((*system, Turn("user", pieces)), template or {})
+        turns = [Turn("system", (self.system,))] if self.system else []
+        for shown, answer in self.examples:
+            turns += [self._turn("", shown), Turn("assistant", (answer,))]
+        return Prompt((*turns, self._turn(self._context(task.context), response)), template or {})
+
+    def _turn(self, context: str, response: Piece) -> Turn:
+        values: dict[str | None, Piece] = {"context": context, "response": response, None: ""}
+        return Turn("user", tuple(p for literal, name in self.user for p in (literal, values[name]) if p != ""))
 
     def _context(self, context: str) -> str:
         if self.context_heading is None or not context:
@@ -79,9 +89,9 @@ class Style:
 
 
 def load_style(style: str | Path | Style) -> Style:
-    """Look a style up by name ("direct", "json"), or read one from a folder; a style object passes through.
+    """Look a style up by name (``STYLES``), or read one from a folder; a style object passes through.
 
-    A folder holds ``user.txt`` and, where there is a system message, ``system.txt``; see ``from_files``.
+    A folder holds ``user.txt`` and, where there are such, ``system.txt`` and ``examples.jsonl``; see ``from_files``.
 
     Raises:
         UnknownNameError: no such style.
@@ -93,23 +103,32 @@ def load_style(style: str | Path | Style) -> Style:
         raise InputError(f"a style is a name, a folder or a Style, not {style!r:.60}.")
     own = Path(style)
     if str(style) not in STYLES and (own / "user.txt").is_file():
-        system = own / "system.txt"
-        return replace(from_files(system if system.is_file() else None, own / "user.txt"), name=own.name)
+        system, examples = (path if path.is_file() else None for path in (own / "system.txt", own / "examples.jsonl"))
+        return replace(from_files(system, own / "user.txt", examples=examples), name=own.name)
     if str(style) not in STYLES:
         raise UnknownNameError("prompt style", str(style), STYLES)
     name = str(style)
     folder = Path(__file__).parent / name
     read = _read(name, folder / "system.txt", folder / "user.txt", STYLES[name], CONTEXT_HEADING)
+    if (examples := folder / "examples.jsonl").is_file():
+        read = replace(read, examples=_examples(examples))
     return replace(read, schema=JSON_SCHEMA) if read.output == "json" else read
 
 
-def from_files(system: str | Path | None, user: str | Path, *, output: Output | None = None) -> Style:
-    """Read a style from two template files.
+def from_files(
+    system: str | Path | None,
+    user: str | Path,
+    *,
+    output: Output | None = None,
+    examples: str | Path | None = None,
+) -> Style:
+    """Read a style from template files.
 
     Args:
         system: file with the system message; None for no system message.
         user: file with the user message, ``{response}`` in it and optionally ``{context}``.
         output: whether the model is asked for bare "text" or for "json"; None looks whether the files mention JSON.
+        examples: file with a JSON object on each line: "response", and "instruction", what is to be answered to it.
 
     Raises:
         InputError: a file that is missing or not UTF-8, or a template without {response}, with other fields, or with
@@ -117,7 +136,8 @@ def from_files(system: str | Path | None, user: str | Path, *, output: Output | 
     """
     if output not in (None, "text", "json"):
         raise UnknownNameError("prompt output", output, ["text", "json"])
-    return _read(Path(user).stem, None if system is None else Path(system), Path(user), output, None)
+    read = _read(Path(user).stem, None if system is None else Path(system), Path(user), output, None)
+    return read if examples is None else replace(read, examples=_examples(Path(examples)))
 
 
 def _read(name: str, system: Path | None, user: Path, output: Output | None, heading: str | None) -> Style:
@@ -131,13 +151,31 @@ def _read(name: str, system: Path | None, user: Path, output: Output | None, hea
     return Style(name, system_text, parts, output, heading)
 
 
-def _parse(path: Path, fields: tuple[str, ...]) -> list[tuple[str, str | None]]:
+def _examples(path: Path) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        try:
+            row = orjson.loads(line)
+            pair = row["response"], row["instruction"]
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            pair = None, None
+        if not all(isinstance(text, str) and text.strip() for text in pair):
+            raise InputError(f'{path}, line {number}: an example is {{"response": TEXT, "instruction": TEXT}}.')
+        pairs.append(pair)
+    return tuple(pairs)
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt template {path} is not UTF-8 text (byte {error.start}).") from error
     except OSError as error:
         raise InputError(f"the prompt template {path} cannot be read: {error.strerror}.") from error
+
+
+def _parse(path: Path, fields: tuple[str, ...]) -> list[tuple[str, str | None]]:
+    text = _text(path)
     parts: list[tuple[str, str | None]] = []
     try:
         for literal, name, spec, conversion in Formatter().parse(text.rstrip("\n")):

@@ -1,0 +1,126 @@
+"""Rewards that look at the whole group: what the candidates have in common, and several rewards added up."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from scoring import Own
+
+import bon
+from bon import BestOfN
+from bon.engines.scripted import ScriptedEngine
+from bon.errors import EngineError, InputError, UnknownNameError
+from bon.models import ModelPool
+from bon.scorers.base import Scorer
+from bon.scorers.consensus import Consensus
+from bon.scorers.ensemble import Ensemble
+from bon.similarity import WordF1
+from bon.spec import SCORERS
+from bon.types import Score
+
+TEXTS = ["the cat sat on a mat", "a cat sat there", "dogs bark at night", "the cat sat on the mat"]
+
+
+def scored(scorer, *rows):
+    return asyncio.run(bon.score(scorer, rows))
+
+
+def lengths(entry):
+    return float(len(entry.candidate.text))
+
+
+class Silent(Scorer):
+    """Has no reward for some candidates."""
+
+    def __init__(self, *without, error=None):
+        self.without, self.error = without, error
+
+    async def score(self, pending):
+        for position, each in enumerate(pending):
+            reward = None if each.candidate.index in self.without else float(each.candidate.index)
+            missing = {"status": "failed", "reason": "no idea", "error": self.error} if reward is None else {}
+            yield position, Score(reward, **missing)
+
+
+def test_consensus_is_the_mean_similarity_with_all_candidates():
+    [group] = scored("consensus", ("x", TEXTS))
+    assert group.rewards == pytest.approx([np.mean([WordF1()(a, b).f1 for b in TEXTS]) for a in TEXTS])
+    assert group.rewards.index(max(group.rewards)) in (0, 3)
+
+
+def test_copies_count_as_often_as_they_were_sampled():
+    """Copies are scored once by other scorers; here they are votes."""
+    [group] = scored("consensus", ("x", ["42", "41", "42"]))
+    assert group.rewards == pytest.approx([2 / 3, 1 / 3, 2 / 3])
+
+
+def test_groups_of_one_call_do_not_mix_and_one_candidate_has_a_reward():
+    apart = [scored("consensus", ("x", texts))[0].rewards for texts in (TEXTS, ["one"])]
+    together = [group.rewards for group in scored("consensus", ("x", TEXTS), ("y", ["one"]))]
+    assert together == apart
+    assert apart[1] == (1.0,)
+
+
+def test_consensus_needs_no_model_and_takes_other_similarities():
+    engine = ScriptedEngine(TEXTS)
+    result = BestOfN(engine, "consensus:rouge_l", n=4)("hello")
+    assert result.text in (TEXTS[0], TEXTS[3])
+    assert result.usage.scorer_prompt_tokens == result.usage.scorer_completion_tokens == 0
+    with pytest.raises(UnknownNameError, match="similarity"):
+        SCORERS.make("consensus:nope")
+
+
+def test_an_ensemble_adds_what_each_scorer_says_on_one_scale():
+    """Added as they are, the rewards of one scorer would drown those of another."""
+    [group] = scored(Ensemble([Own(lengths), Consensus()], [1, 3]), ("x", TEXTS))
+    rows = [[len(t) for t in TEXTS], [np.mean([WordF1()(a, b).f1 for b in TEXTS]) for a in TEXTS]]
+    z = [(np.array(row) - np.mean(row)) / np.std(row) for row in rows]
+    assert group.rewards == pytest.approx(list((z[0] + 3 * z[1]) / 4))
+    assert [*group.scores[0].parts.values()] == pytest.approx([rows[0][0], rows[1][0]]), "rewards as they were"
+
+
+def test_a_scorer_that_finds_all_alike_says_nothing():
+    [group] = scored(Ensemble([Own(lambda e: 0.1 + 0.2), Own(lengths)]), ("x", TEXTS))
+    assert np.argsort(group.rewards).tolist() == np.argsort([len(t) for t in TEXTS]).tolist()
+
+
+def test_a_reward_that_one_scorer_lacks_is_told_and_the_others_count():
+    [group] = scored(Ensemble([Silent(0), Own(lengths)]), ("x", TEXTS))
+    assert group.scores[0].reward is not None
+    assert (group.scores[0].status, "no idea" in group.scores[0].reason) == ("repaired", True)
+    assert group.scores[1].status == "ok"
+
+
+def test_a_candidate_that_no_scorer_can_score_has_no_reward():
+    error = EngineError("the model is gone")
+    [group] = scored(Ensemble([Silent(1, error=error), Silent(1, 2)]), ("x", TEXTS))
+    assert [score.status for score in group.scores] == ["ok", "failed", "repaired", "ok"]
+    assert group.scores[1].error is error
+
+
+def test_an_ensemble_loads_each_model_once_and_is_written_as_it_is_read():
+    spec = 'ensemble:"likelihood:mini,style=turns + flip:mini + consensus",weights=[1, 1, 2]'
+    made = SCORERS.make(spec)
+    assert SCORERS.spec_of(made) == spec
+    pool = ModelPool()
+    bound = pool.scorer(made)
+    assert bound.parts[0].engine is bound.parts[1].engine
+    [group] = scored(bound, ("Write a slogan", ["Good bread, good day!", "Bread", "Good bread"]))
+    assert all(len(score.parts) == 3 and score.explanation for score in group.scores)
+    assert group.scores[0].usage.scorer_completion_tokens > 0
+    asyncio.run(pool.aclose())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (([],), "at least one scorer"),
+        ((["consensus"], [1, 2]), "as many positive weights"),
+        ((["consensus"], [0]), "positive weights"),
+        ((["consensus", "nope"],), "nope"),
+        (("os:system",), "os"),
+    ],
+)
+def test_an_ensemble_of_nonsense_is_refused(arguments, error):
+    with pytest.raises(InputError, match=error):
+        Ensemble(*arguments)
