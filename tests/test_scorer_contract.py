@@ -77,7 +77,7 @@ def test_it_is_a_scorer_that_says_what_it_is(scorer):
     assert isinstance(scorer, Scorer)
     assert scorer.name
     assert isinstance(scorer.concurrent, bool)
-    assert scorer.models == (), "its models are in place"
+    assert not scorer.models, "its models are in place"
     assert scorer.range is None or scorer.range[0] < scorer.range[1]
 
 
