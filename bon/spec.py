@@ -37,7 +37,7 @@ from bon.types import Sampling
 _OPTION = re.compile(r"[A-Za-z_]\w*=")
 _JSON = ('"', "[", "{")  # what a value begins with that may have commas in it
 _QUOTED = re.compile(r'[\w-]+:"(?:[^"\\]|\\.)*"')
-_UNCLOSED = re.compile(r'([\w-]+:)?"(?:[^"\\]|\\.)*\Z')
+_UNCLOSED = re.compile(r'([\w-]+:)?"(?:[^"\\]|\\.)*')
 OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """What "module:object" looks like; so does a model's name such as "qwen:latest"."""
 
@@ -52,6 +52,7 @@ def split_spec(text: str) -> tuple[str, dict[str, Any]]:
     begun = quoted[0] if quoted else ""
     first, *rest = re.split(r",(?=\s*[A-Za-z_]\w*=)", text.strip()[len(begun) :])
     head, options = begun + first, dict[str, Any]()
+    unclosed = _UNCLOSED.fullmatch(head.strip())
     if not quoted and _OPTION.match(head.partition(":")[2]):  # NAME:key=value
         head, _, first = head.partition(":")
         rest.insert(0, first)
@@ -64,8 +65,9 @@ def split_spec(text: str) -> tuple[str, dict[str, Any]]:
             if _is_json(longer):  # these commas are inside the value
                 value, rest = longer, rest[commas:]
                 break
+        unclosed = unclosed or _UNCLOSED.fullmatch(value.strip())
         options[name] = _value(value.strip())
-    if any(_UNCLOSED.match(part) for part in (head, *options.values()) if isinstance(part, str)):
+    if unclosed:
         raise InputError(f"a quotation mark is not closed in {text!r}.")
     return head.strip(), options
 

@@ -71,6 +71,8 @@ def serve(
 
     Clients change their base URL to http://127.0.0.1:8000/v1. The log goes to standard error, one JSON object a line.
     """
+    if model is not None and policy is not None:
+        raise InputError(f"the policy is given twice, as {model!r} and as --policy {policy!r}.")
     try:
         from bon.serve.logs import log_json
         from bon.serve.process import serve
@@ -80,8 +82,6 @@ def serve(
             f"the server needs the package {error.name!r}, which", "pip install 'bon[serve]'"
         ) from error
     log_json()  # first, so that whatever is said of settings and models is a line of the log
-    if model is not None and policy is not None:
-        raise InputError(f"the policy is given twice, as {model!r} and as --policy {policy!r}.")
     config = configured(setup, number, choice, policy=model if policy is None else policy)
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
