@@ -80,7 +80,7 @@ class Sampling:
                 raise UnknownNameError("sampling option", name, known)
         values = dict(options)
         if "stop" in values:
-            values["stop"] = (values["stop"],) if isinstance(values["stop"], str) else tuple(values["stop"])
+            values["stop"] = tuple(values["stop"]) if isinstance(values["stop"], list | tuple) else (values["stop"],)
         return cls(**values)
 
     def replace(self, **changes: Any) -> Sampling:

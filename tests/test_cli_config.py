@@ -115,6 +115,7 @@ def test_bon_toml_in_the_current_folder_is_read_and_said_and_options_win(run: An
         ("n = 0", "n must be a whole number of at least 1, got 0"),
         ('schedule = "eech"', "unknown schedule 'eech'"),
         ("threads = true", "threads must be a whole number"),
+        ("[sampling]\nstop = 5", "stop must be one or several texts that are not empty, got (5,)"),
         ("[sampling]\ntemprature = 1", "'temprature'. Did you mean 'temperature'?"),
         ("n = ", "is not TOML"),
     ],
