@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from bon import portal
-from bon.budget import Budget, Fixed, as_budget
+from bon.budget import Budget, as_budget
 from bon.engines.base import Engine
 from bon.errors import BonError, InputError, UnknownNameError, number
 from bon.group import Callback, Group
@@ -87,7 +87,7 @@ class BestOfN:
             raise
 
     def __repr__(self) -> str:
-        n = self.budget.n if isinstance(self.budget, Fixed) else self.budget
+        n = getattr(self.budget, "n", self.budget)
         return f"BestOfN({self.policy.name}, {self.scorer.name}, n={n})"
 
     @property

@@ -145,12 +145,12 @@ def plain_number(n: str) -> int:
     Raises:
         InputError: it is no whole number of at least 1.
     """
-    from bon.budget import Fixed, as_budget
+    from bon.budget import as_budget
 
-    budget = as_budget(n)
-    if not isinstance(budget, Fixed):
+    number: int | None = getattr(as_budget(n), "n", None)
+    if number is None:
         raise InputError(f"-n is a plain number for this command, got {n!r}.")
-    return budget.n
+    return number
 
 
 def grouped(command: Callable[..., int]) -> Callable[..., int]:
