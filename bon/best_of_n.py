@@ -86,6 +86,10 @@ class BestOfN:
             portal.run(self._pool.aclose())  # the policy may be there, and the scorer's model not
             raise
 
+    def __repr__(self) -> str:
+        n = getattr(self.budget, "n", self.budget)
+        return f"BestOfN({self.policy.name}, {self.scorer.name}, n={n})"
+
     @property
     def n(self) -> int | None:
         """The candidates of a prompt at most, where the budget knows."""
@@ -124,8 +128,8 @@ class BestOfN:
         other.given = (self.given[0], scorer or self.given[1])
         return other
 
-    @overload
-    def __call__(
+    @overload  # a str is a Sequence[str] as well, and is one prompt
+    def __call__(  # type: ignore[overload-overlap]
         self,
         prompt: str | Sequence[Message | Mapping[str, Any]] | Task,
         *,
@@ -137,7 +141,7 @@ class BestOfN:
     @overload
     def __call__(
         self,
-        prompt: list[str | Task | Sequence[Message | Mapping[str, Any]]],
+        prompt: Sequence[str | Task | Sequence[Message | Mapping[str, Any]]],
         *,
         n: int | str | Budget | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,

@@ -1,7 +1,8 @@
 """How many samples a group gets: a budget is asked whenever all that it asked for has been sampled and scored.
 
-Any object with ``more(group) -> int`` is a budget. ``most``, where it has it, is the largest number that it may ask for
-in all, and ``stop_at``, where it is not None, the reward at which what is still running is given up.
+Any object with ``more(group) -> int`` is a budget. ``most``, where it has it, is the largest number of samples that a
+group gets (else ``MOST``: a reward that it waits for may never come), and ``stop_at``, where it is not None, the reward
+at which what is still running is given up.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from bon.errors import UnknownNameError, number, whole_number
+from bon.errors import InputError, UnknownNameError, number, whole_number
 from bon.spec import BUDGETS, Specified, split_spec
 
 if TYPE_CHECKING:
     from bon.group import Group
+
+
+MOST = 1024
+"""Samples of a group at most, where its budget does not say."""
 
 
 @runtime_checkable
@@ -87,8 +92,10 @@ def as_budget(n: int | str | Budget) -> Budget:
     if isinstance(n, str):
         if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", n):
             return Fixed(int(n))
+        if re.fullmatch(r"\s*[+-]?[0-9]*\.[0-9]*\s*", n):
+            raise InputError(f"n must be a whole number of at least 1, or a budget such as stop-at:0.9, got {n}.")
         if split_spec(n)[0].partition(":")[0] not in BUDGETS:
-            raise UnknownNameError("budget", n, ["a number", *BUDGETS])
+            raise UnknownNameError("budget", n, ["a whole number", *BUDGETS])
         made: Budget = BUDGETS.make(n)
         return made
     if not isinstance(n, Budget) or isinstance(n, type):

@@ -98,6 +98,10 @@ class Group:
             group.admit(replace(known, index=index), sampled=False)
         return group
 
+    def __repr__(self) -> str:
+        best = "" if self.best_reward is None else f", best reward {self.best_reward:.4g}"
+        return f"Group({self.task.instruction!r:.60}, n={len(self._candidates)}{best})"
+
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """The candidates that are there, by index."""

@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
 from bon.engines.base import Engine, Generates
 from bon.engines.function import FunctionEngine
-from bon.errors import InputError, UnknownNameError, UserCodeError, whole_number
+from bon.errors import InputError, ModelNotFoundError, UnknownNameError, UserCodeError, whole_number
 from bon.scorers.base import Scorer
-from bon.spec import ENGINES, SCORERS, import_object, join_spec, names_object, split_spec
+from bon.spec import ENGINES, OBJECT, SCORERS, import_object, join_spec, names_object, split_spec
 
 log = logging.getLogger("bon")
 
@@ -178,7 +179,7 @@ class ModelPool:
         """
         unbound = self._unbound(scorer)
         models = [policy if m is None else m for m in unbound.models]
-        self.load([Model.of(m) for m in models if not isinstance(m, Engine)])
+        self._load_for(unbound, [Model.of(m) for m in models if not isinstance(m, Engine)])
 
         def find(model: Model | None) -> Engine:
             if model is not None or policy is None or isinstance(policy, Model):
@@ -196,9 +197,20 @@ class ModelPool:
         """Policy and scorer, their models loaded together."""
         named, unbound = self._unloaded(policy), self._unbound(scorer)
         wanted = [named, *(named if m is None else m for m in unbound.models)]
-        self.load([m for m in wanted if isinstance(m, Model)])
+        self._load_for(unbound, [m for m in wanted if isinstance(m, Model)])
         engine = self.policy(named)
         return engine, self.scorer(unbound, engine)
+
+    def _load_for(self, scorer: Scorer, models: Sequence[Model]) -> None:
+        """Load models; an option that a scorer passed on to an engine that does not have it may be meant for either."""
+        try:
+            self.load(models)
+        except UnknownNameError as error:
+            if not any(error.name in model.options for model in scorer.models if model is not None):
+                raise
+            own = [name for name in signature(type(scorer)).parameters if name not in ("model", "options")]
+            what = f"option of {scorer.name}, or of the engine of its model,"
+            raise UnknownNameError(what, error.name, [*own, *error.known]) from error
 
     def _unbound(self, scorer: Any) -> Scorer:
         unbound = as_scorer(scorer)
@@ -259,7 +271,9 @@ def as_scorer(scorer: Any) -> Scorer:
     if isinstance(scorer, Scorer):
         return scorer
     name = None
-    if isinstance(scorer, str) and scorer.strip():
+    if isinstance(scorer, str):
+        if not scorer.strip():
+            raise InputError(f"the scorer is empty. Known: {', '.join(sorted(SCORERS))}, module:function, a model.")
         head = split_spec(scorer)[0].partition(":")[0]
         if head in SCORERS:
             made: Scorer = SCORERS.make(scorer)
@@ -290,11 +304,28 @@ def _instance(factory: Callable[[], Any], name: str) -> Any:
 
 
 def _weights(model: Model) -> str:
-    if model.name != MINI:
-        return model.name
-    from bon.mini import WEIGHTS
+    """The folder or the name that an engine loads.
 
-    return str(WEIGHTS)
+    Raises:
+        ModelNotFoundError: what can be neither for the engines that run models here.
+    """
+    if model.name == MINI:
+        from bon.mini import WEIGHTS
+
+        return str(WEIGHTS)
+    folder = Path(model.name).expanduser()
+    if model.engine is None and OBJECT.fullmatch(model.name) and not folder.exists():
+        raise ModelNotFoundError(
+            f"{model.name!r} is neither a folder nor a model on this machine, and it is no object of yours: there is "
+            f"no module {model.name.partition(':')[0]!r}."
+        )
+    configs = [folder / name for name in ("config.json", "params.json")]  # vLLM reads Mistral's format as well
+    if model.runs_on in ("torch", "vllm") and folder.is_dir() and not any(path.is_file() for path in configs):
+        raise ModelNotFoundError(
+            f"the folder {model.name!r} holds no model: it has no config.json. A model's folder has config.json, "
+            "weights (*.safetensors) and the tokenizer's files."
+        )
+    return model.name
 
 
 def choose_engine(name: str) -> str:

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any, Literal, TypeVar
 
 from bon import portal
-from bon.budget import Budget
+from bon.budget import MOST, Budget
 from bon.engines.base import Completion, Generates, Keep, Prompt, Request, Wanted
 from bon.errors import BonError, EngineError, InputError, user_error
 from bon.group import Group
@@ -136,12 +136,13 @@ class Pipeline:
     def _asked(self, groups: Sequence[Group]) -> list[tuple[Group, Request]]:
         """What the budget wants more of."""
         asked = []
+        most = getattr(self.budget, "most", None) or MOST
         sampling = self.sampling.replace(logprobs=self.sampling.logprobs or self.scorer.needs.logprobs)
         for group in groups:
             if self.policy is None or self.budget is None or group.over or group.stuck:
                 continue
             try:
-                if more := _whole(self.budget.more(group)):
+                if more := min(_whole(self.budget.more(group)), max(0, most - group.asked)):
                     prompt = Prompt.of(group.task.messages)
                     asked.append((group, Request(prompt, sampling, more, group.ask(more))))
             except Exception as error:

@@ -37,19 +37,22 @@ from bon.types import Sampling
 _OPTION = re.compile(r"[A-Za-z_]\w*=")
 _JSON = ('"', "[", "{")  # what a value begins with that may have commas in it
 _QUOTED = re.compile(r'[\w-]+:"(?:[^"\\]|\\.)*"')
-_OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_UNCLOSED = re.compile(r'([\w-]+:)?"(?:[^"\\]|\\.)*')
+OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""What "module:object" looks like; so does a model's name such as "qwen:latest"."""
 
 
 def split_spec(text: str) -> tuple[str, dict[str, Any]]:
     """Divide a spec into what stands before its options, and these.
 
     Raises:
-        InputError: an option given twice.
+        InputError: an option given twice, or a quotation mark that is not closed.
     """
     quoted = _QUOTED.match(text.strip())  # NAME:"an argument, with=signs"
     begun = quoted[0] if quoted else ""
     first, *rest = re.split(r",(?=\s*[A-Za-z_]\w*=)", text.strip()[len(begun) :])
     head, options = begun + first, dict[str, Any]()
+    unclosed = _UNCLOSED.fullmatch(head.strip())
     if not quoted and _OPTION.match(head.partition(":")[2]):  # NAME:key=value
         head, _, first = head.partition(":")
         rest.insert(0, first)
@@ -62,7 +65,10 @@ def split_spec(text: str) -> tuple[str, dict[str, Any]]:
             if _is_json(longer):  # these commas are inside the value
                 value, rest = longer, rest[commas:]
                 break
+        unclosed = unclosed or _UNCLOSED.fullmatch(value.strip())
         options[name] = _value(value.strip())
+    if unclosed:
+        raise InputError(f"a quotation mark is not closed in {text!r}.")
     return head.strip(), options
 
 
@@ -194,16 +200,14 @@ class Registry:
             InputError: a value that the class refuses.
         """
         head, options = split_spec(text)
-        name, _, argument = head.partition(":")
+        name, colon, argument = head.partition(":")
         if name not in self:
-            if (
-                objects
-                and not options
-                and (names_object(head) or (_OBJECT.fullmatch(head) and not self.close_to(name)))
-            ):
-                return import_object(head)
+            if objects and (names_object(head) or (OBJECT.fullmatch(head) and not self.close_to(name))):
+                return import_object(text)
             known = [*self, "module:object"] if objects else self
             raise UnknownNameError(self.kind, name, known)
+        if colon and not argument:
+            raise InputError(f"nothing stands behind the colon of {head!r}. Write {name} alone, or {name}:SOMETHING.")
         parameters = self._parameters(name)
         first = next(iter(parameters.values()), None)
         quoted = argument.startswith('"') and _is_json(argument)
@@ -285,10 +289,11 @@ def _loaded(target: str) -> Any:
 
 def names_object(text: str) -> bool:
     """Whether text is "module:name" of a module that can be found, and not a model's name such as "qwen:latest"."""
-    if not _OBJECT.fullmatch(text):
+    head = split_spec(text)[0]
+    if not OBJECT.fullmatch(head):
         return False
     _look_here_too()
-    module = text.partition(":")[0]
+    module = head.partition(":")[0]
     try:
         found = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
@@ -301,7 +306,11 @@ def import_object(spec: str) -> Any:
 
     Raises:
         UserCodeError: the module cannot be imported, or has no such name.
+        InputError: options behind it.
     """
+    spec, options = split_spec(spec)
+    if options:
+        raise InputError(f"{spec!r} is an object of your own, which takes no options: {', '.join(options)}.")
     module_name, _, name = spec.partition(":")
     _look_here_too()
     try:

@@ -56,7 +56,7 @@ class Sampling:
         _require("min_p", self.min_p, float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         _require("max_tokens", self.max_tokens, int, lambda v: v >= 1, "a whole number >= 1")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise InputError(f"stop must be a tuple of non-empty strings, got {self.stop!r}.")
+            raise InputError(f"stop must be one or several texts that are not empty, got {self.stop!r}.")
         if self.seed is not None:
             _require("seed", self.seed, int, lambda v: v >= 0, "a whole number >= 0")
         if not isinstance(self.logprobs, bool):
@@ -80,7 +80,7 @@ class Sampling:
                 raise UnknownNameError("sampling option", name, known)
         values = dict(options)
         if "stop" in values:
-            values["stop"] = (values["stop"],) if isinstance(values["stop"], str) else tuple(values["stop"])
+            values["stop"] = tuple(values["stop"]) if isinstance(values["stop"], list | tuple) else (values["stop"],)
         return cls(**values)
 
     def replace(self, **changes: Any) -> Sampling:

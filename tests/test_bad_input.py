@@ -7,6 +7,7 @@ import pytest
 from command import in_process_of_its_own, write_rows
 
 from bon.cli import main
+from bon.cli.run import is_file
 
 SCRIPTED = ("--policy", "scripted")
 RANKED = ("--scorer", "flip:scripted")
@@ -110,8 +111,16 @@ def test_a_row_cannot_put_escape_sequences_on_the_terminal(refused, tmp_path):
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_jsonl_name_that_does_not_exist_is_no_prompt(refused):
-    assert "there is no file 'prompts.jsonl'" in refused("run", "prompts.jsonl", *SCRIPTED)
+@pytest.mark.parametrize("name", ["prompts.jsonl", "none.txt", "a.json", "a.csv", "folder/none"])
+@pytest.mark.parametrize("command", ["run", "rerank"])
+def test_the_name_of_a_file_that_does_not_exist_is_no_prompt(refused, command, name):
+    """``bon run none.txt`` sampled answers to the text "none.txt"."""
+    assert f"there is no file {name!r}" in refused(command, name)
+
+
+@pytest.mark.parametrize("prompt", ["Read and/or write", " and/or", "Explain a.txt", "解释TCP/IP协议", "hello"])
+def test_a_prompt_with_a_slash_or_the_name_of_a_file_in_it_is_a_prompt(prompt):
+    assert not is_file(prompt)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -175,7 +184,16 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--polcy", "x"], "No such option: --polcy. Did you mean '--policy'?"),
         (["run", "hi", "--flip", "x"], "No such option: --flip"),
         (["run", "hi", "--stop-at", "0.9"], "No such option: --stop-at. Did you mean '--stop'?"),
-        (["run", "hi", "-n", "many"], "unknown budget 'many'. Known: a number, fixed, stop-at"),
+        (["run", "hi", "-n", "many"], "unknown budget 'many'. Known: a whole number, fixed, stop-at"),
+        (
+            ["run", "hi", "-n", "2.5"],
+            "n must be a whole number of at least 1, or a budget such as stop-at:0.9, got 2.5",
+        ),
+        (["eval", "mini", "-n", "2.5"], "n must be a whole number of at least 1, or a budget"),
+        (["eval", "mini", "-n", "stop-at:0.5"], "-n is a plain number for this command, got 'stop-at:0.5'"),
+        (["bench", "-n", "0"], "n must be a whole number of at least 1, got 0"),
+        (["bench", "-n", "mni"], "unknown budget 'mni'"),
+        (["serve", "mini", "--policy", "other"], "the policy is given twice, as 'mini' and as --policy 'other'"),
         (["run", "hi", "-n", "stop-at"], "It is written stop-at:REWARD"),
         (["run", "hi", "-n", "stop-at:x"], "the reward to stop at must be a number, got 'x'"),
         (["run", "hi", "-n", "stop-at:0.5,mst=3"], "'mst'. Did you mean 'most'?"),
@@ -205,7 +223,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--temperature", "-1", *SCRIPTED], "temperature must be a number >= 0, got -1.0"),
         (["run", "hi", "--top-p", "1.5", *SCRIPTED], "top_p must be a number in (0, 1], got 1.5"),
         (["run", "hi", "--max-tokens", "0", *SCRIPTED], "max_tokens must be a whole number >= 1, got 0"),
-        (["run", "hi", "--stop", "", *SCRIPTED], "stop must be"),
+        (["run", "hi", "--stop", "", *SCRIPTED], "stop must be one or several texts that are not empty"),
         (["run", "hi", "--seed", "-1", *SCRIPTED], "seed must be a whole number >= 0, got -1"),
         (["run", "hi", "--instruction", "ho", *SCRIPTED], "'ho' is not"),
         (["run", "hi", "-o", "out.jsonl", *SCRIPTED], "--output is for files of prompts"),
@@ -214,6 +232,35 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--policy", "scripted,nme=x"], "option of the engine 'scripted' 'nme'. Did you mean 'name'?"),
         (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "unknown option of the HTTP engine 'dtype'"),
         (["run", "hi", "--policy", "x,engine=scripted"], "'scripted' runs no model, so it cannot be 'x'"),
+        (["run", "hi", "--policy", "no_module:f"], "no object of yours: there is no module 'no_module'"),
+        (["run", "hi", "--scorer", "no_module:f", *SCRIPTED], "no object of yours: there is no module 'no_module'"),
+        (["run", "hi", "--selector", "no_module:f", *SCRIPTED], "there is no module 'no_module'"),
+        (
+            ["run", "hi", "--policy", "json:dumps,foo=1"],
+            "'json:dumps' is an object of your own, which takes no options: foo",
+        ),
+        (
+            ["run", "hi", "--scorer", "json:dumps,foo=1", *SCRIPTED],
+            "'json:dumps' is an object of your own, which takes",
+        ),
+        (
+            ["run", "hi", "--selector", "json:dumps,foo=1", *SCRIPTED],
+            "'json:dumps' is an object of your own, which takes",
+        ),
+        (["run", "hi", "--scorer", "likelihood:stile=x", *SCRIPTED], "Did you mean 'style'?"),
+        (
+            ["run", "hi", "--scorer", "likelihood:mini,devize=x", *SCRIPTED],
+            "unknown option of likelihood(mini), or of the",
+        ),
+        (["run", "hi", "--scorer", "likelihood:mini,devize=x", *SCRIPTED], "'devize'. Did you mean 'device'?"),
+        (["run", "hi", "--scorer", 'flip:"mini', *SCRIPTED], "a quotation mark is not closed in 'flip:\"mini'"),
+        (["run", "hi", "--scorer", 'flip:mini,style="json', *SCRIPTED], "a quotation mark is not closed in"),
+        (["run", "hi", "--selector", 'vote:"a', *SCRIPTED], "a quotation mark is not closed in"),
+        (["run", "hi", "--policy", 'mini,dtype="float32'], "a quotation mark is not closed in"),
+        (["run", "hi", "--scorer", "flip:", *SCRIPTED], "nothing stands behind the colon of 'flip:'. Write flip alone"),
+        (["run", "hi", "--selector", "best:", *SCRIPTED], "nothing stands behind the colon of 'best:'"),
+        (["run", "hi", "--scorer", "", *SCRIPTED], "the scorer is empty. Known: flip, likelihood"),
+        (["run", "hi", "--policy", "rows"], "the folder 'rows' holds no model: it has no config.json"),
         (["run", "hi", "--policy", "qwen:latest"], "'qwen:latest' is neither a folder nor a model on this machine"),
         (["run", "hi", "--policy", "llama3:8b"], "'llama3:8b' is neither a folder nor a model on this machine"),
         (["run", "hi", "--policy", "./no/such/model"], "no/such/model"),
@@ -230,6 +277,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
 )
 def test_bad_options_are_refused_with_what_to_do(refused, tmp_path, arguments, complaint):
     write_rows(tmp_path / "in.jsonl", [{"prompt": "Say hi"}])
+    (tmp_path / "rows").mkdir()
     assert complaint in refused(*arguments)
 
 
@@ -281,7 +329,10 @@ class NeedsArguments:
             ["--policy", "mine:too_few", "--scorer", "flip:scripted"],
             "'mine:too_few' must return a list of 4 texts, but returned 3",
         ),
-        (["--policy", "mine:no_texts", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 1"),
+        (
+            ["--policy", "mine:no_texts", "--scorer", "flip:scripted"],
+            "must return a list of 4 texts, but returned 1 as sample 0",
+        ),
         (["--policy", "mine:no_list", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 7"),
         (["--policy", "mine:fine", "--scorer", "mine:raises"], "'mine:raises' raised TypeError: raises() takes 1"),
         (["--policy", "mine:fine"], "cannot score by itself. Name a model to score with"),

@@ -6,11 +6,26 @@ import json
 import re
 import threading
 import time
+from collections.abc import Sequence
+from typing import get_origin, get_overloads, get_type_hints
 
 import pytest
 from scoring import Own
 
-from bon import BackwardLikelihood, BestOfN, Candidate, Flip, RewardFunction, Sampling, Score, Softmax, Task, TopK
+from bon import (
+    BackwardLikelihood,
+    BestOfN,
+    Candidate,
+    Flip,
+    Group,
+    RewardFunction,
+    Sampling,
+    Score,
+    Softmax,
+    StopAt,
+    Task,
+    TopK,
+)
 from bon.data.sink import to_json
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
@@ -60,6 +75,25 @@ def test_all_evidence_is_in_the_result(concurrent):
     assert result.usage.scorer_completion_tokens > 0
     for score in result.scores:
         assert 0 <= score.started <= score.finished <= result.timing.total
+
+
+def test_policy_scorer_and_group_are_short_where_they_are_printed():
+    """They were ``<bon.best_of_n.BestOfN object at 0x7f…>``."""
+    policy, flip = ScriptedEngine(["A fox."], name="writer"), Flip(ScriptedEngine(name="reader"), samples=2)
+    assert repr(flip) == "Flip(flip-direct(reader))"
+    assert repr(BestOfN(policy, flip, n=4)) == "BestOfN(writer, flip-direct(reader), n=4)"
+    assert repr(BestOfN(policy, flip, n=StopAt(0.9))).endswith(", n=StopAt(reward=0.9, most=8, batch=None))")
+    group = Group.of(PROMPT, ["A cat.", "A fox."])
+    assert repr(group) == f"Group({PROMPT!r}, n=2)"
+    group.post(group.candidates[0], Score(1 / 3))
+    assert repr(group) == f"Group({PROMPT!r}, n=2, best reward 0.3333)"
+
+
+def test_any_sequence_of_prompts_is_typed_as_one():
+    """``list[str]`` was refused by type checkers: a list of a union is no list of one of its members."""
+    one, several = get_overloads(BestOfN.__call__)
+    assert get_type_hints(one)["return"] is Result
+    assert get_origin(get_type_hints(several)["prompt"]) is Sequence
 
 
 def test_everything_in_a_result_can_be_written_as_json():

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scoring import Own
 
-from bon import BestOfN, Fixed, Flip, StopAt
-from bon.budget import Budget, as_budget
+from bon import BestOfN, Fixed, Flip, Group, RewardFunction, StopAt, Task
+from bon.budget import MOST, Budget, as_budget
 from bon.engines.base import Completion
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, EngineError, InputError, UnknownNameError
 from bon.models import ModelPool
+from bon.pipeline import Pipeline
 
 numbers = count()
 PROMPT = "Write a slogan for a bakery called Sunrise and its warm bread"
@@ -131,6 +132,25 @@ def test_a_policy_that_is_gone_is_not_asked_for_ever():
     assert engine.asked == [(0, 2), (2, 2)], "one failure may pass, four in a row do not"
 
 
+def test_a_budget_without_most_that_waits_for_a_reward_that_never_comes_ends():
+    """A scorer that gave no reward, or never a good one, was sampled for until the process was ended."""
+
+    class UntilGood:
+        def more(self, group):
+            return 300 if (group.best_reward or 0) < 0.9 else 0
+
+    for reward in (None, 0.5):
+        group = asyncio.run(collected(UntilGood(), reward))
+        assert (group.asked, group.best_reward) == (MOST, reward)
+
+
+async def collected(budget, reward):
+    group = Group(Task.of(PROMPT), whole=True)
+    scorer = RewardFunction(lambda prompt, responses: [reward for _ in responses])
+    await Pipeline(scorer, ScriptedEngine(["word"]), budget).run([group])
+    return group
+
+
 def test_a_policy_that_dies_between_rounds_leaves_the_first():
     class Dies(Recorder):
         async def _generate(self, requests, keep):
@@ -225,7 +245,8 @@ def test_a_budget_is_a_number_or_a_spec_or_an_object(given_as, made):
         ("stop-at:0.5,most=0", "most must be a whole number"),
         ("stop-at:0.5,moss=2", "Did you mean 'most'"),
         ("stopat:0.5", "Did you mean 'stop-at'"),
-        ("²", "a number"),
+        ("²", "a whole number"),
+        ("2.5", "n must be a whole number of at least 1, or a budget such as stop-at:0.9, got 2.5"),
     ],
 )
 def test_what_is_no_budget_is_refused_with_a_hint(given_as, complaint):

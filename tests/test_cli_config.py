@@ -77,13 +77,13 @@ def test_the_configuration_of_an_object_goes_through_a_file(tmp_path: Path) -> N
     assert Config.read(tmp_path / "bon.toml").build().sampling == bon.sampling
 
 
-@pytest.mark.parametrize("command", ["run", "rerank", "serve", "bench"])
+@pytest.mark.parametrize("command", ["run", "rerank", "serve", "serve --policy", "bench"])
 def test_print_config_loads_no_model_and_needs_no_input(run: Any, tmp_path: Path, command: str) -> None:
     model = "/no/such/model"
-    policy = [] if command == "rerank" else [model] if command == "serve" else ["--policy", model]
-    arguments = (command, *policy, "--scorer", f"likelihood:{model}", "--print-config")
+    policy = [] if command == "rerank" else [model] if command.startswith("serve") else ["--policy", model]
+    arguments = (*command.split(), *policy, "--scorer", f"likelihood:{model}", "--print-config")
     # The server takes over the log of its process.
-    code, out, err = in_process_of_its_own(*arguments, cwd=tmp_path) if command == "serve" else run(*arguments)
+    code, out, err = in_process_of_its_own(*arguments, cwd=tmp_path) if command.startswith("serve") else run(*arguments)
     assert (code, err) == (0, "")
     assert f'scorer = "likelihood:{model}"' in out
     assert command == "rerank" or f'policy = "{model}"' in out
@@ -115,6 +115,7 @@ def test_bon_toml_in_the_current_folder_is_read_and_said_and_options_win(run: An
         ("n = 0", "n must be a whole number of at least 1, got 0"),
         ('schedule = "eech"', "unknown schedule 'eech'"),
         ("threads = true", "threads must be a whole number"),
+        ("[sampling]\nstop = 5", "stop must be one or several texts that are not empty, got (5,)"),
         ("[sampling]\ntemprature = 1", "'temprature'. Did you mean 'temperature'?"),
         ("n = ", "is not TOML"),
     ],

@@ -258,7 +258,7 @@ def test_resume_does_only_what_is_missing(run, tmp_path, with_ids):
     assert after[:4] == kept
     assert {row.get("id", row.get("line")) for row in after} == {row.get("id", row.get("line")) for row in whole}
     assert len(after) == 6
-    assert "2 rows done; 4 were done before" in err
+    assert "2 rows done; 4 done before" in err
 
 
 def test_resume_cuts_off_a_torn_last_line_and_does_that_row_again(run, tmp_path):
@@ -313,6 +313,11 @@ def test_a_bad_row_ends_the_run_after_what_came_before_it_is_written(run, tmp_pa
     assert code == 2
     assert "in.jsonl:3: not valid JSON" in err
     assert {row["line"] for row in rows_of(tmp_path / "out.jsonl")} == {1, 2}
+
+
+def test_one_row_is_not_called_rows(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Say a"}\n')
+    assert "bon: 1 row done; mean" in run("in.jsonl", "-n", 2, "-o", "out.jsonl")[2]
 
 
 def test_skip_bad_reports_bad_rows_and_does_the_others(run, tmp_path):
@@ -464,12 +469,12 @@ def test_ctrl_c_leaves_every_finished_row_and_resume_completes_the_file(slow):
     assert running.returncode == 130
     assert 0 < len(done) < 300
     assert out.read_bytes().endswith(b"\n")
-    assert f"interrupted: {len(done)} rows are done and in out.jsonl" in err.decode()
+    assert f"interrupted: {len(done)} rows done and in out.jsonl" in err.decode()
     assert "Traceback" not in err.decode()
 
     code, _, err = in_process_of_its_own(*arguments[:-1], "slow:model", "--resume", cwd=slow)
     assert code == 0, err
-    assert f"{len(done)} were done before" in err
+    assert f"{len(done)} done before" in err
     ids = [row["id"] for row in rows_of(out)]
     assert sorted(ids) == sorted(row["id"] for row in prompts(300)), "each row once"
 

@@ -251,10 +251,10 @@ def test_one_failing_call_of_eight_loses_one_sample(asynchronous):
         (lambda prompt: None, "must return one text, but returned None"),
         (lambda prompt: b"a", "must return one text, but returned b'a'"),
         (lambda prompt, n: 1 / 0, "raised ZeroDivisionError"),
-        (lambda prompt, n: ["a"] * (n + 1), "must return a list of 3 texts, but returned 4"),
+        (lambda prompt, n: ["a"] * (n + 1), "must return a list of 3 texts, but returned 4 (prompt: 'hi')."),
         (lambda prompt, n: "abc", "must return a list of 3 texts, but returned 'abc'"),
         (lambda prompt, n: (t for t in "abc"), "must return a list of 3 texts, but returned <generator object"),
-        (lambda prompt, n: ["a", 5, "c"], "must return a list of 3 texts, but returned 5"),
+        (lambda prompt, n: ["a", 5, "c"], "must return a list of 3 texts, but returned 5 as sample 1 (prompt: 'hi')."),
     ],
 )
 def test_a_function_that_fails_is_named_in_the_error_of_each_sample(function, complaint):

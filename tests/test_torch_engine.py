@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny import model, save, tokenizer
 
+from bon import BestOfN
 from bon.engines.base import Completion, Generates, Keep, Partial, Prompt, Rates, Request
 from bon.engines.loading import load
 from bon.engines.text.watch import KEEP_EVERY
@@ -434,6 +435,14 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
     asyncio.run(engine.aclose())
     with pytest.raises(EngineError, match="is closed"):
         generate(engine, prompts("Hello"))
+
+
+def test_the_embedded_model_is_called_by_its_name_once_it_is_closed() -> None:
+    """The message had the path of its weights within the installed package."""
+    bon = BestOfN(n=1)
+    bon.close()
+    with pytest.raises(EngineError, match="the engine 'mini' is closed"):
+        bon("Write a slogan for a bakery.")
 
 
 def test_closing_an_engine_frees_its_weights(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_file_run_whose_engine_is_killed_keeps_its_rows_says_why_once_and_can_
     resumed = process(*ARGUMENTS, "--resume", cwd=folder)
     err = resumed.communicate(timeout=PATIENCE)[1].decode()
     assert resumed.returncode == 0, err
-    assert f"{len(done)} were done before" in err
+    assert f"{len(done)} done before" in err
     assert sorted(row["id"] for row in rows_of(folder / "out.jsonl")) == list(range(len(rows_of(folder / "in.jsonl"))))
 
 

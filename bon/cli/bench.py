@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bon.cli.options import JSON, Policy, Scorer, Setup, configured, grouped, loaded
+from bon.cli.options import JSON, Policy, Scorer, Setup, configured, grouped, loaded, plain_number
 from bon.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def bench(
     setup: Setup,
     policy: Policy = None,
     scorer: Scorer = None,
-    n: Annotated[int, typer.Option("-n", "--n", min=1, metavar="N", help="Candidates for each prompt.")] = 16,
+    n: Annotated[str, typer.Option("-n", "--n", metavar="N", help="Candidates for each prompt.")] = "16",
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", metavar="FILE", help=f"Prompts in JSONL; {EXAMPLES} of bon tasks by default."),
@@ -40,7 +40,7 @@ def bench(
     The scorer's model is timed with FLIP and by likelihood. The last line of the output is one JSON object with all
     figures and the conditions they were measured under.
     """
-    config = configured(setup, policy=policy, scorer=scorer)
+    config, samples = configured(setup, policy=policy, scorer=scorer), plain_number(n)
 
     from bon.bench.command import bench as measure
 
@@ -48,7 +48,7 @@ def bench(
     with loaded(config) as (engine, judge):
         if (model := getattr(judge, "engine", None)) is None:
             raise InputError(f"bon bench times a scorer that runs a model; {judge.name!r} runs none.")
-        report = measure(engine, model, tasks, n=n, max_tokens=max_tokens, seed=seed, quick=quick)
+        report = measure(engine, model, tasks, n=samples, max_tokens=max_tokens, seed=seed, quick=quick)
     report.emit(only_json=as_json)
     return 0
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bon.cli.options import JSON, Policy, SamplingOptions, Setup, configured, grouped, threads_for
+from bon.cli.options import JSON, Policy, SamplingOptions, Setup, configured, grouped, plain_number, threads_for
 
 
 @grouped
@@ -22,7 +22,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--scorer", metavar="SCORER", help="What is measured; repeatable. By default flip, likelihood."),
     ] = None,
-    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="The largest number of candidates.")] = 16,
+    n: Annotated[str, typer.Option("-n", metavar="N", help="The largest number of candidates.")] = "16",
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="L", min=1, help="Examples at most; else the dataset says it.")
     ] = None,
@@ -39,7 +39,7 @@ def evaluate(
         dataset,
         policy=config.policy,
         scorers=scorers or ([config.scorer] if config.scorer else SCORERS),
-        n=n,
+        n=plain_number(n),
         limit=limit,
         seed=config.sampling.get("seed", 0),
         sampling=config.sampling,

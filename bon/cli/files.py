@@ -149,20 +149,23 @@ class Job:
         return 2 if self.stopped else 0
 
     @property
+    def _done(self) -> str:
+        return f"{self.output.written} row{'' if self.output.written == 1 else 's'} done"
+
+    @property
     def interrupted(self) -> str:
         """What to say after Ctrl-C."""
         if self.files.output is None:
-            return f"interrupted: {self.output.written} rows were done and written."
+            return f"interrupted: {self._done} and written."
         return (
-            f"interrupted: {self.output.written} rows are done and in {self.output.name}. "
-            "The same command with --resume goes on from there."
+            f"interrupted: {self._done} and in {self.output.name}. The same command with --resume goes on from there."
         )
 
     def summary(self, seconds: float) -> str:
         """One line about the whole run."""
-        parts = [f"{self.output.written} rows done"]
+        parts = [self._done]
         if self.already:
-            parts.append(f"{self.already} were done before")
+            parts.append(f"{self.already} done before")
         if self.failed:
             parts.append(f"{self.failed} {'failed' if self.engine_failed else 'bad'}")
         if self.scored:
@@ -216,7 +219,7 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
         if job.off_world:
             say_off_world(ranked=ranked, count=(job.off_world, job.seen))
         if job.listed > LISTED:
-            say(f"{job.listed - LISTED} more bad rows are not listed.")
+            say(f"bad rows that are not listed: {job.listed - LISTED}.")
         if output.name != "standard output" or job.failed or sys.stderr.isatty():
             say(job.summary(perf_counter() - started))
         return job.exit_code

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from bon.errors import InputError
+
 if TYPE_CHECKING:
     from bon.config import Config
     from bon.models import Model
@@ -135,6 +137,20 @@ class Files:
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write what happened when, for ui.perfetto.dev."),
     ] = None
+
+
+def plain_number(n: str) -> int:
+    """``-n`` of a command that takes no other budget.
+
+    Raises:
+        InputError: it is no whole number of at least 1.
+    """
+    from bon.budget import as_budget
+
+    number: int | None = getattr(as_budget(n), "n", None)
+    if number is None:
+        raise InputError(f"-n is a plain number for this command, got {n!r}.")
+    return number
 
 
 def grouped(command: Callable[..., int]) -> Callable[..., int]:

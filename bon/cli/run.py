@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -90,14 +91,16 @@ def is_file(argument: str) -> bool:
     """Whether an argument is a file of rows and not a prompt.
 
     Raises:
-        InputError: a folder, or a name that ends in .jsonl and is not there.
+        InputError: a folder, or what looks like a file's name and is not there.
     """
     if argument == "-" or (os.path.exists(argument) and not os.path.isdir(argument)):
         return True
     if os.path.isdir(argument):
         raise InputError(f"{argument!r} is a folder. Give a .jsonl file, or a prompt of more than one word.")
-    if argument.endswith(".jsonl"):
-        raise InputError(f"there is no file {argument!r}.")
+    # In ASCII only: whole sentences of Chinese and Japanese have no white space, and may have a slash.
+    path = argument.endswith((".txt", ".json", ".csv")) or (os.sep in argument and argument.isascii())
+    if argument.endswith(".jsonl") or (path and not re.search(r"\s", argument)):
+        raise InputError(f"there is no file {argument!r}. If it is a prompt, put a space in front of it.")
     return False
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bon.cli.options import Choice, Number, Setup, configured, grouped, option, threads_for
+from bon.cli.options import Choice, Number, Policy, Setup, configured, grouped, option, threads_for
 from bon.errors import InputError, MissingExtraError
 
 _SERVER, _LIMITS = "Server", "Limits"
@@ -15,7 +15,7 @@ _SERVER, _LIMITS = "Server", "Limits"
 
 @grouped
 def serve(
-    policy: Annotated[
+    model: Annotated[
         str | None,
         typer.Argument(
             metavar="[MODEL]", help="What writes candidates: model, folder or URL; the embedded model by default."
@@ -23,6 +23,7 @@ def serve(
     ] = None,
     *,
     setup: Setup,
+    policy: Policy = None,
     number: Number,
     choice: Choice,
     host: Annotated[
@@ -70,6 +71,8 @@ def serve(
 
     Clients change their base URL to http://127.0.0.1:8000/v1. The log goes to standard error, one JSON object a line.
     """
+    if model is not None and policy is not None:
+        raise InputError(f"the policy is given twice, as {model!r} and as --policy {policy!r}.")
     try:
         from bon.serve.logs import log_json
         from bon.serve.process import serve
@@ -79,7 +82,7 @@ def serve(
             f"the server needs the package {error.name!r}, which", "pip install 'bon[serve]'"
         ) from error
     log_json()  # first, so that whatever is said of settings and models is a line of the log
-    config = configured(setup, number, choice, policy=policy)
+    config = configured(setup, number, choice, policy=model if policy is None else policy)
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
         raise InputError(f"--port must be from 0 to 65535, got {port}.")

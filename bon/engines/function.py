@@ -67,20 +67,23 @@ class FunctionEngine:
         messages = [turn.to_dict() for turn in request.prompt.turns]
         try:
             texts = await self._call(messages, len(samples)) if self._takes_n else [await self._call(messages)]
-            self._check(texts, len(samples))
+            self._check(texts, samples, messages[-1]["content"])
         except BonError as error:
             return [Completion.failed(index, sample, error) for sample in samples]
         return [Completion(index, s, text, "stop") for s, text in zip(samples, texts, strict=True)]
 
-    def _check(self, texts: Any, n: int) -> None:
-        wanted = f"a list of {n} texts" if self._takes_n else "one text"
+    def _check(self, texts: Any, samples: range, prompt: Any) -> None:
+        wanted = f"a list of {len(samples)} texts" if self._takes_n else "one text"
+        wrong = None
         if isinstance(texts, str) or not isinstance(texts, Sequence):
-            raise self._call.error(f"must return {wanted}, but returned {texts!r:.80}.")
-        if len(texts) != n:
-            raise self._call.error(f"must return {wanted}, but returned {len(texts)}.")
-        for text in texts:
-            if not isinstance(text, str):
-                raise self._call.error(f"must return {wanted}, but returned {text!r:.80}.")
+            wrong = f"{texts!r:.80}"
+        elif len(texts) != len(samples):
+            wrong = f"{len(texts)}"
+        else:
+            pairs = zip(samples, texts, strict=True)
+            wrong = next((f"{text!r:.80} as sample {s}" for s, text in pairs if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise self._call.error(f"must return {wanted}, but returned {wrong} (prompt: {prompt!r:.60}).")
 
     async def aclose(self) -> None:
         """Let the function's thread go."""

@@ -9,4 +9,10 @@ from pathlib import Path
 WEIGHTS: Path = Path(__file__).parent / "weights"
 """Folder of the embedded model: loads with `AutoModelForCausalLM.from_pretrained(WEIGHTS)`."""
 
-__all__ = ["WEIGHTS"]
+
+def shown_name(model: str | Path) -> str:
+    """What messages and tables call a model: its name or folder, "mini" for the embedded one."""
+    return "mini" if Path(model) == WEIGHTS else str(model)
+
+
+__all__ = ["WEIGHTS", "shown_name"]

@@ -72,6 +72,9 @@ class Scorer(ABC, Specified):
         """What to call the scorer in a table."""
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name})"
+
     def bound(self, find: Callable[[Model | None], Engine]) -> Self:
         """The same scorer with its models in place; ``find`` has the engine of each of ``models``."""
         return self

@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from bon import __version__
 from bon.best_of_n import BestOfN
-from bon.mini import WEIGHTS
+from bon.models import MINI
 from bon.serve.admission import Admission
 from bon.serve.answers import Answer, usage_body
 from bon.serve.edge import Edge
@@ -204,9 +204,7 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
 def public_name(name: str) -> str:
     """What clients call a model: a folder's own name without its path, "bon-mini" for the embedded model."""
     path = Path(name)
-    if not path.is_absolute():
-        return name
-    return "bon-mini" if path == Path(WEIGHTS) else path.name
+    return "bon-mini" if name == MINI else path.name if path.is_absolute() else name
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:

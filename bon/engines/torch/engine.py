@@ -37,6 +37,7 @@ from bon.engines.torch.rows import Run, Stats
 from bon.engines.torch.threads import choose_threads
 from bon.engines.torch.worker import Call, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
+from bon.mini import shown_name
 
 _MEMORY_SHARE = 0.25  # of the memory that is free once the weights are there, for keys and values
 _MOST_ON_CPU = 3 << 27  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
@@ -99,7 +100,7 @@ class TorchEngine:
                 raise InputError(f"{option} must be a whole number of tokens, got {value!r}.")
         if threads is not None:
             whole_number("threads", threads, 1)
-        self.name = str(model)
+        self.name = shown_name(model)
         self._model, tokenizer = load(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )

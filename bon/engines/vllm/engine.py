@@ -36,6 +36,7 @@ from bon.engines.vllm.start import (
     start,
 )
 from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, PromptTooLongError
+from bon.mini import shown_name
 
 _LOGIT_BYTES = 1 << 28  # logits of one prompt that is read with a draft
 _ONLY_THE_FIRST_TOKEN = 1 << 30  # as an interval between outputs: vLLM sends the first token and then the end
@@ -84,7 +85,7 @@ class VLLMEngine:
         threads: int | None = None,
         **options: Any,
     ) -> None:
-        self.name = str(model)
+        self.name = shown_name(model)
         self._lora, lora_options = _lora(lora)
         self._engine: Started | None = start(model, {**lora_options, **options}, threads)
         self._failure: EngineError | None = None
