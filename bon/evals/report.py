@@ -91,7 +91,13 @@ def write_report(report: Report, path: str | Path) -> None:
         InputError: the file cannot be written.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"share": _share, "signed": _signed, "number": _number, "marked": _marked}
+    environment.filters |= {
+        "share": _share,
+        "signed": _signed,
+        "number": _number,
+        "rows": lambda rows: f"{rows:,} row" + "s" * (rows != 1),
+        "marked": _marked,
+    }
     template = environment.from_string(files("bon.evals").joinpath("report.html").read_text("utf-8"))
     with _style():
         plots = {name: Markup(_svg(figure)) for name, figure in _figures(report).items()}
@@ -178,7 +184,7 @@ def _shares(report: Report) -> Figure | None:
         where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(_short(name, 42), (0, y), (2, 7), color=colour, **where)
         axes.annotate(_share(share), (1, y), (0, 7), ha="right", **where)
-        axes.vlines([0, 0.25, 0.5, 0.75, 1], y - 0.2, y + 0.2, GREY, linewidth=[2, 0.5, 0.5, 0.5, 2], zorder=0)
+        axes.vlines([0, 0.25, 0.5, 0.75, 1], y - 0.13, y + 0.13, GREY, linewidth=[2, 0.5, 0.5, 0.5, 2], zorder=0)
     low = min(s["share"]["low"] for s in shown.values())
     axes.set(xlim=(min(-0.25, low - 0.05), 1.05), ylim=(-0.4, len(shown) - 0.3), yticks=[])
     axes.grid(False)
@@ -204,6 +210,8 @@ def _best_of(report: Report) -> Figure | None:
 
 def _tokens(report: Report) -> Figure | None:
     """Score against tokens, those of a policy and of the scorer; what costs nothing is a line across."""
+    from matplotlib.ticker import LogLocator
+
     curves = {}
     for name, line in _drawn(report).items():
         rule = report["scorers"][name]
@@ -219,7 +227,9 @@ def _tokens(report: Report) -> Figure | None:
         else:
             axes.axhline(score, label=_short(name, 60), **{**line, "marker": ""})
     axes.set(xscale="log", xlabel="tokens for a row", ylabel="score of the pick")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
     figure.legend(loc="outside lower left")
     return figure
 
