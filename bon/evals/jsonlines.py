@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,8 @@ from bon.errors import InputError
 from bon.evals.dataset import Dataset, Example
 
 _LABELS = ("correct", "best", "grade", "win_rate")
-_ABOUT_CANDIDATES = {*_LABELS, "followed", "generators"}
-"""Fields that would tell a scorer which candidate is right."""
+_TELLING = {*_LABELS, "followed", "generators", "answer"}
+"""Fields that would tell a scorer which candidate is right; ``answer`` is the task's reference."""
 
 
 class Listed(Dataset):
@@ -124,12 +123,12 @@ def _example(fields: Mapping[str, Any], ranked: bool) -> Example:
     subset = fields.get("subset") or ""
     if not isinstance(subset, str):
         raise InputError(f"'subset' must be text, not {subset!r:.60}.")
-    known = {name: value for name, value in row.task.metadata.items() if not _about_candidates(name)}
+    known = {name: value for name, value in row.task.metadata.items() if not _tells(name)}
     return Example(replace(row.task, metadata=known), candidates=row.candidates, subset=subset)
 
 
-def _about_candidates(name: str) -> bool:
-    return name in _ABOUT_CANDIDATES or name.startswith("win_rate_vs_")
+def _tells(name: str) -> bool:
+    return name in _TELLING or name.startswith("win_rate_vs_")
 
 
 def _label_of(fields: Mapping[str, Any]) -> str:
@@ -154,6 +153,6 @@ def _labels(fields: Mapping[str, Any], name: str, count: int) -> Sequence[float]
     if len(value) != count:
         raise InputError(f"{name!r} has {len(value)} labels for {count} candidates.")
     for index, label in enumerate(value):
-        if not isinstance(label, int | float) or not math.isfinite(label):
+        if not isinstance(label, int | float):
             raise InputError(f"label {index} of {name!r} must be a number, not {label!r:.60}.")
     return tuple(map(float, value))

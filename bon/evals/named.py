@@ -5,7 +5,6 @@ A row is in bon's format (``bon.evals.jsonlines``), or as the dataset's authors 
 
 from __future__ import annotations
 
-import ast
 import os
 import random
 import re
@@ -167,7 +166,7 @@ class LLMBar(Named):
 
     title = "llmbar"
     file = "llmbar.jsonl"
-    source = "github.com/princeton-nlp/LLMBar"
+    source = "github.com/princeton-nlp/LLMBar (Dataset/LLMBar/*/dataset.json, one row a line: jq -c '.[]')"
     # The hub has a script that loads these files; scripts are no longer run.
     hub = Hub(
         "json",
@@ -190,7 +189,7 @@ class JudgeBench(Named):
 
     title = "judgebench"
     file = "judgebench.jsonl"
-    source = "huggingface.co/datasets/ScalerLab/JudgeBench"
+    source = "github.com/ScalerLab/JudgeBench (the files of data/, one after the other)"
     hub = Hub("ScalerLab/JudgeBench", ["gpt", "claude"], {})
 
     def convert(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +208,7 @@ class RMBench(Named):
 
     title = "rm-bench"
     file = "rm_bench.jsonl"
-    source = "huggingface.co/datasets/THU-KEG/RM-Bench (total_dataset.json, one row a line: jq -c '.[]')"
+    source = "github.com/THU-KEG/RM-Bench (data/total_dataset.json, one row a line: jq -c '.[]')"
     hub = Hub("THU-KEG/RM-Bench", ["train"], {})
 
     def convert(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -249,12 +248,6 @@ _ANSWER = re.compile(r'"answer"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 
 def literal_answer(text: str) -> str | None:
-    """The last ``"answer": "..."`` of a text; a Python literal in one way of writing it."""
+    """The last ``"answer": "..."`` of a text, without quotes and spaces: models write 'a', "a" and a for the same."""
     found = _ANSWER.findall(text)
-    if not found:
-        return None
-    answer = found[-1].replace('\\"', '"')
-    try:
-        return repr(ast.literal_eval(answer))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return str(answer).strip()
+    return re.sub(r"[\s'\"\\]", "", found[-1]) if found else None

@@ -20,7 +20,7 @@ class RewardBench2(Named):
 
     title = "rewardbench2"
     file = "rewardbench2.jsonl"
-    source = "huggingface.co/datasets/allenai/reward-bench-2"
+    source = "huggingface.co/datasets/allenai/reward-bench-2 (as JSON Lines: datasets' to_json)"
     hub = Hub("allenai/reward-bench-2", ["test"], {})
 
     def convert(self, fields: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class IFEval(Verified):
     title = "ifeval"
     file = "ifeval.jsonl"
     questions_file = "ifeval_input_data.jsonl"
-    source = "huggingface.co/datasets/google/IFEval"
+    source = "huggingface.co/datasets/google/IFEval (ifeval_input_data.jsonl)"
     hub = Hub("google/IFEval", ["train"], {})
 
     def convert(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class GSM8K(Verified):
     title = "gsm8k"
     file = "gsm8k_samples.jsonl"
     questions_file = "gsm8k_test.jsonl"
-    source = "huggingface.co/datasets/openai/gsm8k"
+    source = "github.com/openai/grade-school-math (data/test.jsonl)"
     hub = Hub("openai/gsm8k", ["test"], {"name": "main"})
 
     def convert(self, fields: dict[str, Any]) -> dict[str, Any]:
