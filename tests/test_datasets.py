@@ -229,7 +229,9 @@ def test_published_rows_of_rm_bench_and_rewardbench_2_do_not_give_the_right_answ
 
 
 def test_a_row_of_another_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.jsonl, line 1: the row has no 'candidates', and is none of judgebench"):
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: the row is none of gsm8k.*KeyError\('answer'\)"):
+        GSM8K(questions=write(tmp_path / "a.jsonl", {"prompt": "a"})).rows()
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: the row is none of judgebench"):
         JudgeBench(write(tmp_path / "a.jsonl", {"prompt": "a"})).rows()
 
 
@@ -357,7 +359,14 @@ def test_no_answer_to_gsm8k_keeps_its_verifier_busy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("A: 3", "3"), ("so 1,018.50 in all.", "1018.5"), ("5 - 8 = -3", "-3"), ("100", "100"), ("none", None)],
+    [
+        ("A: 3", "3"),
+        ("so 1,018.50 in all.", "1018.5"),
+        ("5 - 8 = -3", "-3"),
+        ("18-3", "3"),
+        ("100", "100"),
+        ("none", None),
+    ],
 )
 def test_the_final_answer_of_gsm8k_is_the_last_number(text: str, number: str | None) -> None:
     assert last_number(text) == number

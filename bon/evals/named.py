@@ -134,7 +134,7 @@ class Named(Listed):
             return self.convert(fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"the row has no 'candidates', and is none of {self.title} as published ({error!r:.60}). "
+                f"the row is none of {self.title}, neither in bon's format nor as published ({error!r:.60}). "
                 f"Get it from {self.source}."
             ) from error
 

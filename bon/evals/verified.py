@@ -129,9 +129,10 @@ class GSM8K(Verified):
 
     def convert(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The final number of the published solution stands behind ####."""
+        answer = fields["answer"]
         if "question" not in fields:
             return fields
-        return {"prompt": fields["question"], "answer": fields["answer"].rpartition("####")[2].strip().replace(",", "")}
+        return {"prompt": fields["question"], "answer": answer.rpartition("####")[2].strip().replace(",", "")}
 
     def examples(self) -> list[Example]:
         """As ``Verified``'s; the final answer is the last number."""
@@ -154,7 +155,7 @@ class GSM8K(Verified):
         return check
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> str | None:
