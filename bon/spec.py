@@ -360,4 +360,19 @@ SELECTORS = Registry(
     },
 )
 BUDGETS = Registry("budget", {"fixed": "bon.budget:Fixed", "stop-at": "bon.budget:StopAt"})
-DATASETS = Registry("dataset", {"mini": "bon.evals.mini:MiniWorld"})
+DATASETS = Registry(
+    "dataset",
+    {
+        "mini": "bon.evals.mini:MiniWorld",
+        "jsonl": "bon.evals.jsonlines:JSONLines",
+        "llmbar": "bon.evals.named:LLMBar",
+        "judgebench": "bon.evals.named:JudgeBench",
+        "rm-bench": "bon.evals.named:RMBench",
+        "rewardbench2": "bon.evals.rewardbench2:RewardBench2",
+        "alpaca-eval": "bon.evals.named:AlpacaEval",
+        "arena-early": "bon.evals.named:ArenaEarly",
+        "crux": "bon.evals.named:Crux",
+        "ifeval": "bon.evals.verified:IFEval",
+        "gsm8k": "bon.evals.verified:GSM8K",
+    },
+)

@@ -6,13 +6,14 @@ on it has a name in Python and on the command line (``bon eval NAME``).
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from bon.errors import InputError
-from bon.spec import DATASETS, Specified
+from bon.spec import DATASETS, Specified, split_spec
 from bon.task import Task
 
 
@@ -69,13 +70,17 @@ class Dataset(ABC, Specified):
 
 
 def as_dataset(dataset: str | Dataset) -> Dataset:
-    """Read a dataset, its spec ("mini:unseen_wording"), or "module:Class" for one of the user's own.
+    """Read a dataset, its spec ("mini:unseen_wording"), a JSON Lines file, or "module:Class" for one of the user's own.
 
     Raises:
         InputError: none of these.
     """
     if isinstance(dataset, str):
-        made = DATASETS.make(dataset, objects=True)
+        head, options = split_spec(dataset)
+        if head.partition(":")[0] not in DATASETS and (head.endswith(".jsonl") or os.path.exists(head)):
+            made = DATASETS.construct("jsonl", [head], options)
+        else:
+            made = DATASETS.make(dataset, objects=True)
         dataset = made() if isinstance(made, type) else made
     if not isinstance(dataset, Dataset):
         raise InputError(f"a dataset is a bon.evals.dataset.Dataset or its spec, not {dataset!r:.80}.")
