@@ -167,7 +167,7 @@ class Pipeline:
             return "ready" if self.policy is not None and self.policy.concurrent else "all"
         skips = any(group.prune or group.stop_at is not None for group in groups)
         live = live or any(group.watched for group in groups)
-        one_engine = getattr(self.scorer, "engine", None) is self.policy
+        one_engine = {*map(id, self.scorer.engines)} == {id(self.policy)}
         return "all" if one_engine and not skips and not live else "each"
 
     async def _score(self, pending: Sequence[Pending]) -> None:

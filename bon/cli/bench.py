@@ -43,10 +43,12 @@ def bench(
     config, samples = configured(setup, policy=policy, scorer=scorer), plain_number(n)
 
     from bon.bench.command import bench as measure
+    from bon.engines.base import Generates
 
     tasks = _tasks(prompts, seed)
     with loaded(config) as (engine, judge):
-        if (model := getattr(judge, "engine", None)) is None:
+        model = next(iter(judge.engines), None)
+        if not isinstance(model, Generates):
             raise InputError(f"bon bench times a scorer that runs a model; {judge.name!r} runs none.")
         report = measure(engine, model, tasks, n=samples, max_tokens=max_tokens, seed=seed, quick=quick)
     report.emit(only_json=as_json)

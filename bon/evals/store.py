@@ -27,7 +27,8 @@ from typing import Any, NamedTuple, Self
 from bon.data.sink import to_json
 from bon.engines.base import Engine
 from bon.errors import InputError
-from bon.models import Model
+from bon.mini import WEIGHTS
+from bon.models import MINI, Model
 from bon.scorers.base import Needs, Pending, Scorer
 from bon.types import Score, Usage
 
@@ -205,9 +206,9 @@ class Stored(Scorer):
         return self._scorer.name
 
     @property
-    def engine(self) -> Any:
-        """The scorer's, where it has one."""
-        return self._scorer.engine  # type: ignore[attr-defined]
+    def engines(self) -> Sequence[Engine]:
+        """What the scorer runs on."""
+        return self._scorer.engines
 
     def bound(self, find: Callable[[Model | None], Engine]) -> Stored:
         """The same with the scorer's models in place."""
@@ -220,7 +221,7 @@ class Stored(Scorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate: those first that are in the store."""
         if self._model is None:
-            self._model = fingerprint(self.engine.name) if hasattr(self._scorer, "engine") else ""
+            self._model = " + ".join(fingerprint(engine.name) for engine in self.engines)
         keys = [self._key(each, self._model) for each in pending]
         found = await asyncio.to_thread(self._store.find, keys)
         missing = {position: each for position, each in enumerate(pending) if keys[position] not in found}
@@ -262,7 +263,7 @@ def fingerprint(model: str) -> str:
         model: a folder or a file, for which sizes and times count; a name of the hub, whose revision on this machine
             counts; or another name, which is all there is.
     """
-    path = Path(model).expanduser()
+    path = WEIGHTS if model == MINI else Path(model).expanduser()
     files = [path] if path.is_file() else sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern)})
     if files:
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

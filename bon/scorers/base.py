@@ -75,6 +75,11 @@ class Scorer(ABC, Specified):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name})"
 
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """What it runs on, once its models are in place."""
+        return ()
+
     def bound(self, find: Callable[[Model | None], Engine]) -> Self:
         """The same scorer with its models in place; ``find`` has the engine of each of ``models``."""
         return self
@@ -145,6 +150,11 @@ class ModelScorer(Scorer):
                 f"{self.name} has no engine yet: BestOfN, bon.score and ModelPool().scorer(...) load what it names."
             )
         return self._engine
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """What it runs on."""
+        return (self.engine,)
 
     @property
     def concurrent(self) -> bool:  # type: ignore[override]

@@ -63,6 +63,11 @@ class Ensemble(Scorer):
         return [model for part in self.parts for model in part.models]
 
     @property
+    def engines(self) -> Sequence[Engine]:
+        """What the parts run on."""
+        return [engine for part in self.parts for engine in part.engines]
+
+    @property
     def concurrent(self) -> bool:  # type: ignore[override]
         """Whether calls may run at the same time: where they may for all parts."""
         return all(part.concurrent for part in self.parts)
