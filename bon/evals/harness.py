@@ -24,6 +24,7 @@ from bon.evals.baselines import BASELINES
 from bon.evals.dataset import Dataset, Example, as_dataset
 from bon.evals.mini import MiniWorld
 from bon.evals.rows import Row, ScoredRow
+from bon.evals.store import Store, Stored, stored
 from bon.evals.summary import Summary
 from bon.group import Group
 from bon.models import ModelPool
@@ -65,7 +66,7 @@ def evaluate(
         seed: of the choice of rows, of the sampling and of the intervals.
         max_words: candidates with more words are left out, and rows that then have fewer than two.
         sampling: of the candidates; temperature 1 and the dataset's ``max_tokens`` where it says nothing.
-        store: a file that keeps every score: what it has is not scored again.
+        store: a file that keeps the scores of scorers that have a spec: what it has is not scored again.
         progress: show progress bars on stderr.
         threads: as in ``BestOfN``.
 
@@ -97,10 +98,8 @@ def evaluate(
         how = Sampling.of(given).replace(seed=seed, logprobs=any(scorer.needs.logprobs for scorer in ready.values()))
         inferring = [name for name, scorer in ready.items() if isinstance(scorer, Flip)]
         if store is not None:
-            from bon.evals.store import Store, stored
-
             kept = opened.enter_context(Store(store))
-            ready = {name: stored(scorer, kept, _spec(name, scorer)) for name, scorer in ready.items()}
+            ready = {name: _kept(scorer, kept) for name, scorer in ready.items()}
         evaluation = _Evaluation(engine, ready, inferring, samples or 0, how, max_words, seed, progress)
         reports = {key: portal.run(evaluation.report(*section)) for key, section in sections.items()}
     return {**reports.pop(""), "parts": reports}
@@ -144,11 +143,12 @@ def _load(
     return engine or (pool.policy(policy) if samples else None), ready
 
 
-def _spec(name: str, scorer: Scorer) -> str:
+def _kept(scorer: Scorer, store: Store) -> Scorer:
+    """The scorer with a store; as it is where it has no spec: what a function does may change under its name."""
     try:
-        return REGISTERED.spec_of(scorer)
-    except InputError:  # a function, or an object of the user's
-        return name
+        return stored(scorer, store, REGISTERED.spec_of(scorer))
+    except InputError:
+        return scorer
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ class _Evaluation:
         scored: dict[str, list[Result | BonError]] = {}
         seconds: dict[str, float] = {}
         for name, scorer in self.scorers.items():
-            begun = perf_counter()
+            begun = _seconds(scorer)
             scored[name] = await self._scored(name, scorer, rows)
-            seconds[name] = perf_counter() - begun
+            seconds[name] = _seconds(scorer) - begun
         done = [
             row if isinstance(row, BonError) else _made(_joined, row, {name: all_[i] for name, all_ in scored.items()})
             for i, row in enumerate(rows)
@@ -244,6 +244,11 @@ class _Unscored(Scorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         for position, _ in enumerate(pending):
             yield position, Score(None, "failed", "not scored yet")
+
+
+def _seconds(scorer: Scorer) -> float:
+    """A clock that for scores from a store goes on by what they took when they were made."""
+    return scorer.seconds if isinstance(scorer, Stored) else perf_counter()
 
 
 def _joined(row: Row, results: Mapping[str, Result | BonError]) -> ScoredRow:

@@ -8,6 +8,10 @@ from typing import Any
 
 WIDTH = 80
 _NAME = 19
+# Columns and their widths; ~ is the correlation of the reward with something.
+_PICKS = {"mean": 7, "share [95%]": 18, "- random": 18, "- longest": 18}
+_COSTS = {"failed": 7, "tied": 5, "~label": 7, "~length": 8, "~echo": 6, "tokens": 9, "per right": 10, "s": 7}
+_INVERSION = {"at 1 of 8": 10, "of 64": 8, "margin": 8, "echo rate": 10}
 
 
 def format_table(report: Mapping[str, Any]) -> str:
@@ -27,20 +31,18 @@ def _section(report: Mapping[str, Any]) -> str:
     scorers = {name: rule for name, rule in rules.items() if rule["kind"] == "scorer"}
     blocks = [
         title,
-        *_blocks("label of the pick", {"mean": 7, "share [95%]": 18, "- random": 18, "- longest": 18}, first),
+        *_blocks("label of the pick", _PICKS, first),
         "share: of the way from a random pick (0) to the best candidate (1)",
         *_blocks("best of", dict.fromkeys(sizes, 7), best_of),
-        *_blocks("rewards", {"failed": 7, "tied": 5, "~label": 7, "~length": 8, "~echo": 6, "tokens": 9, "per right": 10,
-                 "s": 7}, {name: _costs(rule) for name, rule in scorers.items()}),
-        *_blocks("inversion", {"at 1 of 8": 10, "of 64": 8, "margin": 8, "echo rate": 10},
-                 {name: _inversion(check) for name, check in report["inversion"].items()}),
+        *_blocks("rewards", _COSTS, {name: _costs(rule) for name, rule in scorers.items()}),
+        *_blocks("inversion", _INVERSION, {name: _inversion(check) for name, check in report["inversion"].items()}),
         *_blocks(
             "by subset",
             {f"{name[:12]} ({part['rows']})": 19 for name, part in report["subsets"].items()},
             {name: [_number(part["scores"][name]) for part in report["subsets"].values()] for name in rules},
         ),
         textwrap.fill(report["diagnosis"], WIDTH),
-    ]  # fmt: skip
+    ]
     return "\n".join(blocks)
 
 
@@ -78,8 +80,8 @@ def _interval(value: Mapping[str, float] | None) -> str:
 def _costs(rule: Mapping[str, Any]) -> list[str]:
     correlations = [_number(value, 2) for value in rule["correlation"].values()]
     per_right = "-" if rule["tokens_per_correct"] is None else f"{rule['tokens_per_correct']:.0f}"
-    return [f"{rule['failed']:.0%}", f"{rule['tied']:.0%}", *correlations, str(rule["tokens"]), per_right,
-            f"{rule['seconds']:.1f}"]  # fmt: skip
+    shares = (f"{rule['failed']:.0%}", f"{rule['tied']:.0%}")
+    return [*shares, *correlations, str(rule["tokens"]), per_right, f"{rule['seconds']:.1f}"]
 
 
 def _inversion(check: Mapping[str, Any]) -> list[str]:
