@@ -228,7 +228,8 @@ def test_an_inferred_instruction_is_checked_against_its_own_prompt_and_others() 
 
 def test_a_second_run_takes_its_scores_from_the_store(tmp_path: Path) -> None:
     options: dict[str, Any] = {"scorers": ["flip:scripted", length], "store": tmp_path / "scores.db"}
-    first, second = (evaluate(GRADED, **options) for _ in range(2))
+    data = Rows(row([1, 0], "red", "a number", prompt="Name a colour."), row([0, 1], "two", "red", prompt="Count."))
+    first, second = (evaluate(data, **options) for _ in range(2))
     assert untimed(second) == untimed(first)
     seconds = [report["scorers"]["flip:scripted"]["seconds"] for report in (first, second)]
     assert seconds[1] == pytest.approx(seconds[0], rel=1e-9), "what they took when they were made"

@@ -22,15 +22,14 @@ from bon.engines.base import Generates
 from bon.errors import BonError, EngineError, InputError, user_error, whole_number
 from bon.evals.baselines import BASELINES
 from bon.evals.dataset import Dataset, Example, as_dataset
-from bon.evals.mini import MiniWorld
 from bon.evals.rows import Row, ScoredRow
 from bon.evals.store import Store, Stored, stored
 from bon.evals.summary import Summary
 from bon.group import Group
+from bon.mini.tasks import knows
 from bon.models import ModelPool
 from bon.pipeline import Pipeline
 from bon.scorers.base import Pending, Scorer
-from bon.scorers.flip import Flip
 from bon.selectors import Best
 from bon.spec import SCORERS as REGISTERED
 from bon.types import Result, Sampling, Score, Usage
@@ -58,8 +57,8 @@ def evaluate(
 
     Args:
         dataset: a ``Dataset`` or its spec ("mini").
-        policy: what writes the candidates, as in ``BestOfN``; None takes those of the dataset, and for the mini world
-            the embedded model.
+        policy: what writes the candidates, as in ``BestOfN``; None takes those of the dataset, and where it has none
+            the embedded model, if its small world is what is asked about.
         scorers: as in ``BestOfN``, each; those that name no model run on the policy's own.
         n: candidates that a policy writes for each row, 16 unless said otherwise.
         limit: rows at most; None leaves it to the dataset.
@@ -96,11 +95,10 @@ def evaluate(
         opened.callback(lambda: portal.run(pool.aclose()))
         engine, ready = _load(pool, policy, scorers, samples=samples is not None)
         how = Sampling.of(given).replace(seed=seed, logprobs=any(scorer.needs.logprobs for scorer in ready.values()))
-        inferring = [name for name, scorer in ready.items() if isinstance(scorer, Flip)]
         if store is not None:
             kept = opened.enter_context(Store(store))
             ready = {name: _kept(scorer, kept) for name, scorer in ready.items()}
-        evaluation = _Evaluation(engine, ready, inferring, samples or 0, how, max_words, seed, progress)
+        evaluation = _Evaluation(engine, ready, samples or 0, how, max_words, seed, progress)
         reports = {key: portal.run(evaluation.report(*section)) for key, section in sections.items()}
     return {**reports.pop(""), "parts": reports}
 
@@ -113,7 +111,7 @@ def _samples(dataset: Dataset, examples: Sequence[Example], policy: Any, n: int 
                 f"n is how many candidates a policy writes, and the rows of {dataset.name!r} bring theirs."
             )
         return None
-    if policy is None and not isinstance(dataset, MiniWorld):
+    if policy is None and not all(knows(example.task.instruction) for example in examples):
         raise InputError(
             f"the rows of {dataset.name!r} have no candidates: name a policy that writes them (--policy MODEL)."
         )
@@ -157,7 +155,6 @@ class _Evaluation:
 
     policy: Generates | None
     scorers: Mapping[str, Scorer]
-    inferring: Sequence[str]
     n: int
     sampling: Sampling
     max_words: int | None
@@ -202,7 +199,7 @@ class _Evaluation:
             "sampling": None if self.policy is None else self.sampling.to_dict(),
             "policy_tokens": None if self.policy is None else usage.total_tokens,
             "seed": self.seed,
-            **Summary(good, spent, self.inferring, self.seed).report(),
+            **Summary(good, spent, self.seed).report(),
             "seconds": perf_counter() - started,
         }
 

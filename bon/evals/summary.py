@@ -24,13 +24,11 @@ class Summary:
     Args:
         rows: at least one.
         spent: for each scorer, its tokens and seconds.
-        inferring: the scorers whose explanation is an inferred instruction.
         seed: of the bootstrap and of the rows that the inversion check compares with.
     """
 
     rows: Sequence[ScoredRow]
     spent: Mapping[str, tuple[int, float]]
-    inferring: Sequence[str] = ()
     seed: int = 0
     _weights: Floats = field(init=False, repr=False)
     _picks: dict[str, Floats] = field(init=False, repr=False)
@@ -52,7 +50,7 @@ class Summary:
             "rows": len(self.rows),
             "n": max(len(row.texts) for row in self.rows),
             "scorers": {name: self._rule(name, pool, lengths, echoes) for name in self._picks},
-            "inversion": {name: self._inversion(name) for name in self.inferring},
+            "inversion": self._inversions(),
             "diagnosis": self._diagnosis(),
             "subsets": self._subsets(),
             "disagreements": self._disagreements(),
@@ -131,14 +129,19 @@ class Summary:
         own, random, best = np.array(picks).T
         return {"rows": rows, "share": interval(self._weights, own - random, best - random)}
 
-    def _inversion(self, name: str) -> dict[str, Any]:
-        inferred = [
-            (i, score.explanation, text)
-            for i, row in enumerate(self.rows)
-            for text, score in zip(row.texts, row.scores[name], strict=True)
-            if score.explanation is not None
-        ]
-        return inversion([row.prompt for row in self.rows], inferred, self.seed)
+    def _inversions(self) -> dict[str, Any]:
+        """The inversion check of each scorer whose details have an ``inferred`` instruction."""
+        prompts = [row.prompt for row in self.rows]
+        inferred = {
+            name: [
+                (i, score.details.inferred, text)
+                for i, row in enumerate(self.rows)
+                for text, score in zip(row.texts, row.scores[name], strict=True)
+                if getattr(score.details, "inferred", None) is not None
+            ]
+            for name in self.spent
+        }
+        return {name: inversion(prompts, found, self.seed) for name, found in inferred.items() if found}
 
     def _diagnosis(self) -> str:
         """Whether the right answers are there and not picked, or not there; by the best of the scorers."""
