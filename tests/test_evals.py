@@ -372,9 +372,12 @@ def test_the_same_seed_gives_the_same_report(report: dict[str, Any]) -> None:
 
 
 def test_the_table_fits_eighty_columns(report: dict[str, Any]) -> None:
-    with_subsets = evaluate(GRADED, scorers=[length, indifferent])
+    parts = [
+        row([1, 0], "a", "b", subset=f"Adversarial/{part}") for part in ("Neighbor", "Manual", "GPTInst", "GPTOut")
+    ]
+    with_subsets = evaluate(Rows(*parts), scorers=[length, indifferent])
     for table in (format_table(report), format_table(with_subsets)):
         assert max(map(len, table.splitlines())) <= 80
     assert all(rule in format_table(report) for rule in (*SCORERS, *SAMPLED))
     assert "instructions in unseen wordings: 14 rows" in format_table(report)
-    assert "short (2)" in format_table(with_subsets)
+    assert "Adver…ighbor (1)" in format_table(with_subsets)

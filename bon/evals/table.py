@@ -38,7 +38,7 @@ def _section(report: Mapping[str, Any]) -> str:
         *_blocks("inversion", _INVERSION, {name: _inversion(check) for name, check in report["inversion"].items()}),
         *_blocks(
             "by subset",
-            {f"{name[:12]} ({part['rows']})": 19 for name, part in report["subsets"].items()},
+            {f"{_short(name, 12)} ({part['rows']})": 19 for name, part in report["subsets"].items()},
             {name: [_number(part["scores"][name]) for part in report["subsets"].values()] for name in rules},
         ),
         textwrap.fill(report["diagnosis"], WIDTH),
@@ -62,8 +62,8 @@ def _blocks(title: str, columns: Mapping[str, int], rows: Mapping[str, Sequence[
     return lines
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME else f"{name[: _NAME // 2 - 1]}…{name[-_NAME // 2 :]}"
+def _short(name: str, width: int = _NAME) -> str:
+    return name if len(name) <= width else f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
