@@ -18,7 +18,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -137,13 +137,14 @@ class Store:
             )
         if kind != _BON and tables:
             raise InputError(f"{str(self.path)!r} is a database of something else, no score store. Name another file.")
-        run("PRAGMA journal_mode = WAL")  # a reader and a writer at once, and no wait for the disk with each score
-        run("PRAGMA synchronous = NORMAL")
         run("BEGIN IMMEDIATE")  # or says that it is read-only
         run(_TABLE)
         run(f"PRAGMA application_id = {_BON}")
         run(f"PRAGMA user_version = {VERSION}")
         run("COMMIT")
+        with suppress(sqlite3.OperationalError):  # another process is at it just now, or will be
+            run("PRAGMA journal_mode = WAL")  # readers beside a writer, and no wait for the disk with each score
+        run("PRAGMA synchronous = NORMAL")
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
