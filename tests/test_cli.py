@@ -385,6 +385,10 @@ def test_eval_measures_given_candidates_and_keeps_their_scores(run, tmp_path):
     assert (report["dataset"], report["rows"], report["policy"], report["n"]) == ("colours", 3, None, 2)
     assert report["scorers"]["coloured:short"]["score"] == 1
     assert (tmp_path / "scores.db").exists()
+    code, out, err = run("eval", *options, "--report", "page.html", "--plots", "plots")
+    assert (code, err) == (0, "")
+    assert "coloured:short" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert list((tmp_path / "plots").glob("*.png"))
 
 
 # --- The embedded model ----------------------------------------------------------------------------------------------
