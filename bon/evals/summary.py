@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,36 @@ class Summary:
     rows: Sequence[ScoredRow]
     spent: Mapping[str, tuple[int, float]]
     seed: int = 0
-    _weights: Floats = field(init=False, repr=False)
-    _picks: dict[str, Floats] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _weights(self) -> Floats:
+        return bootstrap(len(self.rows), self.seed)
+
+    @cached_property
+    def _picks(self) -> dict[str, Floats]:
+        """The expected label of the pick in each row, by scorer or baseline."""
         names = [name for name in self.rows[0].rewards if all(name in row.rewards for row in self.rows)]
         if self.rows[0].row.greedy is not None:
             names.insert(-1, "greedy")
-        picks = {name: np.array([row.pick(name) for row in self.rows]) for name in names}
-        object.__setattr__(self, "_weights", bootstrap(len(self.rows), self.seed))
-        object.__setattr__(self, "_picks", picks)
+        return {name: np.array([row.pick(name) for row in self.rows]) for name in names}
 
     def report(self) -> dict[str, Any]:
-        """What the rows say; the conditions are not among it."""
+        """What the rows say.
+
+        Returns:
+            ``rows``, ``n`` (candidates of a row at most), ``inversion``, ``diagnosis``, ``subsets``, ``disagreements``,
+            and ``scorers``, where by scorer or baseline stand
+
+            - ``kind``; ``score``, the mean label of the pick, which equal rewards share: a scorer's own ``tie_break``
+              is not looked at; ``best_of``, the same for N candidates (rows with fewer take all);
+            - ``share`` of the way from a random pick to the best, the pick's label ``minus_random`` and
+              ``minus_longest``, with paired 95% intervals over rows; None where no row's labels differ;
+            - ``by_length``, rows in bins of their candidates' median words; ``correlation``, the mean rank correlation
+              within rows of the reward with label, length in words, and the share of the prompt that comes again;
+            - ``same_strength``, the share of the way in the pool of ``equal_pool``;
+            - ``failed`` and ``pruned`` shares of scores, the share of rows whose best reward is ``tied``;
+            - ``tokens``, ``seconds``, ``tokens_per_correct``: for each pick of the best in a row whose labels differ.
+        """
         pool = equal_pool([row.labels for row in self.rows], [row.row.generators for row in self.rows])
         lengths = [np.array([len(text.split()) for text in row.texts], float) for row in self.rows]
         echoes = [np.array([repeated(row.prompt, text) for text in row.texts]) for row in self.rows]
