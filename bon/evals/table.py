@@ -73,8 +73,12 @@ def _number(value: float | None, digits: int = 3) -> str:
 def _interval(value: Mapping[str, float] | None) -> str:
     if value is None:
         return "-"
-    mean, low, high = (f"{end:.2f}".replace("0.", ".", 1) if abs(end) < 1 else f"{end:.1f}" for end in value.values())
-    return f"{'+' * (value['mean'] >= 0)}{mean} [{low}, {high}]"
+    mean, low, high = (round(end, 2) + 0.0 for end in value.values())  # + 0.0: there is no -0
+    return f"{'+' * (mean >= 0)}{_short_number(mean)} [{_short_number(low)}, {_short_number(high)}]"
+
+
+def _short_number(value: float) -> str:
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.1f}"
 
 
 def _costs(rule: Mapping[str, Any]) -> list[str]:
