@@ -29,7 +29,7 @@ COLOURS = ("#2f7fd0", "#d9782d", "#3f9f5f", "#a866c4", "#c9485b", "#2fa3a3", "#9
 GREY = "#8a8a8a"
 _INK = "#0b0c0d"  # of text and axes; the page puts its own colour in its place
 _STYLE: dict[Any, Any] = {
-    "font.size": 9,
+    "font.size": 10,
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -43,11 +43,11 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "grid.color": GREY,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "svg.fonttype": "none",
     "svg.hashsalt": "bon",
 }
-_WIDTH = 4.3  # inches: readable on a phone, and two fit beside each other on a desk
+_WIDTH = 4.2  # inches: readable on a phone, and two fit beside each other on a desk
 CAPTIONS = {
     "share": "How far each pick gets from a random candidate to the best one of its row (100%), with 95% intervals.",
     "best_of": "What the pick among N candidates is worth, over all subsets of N.",
@@ -175,15 +175,15 @@ def _shares(report: Report) -> Figure | None:
     shown = {n: s for n, s in report["scorers"].items() if s["share"] and n not in ("random", "oracle")}
     if not shown:
         return None
-    figure, axes = _figure(0.7 + 0.42 * len(shown))
+    figure, axes = _figure(0.7 + 0.44 * len(shown))
     colours = _colours(report)
     for y, (name, scorer) in enumerate(sorted(shown.items(), key=lambda item: _mean(item[1]["share"]))):
         share, colour = scorer["share"], colours.get(name, GREY)
         axes.plot([share["low"], share["high"]], [y, y], color=colour, linewidth=2.5, solid_capstyle="round")
         axes.plot(share["mean"], y, "o", color=colour, markersize=7)
-        where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(_short(name, 42), (0, y), (2, 7), color=colour, **where)
-        axes.annotate(_share(share), (1, y), (0, 7), ha="right", **where)
+        where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(_short(name, 44), (0, y), (2, 7), color=colour, fontsize=8, **where)
+        axes.annotate(_share(share), (1, y), (0, 7), ha="right", fontsize=9, **where)
         axes.vlines([0, 0.25, 0.5, 0.75, 1], y - 0.13, y + 0.13, GREY, linewidth=[2, 0.5, 0.5, 0.5, 2], zorder=0)
     low = min(s["share"]["low"] for s in shown.values())
     axes.set(xlim=(min(-0.25, low - 0.05), 1.05), ylim=(-0.4, len(shown) - 0.3), yticks=[])
@@ -200,7 +200,7 @@ def _best_of(report: Report) -> Figure | None:
     figure, axes = _figure(2.8, legend=len(_drawn(report)))
     for name, line in _drawn(report).items():
         curve = sorted((int(n), score) for n, score in report["scorers"][name]["best_of"].items())
-        axes.plot(*zip(*curve, strict=True), label=_short(name, 60), **line)
+        axes.plot(*zip(*curve, strict=True), label=_short(name, 44), **line)
     axes.set(xscale="log", xlabel="N (candidates)", ylabel="score of the pick")
     axes.set_xticks(sizes, [str(n) for n in sizes])
     axes.minorticks_off()
@@ -223,9 +223,9 @@ def _tokens(report: Report) -> Figure | None:
     figure, axes = _figure(2.8, legend=len(curves))
     for name, (curve, score, line) in curves.items():
         if curve and curve[-1][0]:
-            axes.plot(*zip(*curve, strict=True), label=_short(name, 60), **line)
+            axes.plot(*zip(*curve, strict=True), label=_short(name, 44), **line)
         else:
-            axes.axhline(score, label=_short(name, 60), **{**line, "marker": ""})
+            axes.axhline(score, label=_short(name, 44), **{**line, "marker": ""})
     axes.set(xscale="log", xlabel="tokens for a row", ylabel="score of the pick")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,g}")
@@ -241,7 +241,7 @@ def _length(report: Report) -> Figure | None:
     figure, axes = _figure(2.8, legend=len(_drawn(report)))
     for name, line in _drawn(report).items():
         scores = [each["score"] for each in report["scorers"][name]["by_length"]]
-        axes.plot(range(len(scores)), scores, label=_short(name, 60), **line)
+        axes.plot(range(len(scores)), scores, label=_short(name, 44), **line)
     axes.set(xlabel="words of a row's candidates (rows)", ylabel="score of the pick")
     axes.set_xticks(range(len(bins)), ["{:.0f}–{:.0f}\n({})".format(*each["words"], each["rows"]) for each in bins])
     figure.legend(loc="outside lower left")
@@ -251,7 +251,7 @@ def _length(report: Report) -> Figure | None:
 def _figure(height: float, legend: int = 0) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height + 0.18 * legend), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height + 0.19 * legend), layout="constrained")
     return figure, figure.add_subplot()
 
 
