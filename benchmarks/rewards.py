@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -71,14 +72,15 @@ def _candidates(axes: Axes, instructions: int, seed: int) -> None:
     axes.legend(loc="lower right", frameon=False)
 
 
-def _pass_rates(axes: Axes, report: dict[str, dict[str, dict[str, float]]]) -> None:
-    sizes = [int(n) for n in report["best_of"]]
+def _pass_rates(axes: Axes, report: dict[str, Any]) -> None:
+    sizes = [int(n) for n in report["scorers"]["flip"]["best_of"]]
     for rule, (label, color, style) in LINES.items():
-        axes.plot(sizes, [100 * report["best_of"][str(n)][rule] for n in sizes], style, color=color, label=label)
+        rates = [100 * rate for rate in report["scorers"][rule]["best_of"].values()]
+        axes.plot(sizes, rates, style, color=color, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(n) for n in sizes])
     axes.set(xlabel="candidates N", ylabel="pass rate, %", ylim=(0, 100))
-    axes.set_title(f"Best-of-N on {report['n_instructions']} held-out instructions", fontsize=11, loc="left")
+    axes.set_title(f"Best-of-N on {report['rows']} held-out instructions", fontsize=11, loc="left")
     axes.legend(frameon=False)
 
 

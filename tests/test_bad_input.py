@@ -272,6 +272,8 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["rerank", "nothing", *RANKED], "there is no file 'nothing'"),
         (["tasks", "--count", "0"], "'0'"),
         (["eval", "mini", "--limit", "0"], "'0'"),
+        (["eval", "mini", "--max-words", "none"], "'none'"),
+        (["eval", "mini", "--store", "no/such/scores.db", *SCRIPTED], "no/such"),
         (["eval", "mini", "--scorer", "flip", "--scorer", "flip"], "the scorer 'flip' is given twice"),
     ],
 )

@@ -351,11 +351,44 @@ def test_eval_measures_any_scorer_on_a_dataset_by_its_name(run):
     code, out, err = run("eval", "mini", *options, "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert report["n_instructions"] == 3
-    assert {"flip:samples=2", "flip", "random", "oracle"} <= report["best_of"]["2"].keys()
+    assert (report["rows"], report["parts"]["unseen_wordings"]["rows"]) == (3, 3)
+    assert {"flip:samples=2", "flip", "random", "oracle"} <= report["scorers"].keys()
     code, out, _ = run("eval", "mini", *options)
     assert code == 0
-    assert "greedy decoding" in out
+    assert "greedy" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+GIVEN = """
+from bon.evals.dataset import Dataset, Example
+from bon.task import Task
+
+class Colours(Dataset):
+    name = "colours"
+
+    def rows(self, limit=None, seed=0):
+        for i in range(limit or 4):
+            texts = ["red", "blue, a colour of the sky", "it is number " + str(i)]
+            yield Example(Task.of("Name colour " + str(i)), candidates=texts, labels=[1, 1, 0])
+
+def short(prompt, responses):
+    return [-len(response) for response in responses]
+"""
+
+
+def test_eval_measures_given_candidates_and_keeps_their_scores(run, tmp_path):
+    (tmp_path / "coloured.py").write_text(GIVEN)
+    options = ("coloured:Colours", "--scorer", "coloured:short", "--scorer", "flip:scripted", "--limit", 3)
+    code, out, err = run("eval", *options, "--max-words", 5, "--store", "scores.db", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert (report["dataset"], report["rows"], report["policy"], report["n"]) == ("colours", 3, None, 2)
+    assert report["scorers"]["coloured:short"]["score"] == 1
+    assert (tmp_path / "scores.db").exists()
+    code, out, err = run("eval", *options, "--report", "page.html", "--plots", "plots")
+    assert (code, err) == (0, "")
+    assert "coloured:short" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert list((tmp_path / "plots").glob("*.png"))
 
 
 # --- The embedded model ----------------------------------------------------------------------------------------------

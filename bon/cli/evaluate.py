@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,32 +23,61 @@ def evaluate(
         list[str] | None,
         typer.Option("--scorer", metavar="SCORER", help="What is measured; repeatable. By default flip, likelihood."),
     ] = None,
-    n: Annotated[str, typer.Option("-n", metavar="N", help="The largest number of candidates.")] = "16",
+    n: Annotated[
+        str | None, typer.Option("-n", metavar="N", help="Candidates that the policy writes, 16 by default.")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="L", min=1, help="Examples at most; else the dataset says it.")
+        int | None, typer.Option("--limit", metavar="L", min=1, help="Rows at most; else the dataset says it.")
+    ] = None,
+    max_words: Annotated[
+        int | None, typer.Option("--max-words", metavar="W", min=1, help="Leave out candidates that are longer.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", metavar="FILE", help="Keep scores here, and take those that are there.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write a page that shows the results (HTML).")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", metavar="DIR", help="Write the plots as PNG files into this folder.")
     ] = None,
     sampling: SamplingOptions,
     as_json: JSON = False,
 ) -> int:
-    """Measure how much best-of-N gains: pass rates for N = 1, 2, 4, ... under each scorer and under baselines."""
+    """Measure which reward picks better answers, of a dataset's candidates or a policy's, beside rules without a model.
+
+    Without --policy the candidates are those of the dataset; for mini the embedded model writes them.
+    """
     config = configured(setup, sampling, policy=policy)
 
     from bon.cli.terminal import print_json
-    from bon.evals.harness import SCORERS, evaluate, format_table
+    from bon.evals.harness import SCORERS, evaluate
+    from bon.evals.table import format_table
 
-    report = evaluate(
+    measured = scorers or ([config.scorer] if config.scorer else SCORERS)
+    threads = {threads_for(config.changed(scorer=scorer), ranked=config.policy is None) for scorer in measured}
+    found = evaluate(
         dataset,
         policy=config.policy,
-        scorers=scorers or ([config.scorer] if config.scorer else SCORERS),
-        n=plain_number(n),
+        scorers=measured,
+        n=None if n is None else plain_number(n),
         limit=limit,
         seed=config.sampling.get("seed", 0),
+        max_words=max_words,
         sampling=config.sampling,
+        store=store,
         progress=sys.stderr.isatty(),
-        threads=threads_for(config),
+        threads=threads.pop() if len(threads) == 1 else None,
     )
     if as_json:
-        print_json(report)
+        print_json(found)
     else:
-        print(format_table(report))
+        print(format_table(found))
+    if report is not None or plots is not None:
+        from bon.evals.report import write_plots, write_report
+
+        if report is not None:
+            write_report(found, report)
+        if plots is not None:
+            write_plots(found, plots)
     return 0

@@ -1,37 +1,42 @@
-"""Does a reward pick better answers? Any dataset with a verifier, any policy, several scorers.
+"""Does a reward pick better answers? Any dataset, several scorers, and what picks without a model beside them.
 
-Every example gets n candidates, which all scorers rate. Best-of-N for smaller N is the exact expectation over all
-subsets of N of those candidates, so it needs no more samples and adds no noise. Intervals are over examples.
+Candidates are those of the dataset, or a policy's samples, which the dataset checks. All scorers rate the same ones.
+``bon.evals.summary`` makes the figures.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from bon import portal
 from bon.budget import Fixed
 from bon.engines.base import Generates
 from bon.errors import BonError, EngineError, InputError, user_error, whole_number
+from bon.evals.baselines import BASELINES
 from bon.evals.dataset import Dataset, Example, as_dataset
-from bon.evals.metrics import Rates, expected_pass, interval
+from bon.evals.rows import Row, ScoredRow
+from bon.evals.store import Store, Stored, stored
+from bon.evals.summary import Summary
 from bon.group import Group
+from bon.mini.tasks import knows
 from bon.models import ModelPool
 from bon.pipeline import Pipeline
 from bon.scorers.base import Pending, Scorer
 from bon.selectors import Best
-from bon.types import Candidate, Result, Sampling, Score
+from bon.spec import SCORERS as REGISTERED
+from bon.types import Result, Sampling, Score, Usage
 
 log = logging.getLogger("bon")
 
 SCORERS = ("flip", "likelihood")
-BASELINES = ("random", "oracle", "longest", "shortest")
 
 
 def evaluate(
@@ -39,69 +44,93 @@ def evaluate(
     *,
     policy: Any = None,
     scorers: Sequence[Any] = SCORERS,
-    n: int = 16,
+    n: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    max_words: int | None = None,
     sampling: Sampling | Mapping[str, Any] | None = None,
+    store: str | Path | None = None,
     progress: bool = False,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Pass rates of best-of-N under each scorer and each baseline; blocks.
+    """Measure scorers on a dataset, beside the baselines; blocks.
 
     Args:
         dataset: a ``Dataset`` or its spec ("mini").
-        policy: as in ``BestOfN``; None for the embedded model.
+        policy: what writes the candidates, as in ``BestOfN``; None takes those of the dataset, and where it has none
+            the embedded model, if its small world is what is asked about.
         scorers: as in ``BestOfN``, each; those that name no model run on the policy's own.
-        n: candidates for each example; the report's N runs over the powers of two up to it.
-        limit: examples at most; None leaves it to the dataset.
-        seed: of the examples and of the sampling.
+        n: candidates that a policy writes for each row, 16 unless said otherwise.
+        limit: rows at most; None leaves it to the dataset.
+        seed: of the choice of rows, of the sampling and of the intervals.
+        max_words: candidates with more words are left out, and rows that then have fewer than two.
         sampling: of the candidates; temperature 1 and the dataset's ``max_tokens`` where it says nothing.
+        store: a file that keeps the scores of scorers that have a spec: what it has is not scored again.
         progress: show progress bars on stderr.
         threads: as in ``BestOfN``.
 
     Returns:
-        ``n_instructions`` (examples), ``failed`` (examples left out, because something about them could not be sampled,
-        scored or verified), ``greedy``, ``best_of`` (N as text -> scorer or baseline -> rate from 0 to 1) and
-        ``intervals`` (the same shape, [low, high]); the same keys again under the name of each of the dataset's
-        ``parts``; and the conditions.
+        ``dataset``, ``rows``, ``left_out`` (rows about which something could not be sampled, checked or scored),
+        ``policy``, ``sampling`` and ``policy_tokens`` (None without one), ``n``, ``seed``, ``seconds``, ``scorers``
+        (scorers and baselines by name: see ``Summary``), ``inversion``, ``diagnosis``, ``subsets``, ``disagreements``,
+        and ``parts``: the same again for each of the dataset's parts.
 
     Raises:
-        InputError: a number below 1, a scorer given twice, or what ``BestOfN`` says of policy and scorers.
-        BonError: of the first example, where none could be evaluated.
+        InputError: a number below 1, a scorer given twice, a policy whose answers the dataset cannot check, no policy
+            for a dataset without candidates, or what ``BestOfN`` says of policy and scorers.
+        BonError: of the first row, where none could be evaluated.
     """
-    whole_number("n", n, 1)
-    if limit is not None:
-        whole_number("limit", limit, 1)
+    for name, number in (("n", n), ("limit", limit), ("max_words", max_words)):
+        if number is not None:
+            whole_number(name, number, 1)
     found = as_dataset(dataset)
+    sections = {key: (part, list(part.rows(limit, seed))) for key, part in {"": found, **found.parts}.items()}
+    for part, examples in sections.values():
+        if not examples:
+            raise InputError(f"the dataset {part.name!r} has no rows.")
+    samples = _samples(found, sections[""][1], policy, n)
     given = sampling if isinstance(sampling, Sampling) else {"max_tokens": found.max_tokens, **(sampling or {})}
-    how = Sampling.of(given).replace(seed=seed)
     pool = ModelPool(threads)
-    try:
-        engine, ready = _load(pool, policy, scorers)
-        evaluation = _Evaluation(engine, ready, n, how, progress)
-        sections = {"": found, **found.parts}
-        reports = {key: portal.run(evaluation.report(part, limit, seed)) for key, part in sections.items()}
-    finally:
-        portal.run(pool.aclose())
-    return {
-        **reports.pop(""),
-        **reports,
-        "dataset": dataset if isinstance(dataset, str) else found.name,
-        "policy": engine.name,
-        "scorers": {name: scorer.name for name, scorer in ready.items()},
-        "n": n,
-        "temperature": how.temperature,
-        "max_tokens": how.max_tokens,
-        "seed": seed,
-    }
+    with ExitStack() as opened:
+        opened.callback(lambda: portal.run(pool.aclose()))
+        engine, ready = _load(pool, policy, scorers, samples=samples is not None)
+        how = Sampling.of(given).replace(seed=seed, logprobs=any(scorer.needs.logprobs for scorer in ready.values()))
+        if store is not None:
+            kept = opened.enter_context(Store(store))
+            ready = {name: _kept(scorer, kept) for name, scorer in ready.items()}
+        evaluation = _Evaluation(engine, ready, samples or 0, how, max_words, seed, progress)
+        reports = {key: portal.run(evaluation.report(*section)) for key, section in sections.items()}
+    return {**reports.pop(""), "parts": reports}
 
 
-def _load(pool: ModelPool, policy: Any, scorers: Sequence[Any]) -> tuple[Generates, dict[str, Scorer]]:
+def _samples(dataset: Dataset, examples: Sequence[Example], policy: Any, n: int | None) -> int | None:
+    """How many candidates the policy writes for each row; None where the rows' own are taken."""
+    if policy is None and any(example.candidates for example in examples):
+        if n is not None:
+            raise InputError(
+                f"n is how many candidates a policy writes, and the rows of {dataset.name!r} bring theirs."
+            )
+        return None
+    if policy is None and not all(knows(example.task.instruction) for example in examples):
+        raise InputError(
+            f"the rows of {dataset.name!r} have no candidates: name a policy that writes them (--policy MODEL)."
+        )
+    if any(example.passes is None for example in examples):
+        raise InputError(
+            f"answers of a policy cannot be checked: {dataset.name!r} has labels of its own candidates only. "
+            "Leave the policy out."
+        )
+    return 16 if n is None else n
+
+
+def _load(
+    pool: ModelPool, policy: Any, scorers: Sequence[Any], *, samples: bool
+) -> tuple[Generates | None, dict[str, Scorer]]:
     """The policy, and the scorers by name: as they were written, or what they call themselves."""
     engine: Generates | None = None
     ready: dict[str, Scorer] = {}
     for given in scorers:
-        if engine is None:
+        if samples and engine is None:
             engine, scorer = pool.both(policy, given)
         else:
             scorer = pool.scorer(given, engine)
@@ -109,36 +138,77 @@ def _load(pool: ModelPool, policy: Any, scorers: Sequence[Any]) -> tuple[Generat
         if name in ready or name in BASELINES:
             raise InputError(f"the scorer {name!r} is given twice, or has the name of a baseline.")
         ready[name] = scorer
-    return engine or pool.policy(policy), ready
+    return engine or (pool.policy(policy) if samples else None), ready
+
+
+def _kept(scorer: Scorer, store: Store) -> Scorer:
+    """The scorer with a store; as it is where it has no spec: what a function does may change under its name."""
+    try:
+        return stored(scorer, store, REGISTERED.spec_of(scorer))
+    except InputError:
+        return scorer
 
 
 @dataclass(frozen=True)
 class _Evaluation:
     """A policy and scorers at work on one dataset after the other."""
 
-    policy: Generates
+    policy: Generates | None
     scorers: Mapping[str, Scorer]
     n: int
     sampling: Sampling
+    max_words: int | None
+    seed: int
     progress: bool
 
-    async def report(self, dataset: Dataset, limit: int | None, seed: int) -> dict[str, Any]:
-        """The figures of one dataset."""
-        examples = list(dataset.rows(limit, seed))
-        if not examples:
-            raise InputError(f"the dataset {dataset.name!r} has no examples.")
-        greedy = await self._sampled(examples, 1, self.sampling.replace(temperature=0.0), "greedy")
-        sampled = await self._sampled(examples, self.n, self.sampling, "sampling")
-        rankings = {name: await self._scored(name, examples, sampled) for name in self.scorers}
-        outcomes: list[_Outcome | BonError] = []
-        for i, example in enumerate(examples):
-            try:
-                ranked = {name: _need(results[i]).selection.ranking for name, results in rankings.items()}
-                [answer] = _need(greedy[i]).candidates
-                outcomes.append(_Outcome.of(example, answer, _need(sampled[i]).candidates, ranked))
-            except Exception as error:
-                outcomes.append(user_error("the dataset", error))
-        return self._figures(dataset.name, outcomes)
+    async def report(self, dataset: Dataset, examples: Sequence[Example]) -> dict[str, Any]:
+        """The report on one dataset."""
+        started, usage = perf_counter(), Usage()
+        rows: list[Row | BonError]
+        if self.policy is None:
+            rows = [_made(self._given, i, example) for i, example in enumerate(examples)]
+        else:
+            greedy = await self._sampled(examples, 1, self.sampling.replace(temperature=0.0), "greedy")
+            sampled = await self._sampled(examples, self.n, self.sampling, "sampling")
+            usage = sum((one.usage for one in sampled if isinstance(one, Result)), usage)
+            rows = [_made(self._checked, i, *row) for i, row in enumerate(zip(examples, greedy, sampled, strict=True))]
+        scored: dict[str, list[Result | BonError]] = {}
+        seconds: dict[str, float] = {}
+        for name, scorer in self.scorers.items():
+            begun = _seconds(scorer)
+            scored[name] = await self._scored(name, scorer, rows)
+            seconds[name] = _seconds(scorer) - begun
+        done = [
+            row if isinstance(row, BonError) else _made(_joined, row, {name: all_[i] for name, all_ in scored.items()})
+            for i, row in enumerate(rows)
+        ]
+        good = [row for row in done if isinstance(row, ScoredRow)]
+        errors = [row for row in done if isinstance(row, BonError)]
+        if not good:
+            raise errors[0]
+        if errors:
+            log.warning("%d of %d rows are left out; the first: %s", len(errors), len(done), errors[0])
+        spent = {
+            name: (sum(one.usage.total_tokens for one in some if isinstance(one, Result)), seconds[name])
+            for name, some in scored.items()
+        }
+        return {
+            "dataset": dataset.name,
+            "left_out": len(errors),
+            "policy": None if self.policy is None else self.policy.name,
+            "sampling": None if self.policy is None else self.sampling.to_dict(),
+            "policy_tokens": None if self.policy is None else usage.total_tokens,
+            "seed": self.seed,
+            **Summary(good, spent, self.seed).report(),
+            "seconds": perf_counter() - started,
+        }
+
+    def _given(self, position: int, example: Example) -> Row:
+        return Row.given(position, example).within(self.max_words)
+
+    def _checked(self, position: int, example: Example, greedy: Result | BonError, sampled: Result | BonError) -> Row:
+        [answer], candidates = _need(greedy).candidates, _need(sampled).candidates
+        return Row.sampled(position, example, answer, candidates).within(self.max_words)
 
     async def _sampled(
         self, examples: Sequence[Example], n: int, sampling: Sampling, label: str
@@ -146,82 +216,21 @@ class _Evaluation:
         groups = [Group(example.task) for example in examples]
         return await self._run(Pipeline(_Unscored(), self.policy, Fixed(n), sampling), groups, label)
 
-    async def _scored(
-        self, name: str, examples: Sequence[Example], sampled: Sequence[Result | BonError]
-    ) -> list[Result | BonError]:
-        scorer = self.scorers[name]
+    async def _scored(self, name: str, scorer: Scorer, rows: Sequence[Row | BonError]) -> list[Result | BonError]:
         groups = [
-            each if isinstance(each, BonError) else Group.of(example.task, each.candidates, whole=scorer.needs.group)
-            for example, each in zip(examples, sampled, strict=True)
-        ]
+            row if isinstance(row, BonError)
+            else _made(Group.of, row.example.task, row.candidates, prune=False, whole=scorer.needs.group)
+            for row in rows
+        ]  # fmt: skip
         return await self._run(Pipeline(scorer), groups, name)
 
     async def _run(self, pipeline: Pipeline, groups: Sequence[Group | BonError], label: str) -> list[Result | BonError]:
-        bar = tqdm(total=len(groups), desc=label, unit="example", leave=False, disable=not self.progress)
+        bar = tqdm(total=len(groups), desc=label, unit="row", leave=False, disable=not self.progress)
         with bar:
             async with aclosing(pipeline.stream(groups)) as finished:
                 async for _ in finished:
                     bar.update()
         return [_result(group) for group in groups]
-
-    def _figures(self, title: str, outcomes: Sequence[_Outcome | BonError]) -> dict[str, Any]:
-        good = [outcome for outcome in outcomes if isinstance(outcome, _Outcome)]
-        errors = [outcome for outcome in outcomes if isinstance(outcome, BonError)]
-        if not good:
-            raise errors[0]
-        if errors:
-            log.warning("%d of %d examples are left out; the first: %s", len(errors), len(outcomes), errors[0])
-        greedy = np.array([outcome.greedy for outcome in good], float)
-        sizes = [2**power for power in range(self.n.bit_length())]
-        rates = {str(size): self._rates(good, size) for size in sizes}
-        return {
-            "title": title,
-            "n_instructions": len(good),
-            "failed": len(errors),
-            "greedy": float(greedy.mean()),
-            "best_of": {n: {rule: float(rate.mean()) for rule, rate in row.items()} for n, row in rates.items()},
-            "intervals": {
-                "greedy": interval(greedy),
-                "best_of": {n: {rule: interval(rate) for rule, rate in row.items()} for n, row in rates.items()},
-            },
-        }
-
-    def _rates(self, outcomes: Sequence[_Outcome], size: int) -> dict[str, Rates]:
-        return {
-            rule: np.array([outcome.rate(rule, size) for outcome in outcomes]) for rule in (*self.scorers, *BASELINES)
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """One example: which answers pass, and in which order each rule prefers the candidates."""
-
-    greedy: bool
-    passed: Sequence[bool]
-    orders: Mapping[str, Sequence[int]]
-
-    @classmethod
-    def of(
-        cls, example: Example, greedy: Candidate, candidates: Sequence[Candidate], ranked: Mapping[str, Sequence[int]]
-    ) -> _Outcome:
-        assert example.passes is not None
-        passed = [example.passes(candidate.text) for candidate in candidates]
-
-        def by(key: Callable[[int], int]) -> list[int]:
-            return sorted(range(len(candidates)), key=key)
-
-        baselines = {
-            "oracle": by(lambda i: not passed[i]),
-            "longest": by(lambda i: -len(candidates[i].text)),
-            "shortest": by(lambda i: len(candidates[i].text)),
-        }
-        return cls(example.passes(greedy.text), passed, {**ranked, **baselines})
-
-    def rate(self, rule: str, size: int) -> float:
-        """Chance that what the rule picks among ``size`` of the candidates passes."""
-        if rule == "random":
-            return sum(self.passed) / len(self.passed)
-        return expected_pass(self.passed, self.orders[rule], size)
 
 
 class _Unscored(Scorer):
@@ -232,6 +241,23 @@ class _Unscored(Scorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         for position, _ in enumerate(pending):
             yield position, Score(None, "failed", "not scored yet")
+
+
+def _seconds(scorer: Scorer) -> float:
+    """A clock that for scores from a store goes on by what they took when they were made."""
+    return scorer.seconds if isinstance(scorer, Stored) else perf_counter()
+
+
+def _joined(row: Row, results: Mapping[str, Result | BonError]) -> ScoredRow:
+    return ScoredRow.of(row, {name: _need(result).scores for name, result in results.items()})
+
+
+def _made(make: Any, *args: Any, **options: Any) -> Any:
+    """What ``make`` returns, or the error that belongs in its place."""
+    try:
+        return make(*args, **options)
+    except Exception as error:
+        return user_error("the dataset", error)
 
 
 def _result(group: Group | BonError) -> Result | BonError:
@@ -248,30 +274,3 @@ def _need(result: Result | BonError) -> Result:
     if isinstance(result, BonError):
         raise result
     return result
-
-
-def format_table(report: Mapping[str, Any]) -> str:
-    """The report as text: pass rates in percent, plus or minus half the 95% interval."""
-    parts = [part for part in report.values() if isinstance(part, Mapping) and "intervals" in part]
-    return "\n\n".join(map(_section, [report, *parts]))
-
-
-def _section(report: Mapping[str, Any]) -> str:
-    intervals, best_of = report["intervals"], report["best_of"]
-    rules = list(next(iter(best_of.values())))
-    width = max(map(len, rules))
-    left_out = f" ({report['failed']} left out)" if report["failed"] else ""
-    lines = [
-        f"{report['n_instructions']} {report['title']}{left_out}: pass rate in %, 95% interval",
-        f"greedy decoding: {_cell(report['greedy'], intervals['greedy'])}",
-        "",
-        " " * width + "".join(f"{f'N = {n}':>11}" for n in best_of),
-    ]
-    for rule in rules:
-        cells = (_cell(row[rule], intervals["best_of"][n][rule]) for n, row in best_of.items())
-        lines.append(rule.ljust(width) + "".join(f"{cell:>11}" for cell in cells))
-    return "\n".join(lines)
-
-
-def _cell(rate: float, limits: Sequence[float]) -> str:
-    return f"{100 * rate:.1f} ±{50 * (limits[1] - limits[0]):.1f}"

@@ -1,0 +1,63 @@
+"""Rules that pick without a model, as rewards: what every scorer is measured beside. And the words that they count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from bon.evals.metrics import Floats
+from bon.similarity import characters
+
+BASELINES = ("random", "first", "longest", "shortest", "consensus", "majority", "greedy", "oracle")
+
+
+def baselines(texts: Sequence[str], labels: Floats, extract: Callable[[str], str | None] | None) -> dict[str, Floats]:
+    """The rewards that each rule gives to the candidates of a row; equal rewards share the pick.
+
+    Args:
+        texts: the candidates; length is counted in characters.
+        labels: what the oracle knows.
+        extract: the final answer of a text, for the majority vote, which is left out where this is None. A text without
+            an answer has no vote.
+    """
+    length = np.array([len(text) for text in texts], float)
+    rules = {
+        "random": np.zeros(len(texts)),
+        "first": -np.arange(len(texts), dtype=float),
+        "longest": length,
+        "shortest": -length,
+        "consensus": consensus(texts),
+    }
+    if extract is not None:
+        answers = [extract(text) for text in texts]
+        votes = Counter(answer for answer in answers if answer is not None)
+        rules["majority"] = np.array([0 if answer is None else votes[answer] for answer in answers], float)
+    return {**rules, "oracle": labels}
+
+
+def consensus(texts: Sequence[str]) -> Floats:
+    """Mean word F1 of each text with the others; 0 for one alone."""
+    counted = [words_of(text) for text in texts]
+    f1 = np.zeros((len(texts), len(texts)))
+    for i, j in combinations(range(len(texts)), 2):
+        f1[i, j] = f1[j, i] = word_f1(counted[i], counted[j])
+    return np.asarray(f1.sum(axis=1) / max(1, len(texts) - 1))
+
+
+def words_of(text: str) -> Counter[str]:
+    """How often each word occurs; in a script without spaces, each character."""
+    return Counter(characters(text))
+
+
+def word_f1(one: Counter[str], other: Counter[str]) -> float:
+    """Multiset F1; 0 where nothing matches."""
+    return 2 * (one & other).total() / max(1, one.total() + other.total())
+
+
+def repeated(text: str, within: str) -> float:
+    """The echo: the share of the words of ``text`` that ``within`` has as well, as multisets."""
+    words = words_of(text)
+    return (words & words_of(within)).total() / max(1, words.total())

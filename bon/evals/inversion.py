@@ -1,0 +1,56 @@
+"""The inversion check: can a model read backwards at all? It needs no label.
+
+The instruction inferred from an answer is compared with the answer's own prompt and with those of other rows. A model
+that reads finds its own; one that echoes the answer, or writes the same for every answer, does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bon.evals.baselines import repeated, word_f1, words_of
+
+AMONG = (8, 64)
+
+
+def inversion(prompts: Sequence[str], inferred: Sequence[tuple[int, str, str]], seed: int) -> dict[str, Any]:
+    """Whose prompt is it, by word F1.
+
+    Args:
+        prompts: one for each row.
+        inferred: (row, inferred instruction, answer).
+        seed: of the choice of other rows.
+
+    Returns:
+        ``retrieval_at_1``: how often the own prompt is the nearest among 8 and among 64, equals sharing the place (so
+        chance is 1/8 and 1/64); ``margin``: the F1 with the own prompt less the best of 7 others; None where there are
+        not so many different prompts. ``echo_rate``: the share of the inferred words that the answer has itself.
+    """
+    different = list(dict.fromkeys(prompts))
+    known = [words_of(prompt) for prompt in different]
+    rng = np.random.default_rng(seed)
+    found: dict[int, list[float]] = {among: [] for among in AMONG}
+    margins = []
+    for row, text, _ in inferred:
+        words, own = words_of(text), different.index(prompts[row])
+        right = word_f1(words, known[own])
+        others = rng.permutation(np.delete(np.arange(len(known)), own))[: AMONG[-1] - 1]
+        rivals = np.array([word_f1(words, known[other]) for other in others])
+        for among in AMONG:
+            if len(rivals) >= among - 1:
+                near = rivals[: among - 1]
+                found[among].append(float(right >= near.max()) / (1 + np.count_nonzero(near == right)))
+        if len(rivals) >= AMONG[0] - 1:
+            margins.append(right - rivals[: AMONG[0] - 1].max())
+    return {
+        "retrieval_at_1": {str(among): _mean(shares) for among, shares in found.items()},
+        "margin": _mean(margins),
+        "echo_rate": _mean([repeated(text, answer) for _, text, answer in inferred]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None

@@ -1,0 +1,93 @@
+"""A report as text that fits 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WIDTH = 80
+_NAME = 19
+# Columns and their widths; ~ is the correlation of the reward with something.
+_PICKS = {"mean": 7, "share [95%]": 18, "- random": 18, "- longest": 18}
+_COSTS = {"failed": 7, "tied": 5, "~label": 7, "~length": 8, "~echo": 6, "tokens": 9, "per right": 10, "s": 7}
+_INVERSION = {"at 1 of 8": 10, "of 64": 8, "margin": 8, "echo rate": 10}
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    """The figures of a report that say most, and those of its parts."""
+    return "\n\n".join(map(_section, [report, *report["parts"].values()]))
+
+
+def _section(report: Mapping[str, Any]) -> str:
+    rules: Mapping[str, Any] = report["scorers"]
+    left_out = f" ({report['left_out']} left out)" if report["left_out"] else ""
+    title = f"{report['dataset']}: {report['rows']} rows{left_out}, up to {report['n']} candidates each"
+    first = {name: [_number(rule["score"]), _interval(rule["share"])] for name, rule in rules.items()}
+    for name, rule in rules.items():
+        first[name] += [_interval(rule["minus_random"]), _interval(rule["minus_longest"])]
+    sizes = next(iter(rules.values()))["best_of"]
+    best_of = {name: [_number(value) for value in rule["best_of"].values()] for name, rule in rules.items()}
+    scorers = {name: rule for name, rule in rules.items() if rule["kind"] == "scorer"}
+    blocks = [
+        title,
+        *_blocks("label of the pick", _PICKS, first),
+        "share: of the way from a random pick (0) to the best candidate (1)",
+        *_blocks("best of", dict.fromkeys(sizes, 7), best_of),
+        *_blocks("rewards", _COSTS, {name: _costs(rule) for name, rule in scorers.items()}),
+        *_blocks("inversion", _INVERSION, {name: _inversion(check) for name, check in report["inversion"].items()}),
+        *_blocks(
+            "by subset",
+            {f"{_short(name, 12)} ({part['rows']})": 19 for name, part in report["subsets"].items()},
+            {name: [_number(part["scores"][name]) for part in report["subsets"].values()] for name in rules},
+        ),
+        textwrap.fill(report["diagnosis"], WIDTH),
+    ]
+    return "\n".join(blocks)
+
+
+def _blocks(title: str, columns: Mapping[str, int], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines of a name and its cells, in as many blocks side by side as the width asks for; none without columns."""
+    lines, start, heads = [], 0, list(columns)
+    while start < len(heads) and rows:
+        end, room = start, WIDTH - _NAME
+        while end < len(heads) and columns[heads[end]] <= room:
+            room -= columns[heads[end]]
+            end += 1
+        for name, cells in [(title, heads), *rows.items()]:
+            row = "".join(f"{cells[i]:>{columns[heads[i]]}}" for i in range(start, end))
+            lines.append(f"{_short(name):<{_NAME}}{row}")
+        lines.insert(len(lines) - len(rows) - 1, "")
+        start = end
+    return lines
+
+
+def _short(name: str, width: int = _NAME) -> str:
+    return name if len(name) <= width else f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return "-"
+    mean, low, high = (round(end, 2) + 0.0 for end in value.values())  # + 0.0: there is no -0
+    return f"{'+' * (mean >= 0)}{_short_number(mean)} [{_short_number(low)}, {_short_number(high)}]"
+
+
+def _short_number(value: float) -> str:
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.1f}"
+
+
+def _costs(rule: Mapping[str, Any]) -> list[str]:
+    correlations = [_number(value, 2) for value in rule["correlation"].values()]
+    per_right = "-" if rule["tokens_per_correct"] is None else f"{rule['tokens_per_correct']:.0f}"
+    shares = (f"{rule['failed']:.0%}", f"{rule['tied']:.0%}")
+    return [*shares, *correlations, str(rule["tokens"]), per_right, f"{rule['seconds']:.1f}"]
+
+
+def _inversion(check: Mapping[str, Any]) -> list[str]:
+    retrieved = check["retrieval_at_1"]
+    return [_number(value) for value in (*retrieved.values(), check["margin"], check["echo_rate"])]
