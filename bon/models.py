@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from bon.engines.base import Engine, Generates
 from bon.engines.function import FunctionEngine
+from bon.engines.gguf import gguf_file
 from bon.errors import InputError, UnknownNameError, UserCodeError, whole_number
 from bon.scorers.base import Scorer
 from bon.spec import ENGINES, SCORERS, import_object, join_spec, names_object, split_spec
@@ -34,7 +35,8 @@ class Model:
     """A model that the user names, not loaded yet.
 
     Args:
-        name: a Hugging Face name, a folder, a URL, or "mini" for the embedded model.
+        name: a Hugging Face name, a folder, a GGUF file, a URL, a name that ``bon models`` lists, or "mini" for the
+            embedded model.
         engine: which registered engine runs it; None chooses.
         options: of the engine.
     """
@@ -300,12 +302,12 @@ def _weights(model: Model) -> str:
 def choose_engine(name: str) -> str:
     """The engine of a model for which the user names none; said once in the log.
 
-    HTTP for URLs. vLLM where it is installed and there is a CUDA GPU. Torch for the rest, and always for the embedded
-    mini model, which is done before vLLM has started.
+    HTTP for URLs. vLLM where it is installed and there is a CUDA GPU. Torch for the rest, and always for GGUF files and
+    for the embedded mini model, which is done before vLLM has started.
     """
     if name.startswith(("http://", "https://")):
         return "http"
-    return "torch" if name == MINI else _local_engine()
+    return "torch" if name == MINI or gguf_file(name) else _local_engine()
 
 
 @cache
