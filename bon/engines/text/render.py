@@ -324,6 +324,6 @@ def _arguments_of(template: str) -> frozenset[str]:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(
-            f"the chat template has an error in its line {error.lineno}: {error.message}. Give another: chat_template=FILE"
+            f"the chat template has an error in line {error.lineno}: {error.message}. Give another: chat_template=FILE"
         ) from error
     return frozenset(jinja2.meta.find_undeclared_variables(parsed) - {"messages", "raise_exception", "strftime_now"})
