@@ -6,6 +6,7 @@ loads no model library.
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,12 +23,13 @@ def gguf_file(model: str | Path) -> Path | None:
         ModelNotFoundError: there is no such file.
         InputError: a folder with several.
     """
-    path = Path(model).expanduser()
-    if path.suffix.lower() == ".gguf" and not path.is_dir():
-        if path.is_file():
+    path = Path(os.path.expanduser(model))
+    folder = os.path.isdir(path)  # which is True or False whatever the text is
+    if path.suffix.lower() == ".gguf" and not folder:
+        if os.path.isfile(path):
             return path
         raise ModelNotFoundError(f"there is no GGUF file at {str(model)!r}. Check the path.")
-    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+    if not folder or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bon.catalog import resolve
 from bon.engines.gguf import check_packages, gguf_file
@@ -61,6 +61,8 @@ def load(
         # With the configuration given, the metadata of a GGUF file is not parsed again; it takes seconds.
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
         if "gguf_file" in options:
+            from transformers import GgufConfig
+
             options = {**options, "quantization_config": GgufConfig(dequantize=True)}
         return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=number, **options), tokenizer
 
