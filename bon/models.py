@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from bon.engines.base import Engine, Generates
 from bon.engines.function import FunctionEngine
+from bon.engines.gguf import gguf_file
 from bon.errors import InputError, ModelNotFoundError, UnknownNameError, UserCodeError, whole_number
 from bon.scorers.base import Scorer
 from bon.spec import ENGINES, OBJECT, SCORERS, import_object, join_spec, names_object, split_spec
@@ -35,7 +36,8 @@ class Model:
     """A model that the user names, not loaded yet.
 
     Args:
-        name: a Hugging Face name, a folder, a URL, or "mini" for the embedded model.
+        name: a Hugging Face name, a folder, a GGUF file, a URL, a name that ``bon models`` lists, or "mini" for the
+            embedded model.
         engine: which registered engine runs it; None chooses.
         options: of the engine.
     """
@@ -320,9 +322,10 @@ def _weights(model: Model) -> str:
             f"no module {model.name.partition(':')[0]!r}."
         )
     configs = [folder / name for name in ("config.json", "params.json")]  # vLLM reads Mistral's format as well
-    if model.runs_on in ("torch", "vllm") and folder.is_dir() and not any(path.is_file() for path in configs):
+    held = gguf_file(model.name) or any(path.is_file() for path in configs)
+    if model.runs_on in ("torch", "vllm") and folder.is_dir() and not held:
         raise ModelNotFoundError(
-            f"the folder {model.name!r} holds no model: it has no config.json. A model's folder has config.json, "
+            f"the folder {model.name!r} holds no model: it has neither config.json nor a GGUF file. A model's folder has config.json, "
             "weights (*.safetensors) and the tokenizer's files."
         )
     return model.name
@@ -331,12 +334,12 @@ def _weights(model: Model) -> str:
 def choose_engine(name: str) -> str:
     """The engine of a model for which the user names none; said once in the log.
 
-    HTTP for URLs. vLLM where it is installed and there is a CUDA GPU. Torch for the rest, and always for the embedded
-    mini model, which is done before vLLM has started.
+    HTTP for URLs. vLLM where it is installed and there is a CUDA GPU. Torch for the rest, and always for GGUF files and
+    for the embedded mini model, which is done before vLLM has started.
     """
     if name.startswith(("http://", "https://")):
         return "http"
-    return "torch" if name == MINI else _local_engine()
+    return "torch" if name == MINI or gguf_file(name) else _local_engine()
 
 
 @cache

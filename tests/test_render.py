@@ -70,6 +70,29 @@ def test_a_developer_message_is_a_system_message_where_the_template_does_not_kno
     assert renderer("chatml").render(developer) == renderer("chatml").render(system)
 
 
+def test_a_system_message_that_a_template_leaves_out_is_folded_too() -> None:
+    deaf = tokenizer("chatml")
+    deaf.chat_template = deaf.chat_template.replace(
+        "for message in messages", "for message in messages if message['role'] != 'system'"
+    )
+    folded = Renderer(deaf).render(Prompt.of([Message("system", "Be brief."), Message("user", "Hi")]))
+    assert folded == renderer("chatml").render(Prompt.of([Message("user", "Be brief.\n\nHi")]))
+
+
+@pytest.mark.parametrize("kind", ["gemma", "mistral", "metaspace"])
+def test_a_developer_message_is_folded_where_the_template_knows_no_system_messages(kind: str) -> None:
+    developer = Prompt.of([Message("developer", "Be brief."), Message("user", "Hi")])
+    system = Prompt.of([Message("system", "Be brief."), Message("user", "Hi")])
+    assert renderer(kind).render(developer) == renderer(kind).render(system)
+
+
+def test_a_developer_message_stays_one_where_the_template_knows_developers() -> None:
+    knows = tokenizer("chatml")
+    knows.chat_template = "{# system, developer, user #}" + knows.chat_template
+    text = Renderer(knows).decode(Renderer(knows).render(Prompt.of([Message("developer", "Be brief.")])))
+    assert "developer" in text
+
+
 def test_a_refused_conversation_is_an_input_error() -> None:
     with pytest.raises(InputError, match="Only user and assistant roles"):
         renderer("mistral").render(Prompt.of([Message("user", "Hi"), Message("tool", "4")]))
@@ -171,6 +194,7 @@ def test_end_ids_hold_what_the_template_puts_after_an_answer() -> None:
 def test_a_tokenizer_without_a_chat_template_gets_a_plain_format(caplog: pytest.LogCaptureFixture) -> None:
     bare = Renderer(cached_tokenizer("bare"))
     assert "no chat template" in caplog.text
+    assert "To give one: chat_template=FILE" in caplog.text
     ids = bare.render(Prompt.of([Message("system", "Be brief."), Message("user", "Hi <|im_end|>")]))
     assert bare.decode(ids) == "System: Be brief.\n\nUser: Hi <|im_end|>\n\nAssistant:"
 

@@ -1,4 +1,4 @@
-"""The command line: ``bon run``, ``rerank``, ``eval``, ``tasks``, ``bench``, ``serve``, ``doctor``.
+"""The command line: ``bon run``, ``rerank``, ``eval``, ``models``, ``fetch``, ``tasks``, ``bench``, ...
 
 Results go to standard output, everything else to standard error. Exit codes: 0; 2 for bad usage or input; 130 after
 Ctrl-C; 1 otherwise. Commands import what they need when they run, so ``bon --help`` loads no model library.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from bon import __version__
-from bon.cli import bench, doctor, evaluate, rerank, run, serve, tasks
+from bon.cli import bench, doctor, evaluate, models, rerank, run, serve, tasks
 from bon.cli.terminal import INTERRUPTED, StoppedError, say, sentence, shown_log
 from bon.errors import BonError, InputError
 
@@ -46,6 +46,8 @@ def _root(
 app.command("run")(run.run)
 app.command("rerank")(rerank.rerank)
 app.command("eval")(evaluate.evaluate)
+app.command("models")(models.models)
+app.command("fetch")(models.fetch)
 app.command("tasks")(tasks.tasks)
 app.command("bench")(bench.bench)
 app.command("serve")(serve.serve)

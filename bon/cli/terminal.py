@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from bon.catalog import SMALLEST, kept_in
 from bon.errors import BonError, PromptTooLongError
 
 if TYPE_CHECKING:
@@ -98,8 +99,9 @@ def say_off_world(*, ranked: bool = False, count: tuple[int, int] | None = None)
     """
     what = "scores" if ranked else "writes and scores"
     plainly = f"the embedded model knows a small world of writing tasks only; what it {what} beyond that means nothing."
-    option = "--scorer flip:Qwen/Qwen3-0.6B" if ranked else "--policy Qwen/Qwen3-0.6B"
-    remedy = f"For a real model name one, for example {option} (`bon tasks` lists what the embedded one knows)."
+    option = f"--scorer flip:{SMALLEST}" if ranked else f"--policy {SMALLEST}"
+    get = f"add {option}" if kept_in(SMALLEST).is_dir() else f"type: bon fetch {SMALLEST}, and add {option}"
+    remedy = f"For a real model {get} (`bon models` lists others, `bon tasks` what the embedded one knows)."
     if count is not None:
         say(f"{count[0]} of {count[1]} prompts are outside its world: {plainly} {remedy}")
         return

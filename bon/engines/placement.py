@@ -158,12 +158,11 @@ def bytes_of(dtype: Any) -> int:
 
 def weight_bytes(model: str, revision: str | None = None) -> int:
     """Size of a model's weight files: in its folder, in the local cache, or as the hub lists them."""
-    from bon.engines.loading import cached, files_to_load, look_up, weight_files
+    from bon.engines.loading import cached, files_to_load, local_folder, look_up, weight_files
 
-    path = Path(model).expanduser()
-    folder = path if path.is_dir() else cached(model, revision)
+    folder = local_folder(model) or cached(model, revision)
     if folder is not None:
-        return sum(file.stat().st_size for file in weight_files(folder))
+        return sum(file.stat().st_size for file in weight_files(Path(folder)))
     listed = files_to_load(look_up(model, revision))
     return sum(size for name, size in listed.items() if name.endswith((".safetensors", ".bin")))
 

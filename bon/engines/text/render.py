@@ -15,6 +15,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -48,15 +49,19 @@ class Renderer:
     """Turns prompts into token ids for one tokenizer.
 
     Tokenizers without a chat template get a plain format: ``System: ...``, ``User: ...`` and ``Assistant:``, separated
-    by empty lines, after the beginning-of-text token where the tokenizer adds one.
+    by empty lines, after the beginning-of-text token where the tokenizer adds one. A system message that a template
+    refuses or leaves out goes before the first user message, in the same turn. A developer message is a system message
+    wherever the template does not speak of developers. No padding token is needed.
 
     Args:
         tokenizer: a transformers tokenizer.
         chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
+        chat_template: what to use in place of the tokenizer's own template: Jinja text, or the file that holds it.
         eos_ids: further ids that end a completion (the generation config's).
 
     Raises:
         UnknownNameError: an argument that the chat template does not read.
+        InputError: a chat template that is no Jinja template, or not there.
     """
 
     def __init__(
@@ -64,8 +69,11 @@ class Renderer:
         tokenizer: Any,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         *,
+        chat_template: str | Path | None = None,
         eos_ids: Iterable[int] = (),
     ) -> None:
+        if chat_template is not None:
+            tokenizer.chat_template = _template(chat_template)
         self.tokenizer = tokenizer
         self.plain = PlainEncoder(tokenizer)
         self.fingerprint = self.plain.fingerprint
@@ -73,7 +81,10 @@ class Renderer:
         self._pieces: dict[int, str] = {}
         self._skeletons: dict[tuple[Any, ...], list[_Part]] = {}
         if not tokenizer.chat_template:
-            log.warning("the tokenizer has no chat template; prompts are written as 'User: ...' and 'Assistant:'")
+            log.warning(
+                "the tokenizer has no chat template; prompts are written as 'User: ...' and 'Assistant:'. To give one: "
+                "chat_template=FILE"
+            )
         self._check_arguments(self._kwargs)
         self.end_id: int | None = self._turn_end()
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
@@ -291,10 +302,28 @@ def _without(piece: Piece, strip: Any) -> Piece:
     return piece if text == _text(piece) else text
 
 
+def _template(given: str | Path) -> str:
+    """A chat template's text: ``given`` itself where it holds Jinja, else what the file of that name holds."""
+    if "{" in str(given):
+        return str(given)
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"chat_template is {str(given)!r}, which is neither Jinja text (it has no {{) nor a file that can be read "
+            f"({error})."
+        ) from error
+
+
 @functools.lru_cache(maxsize=16)
 def _arguments_of(template: str) -> frozenset[str]:
     """Names that a chat template reads from its caller."""
     # transformers' own block tag; without it the rest is ordinary Jinja.
     source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-    parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(
+            f"the chat template has an error in line {error.lineno}: {error.message}. Give another: chat_template=FILE"
+        ) from error
     return frozenset(jinja2.meta.find_undeclared_variables(parsed) - {"messages", "raise_exception", "strftime_now"})

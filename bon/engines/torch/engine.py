@@ -52,9 +52,10 @@ class TorchEngine:
     """A language model in this process.
 
     Args:
-        model: a folder or a Hugging Face name.
+        model: a folder, a GGUF file, or a name: a Hugging Face one, or one that ``bon fetch`` knows.
         device: "cpu", "cuda", ...; None takes CUDA where there is one.
         dtype: "auto", "float32", "bfloat16", ...; None means float32 on a CPU and bfloat16 on CUDA.
+        chat_template: what to use in place of the tokenizer's own template: Jinja text, or the file that holds it.
         chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
         max_model_len: tokens of prompt and completion together; None takes the model's own limit.
         max_batch_tokens: tokens whose keys and values one batch may hold; longer work is split. None takes what fits a
@@ -83,6 +84,7 @@ class TorchEngine:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        chat_template: str | Path | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_model_len: int | None = None,
         max_batch_tokens: int | None = None,
@@ -106,7 +108,9 @@ class TorchEngine:
         )
         self._device = self._model.device
         config = self._model.config.get_text_config(decoder=True)
-        self.renderer = Renderer(tokenizer, chat_template_kwargs, eos_ids=_eos_ids(self._model))
+        self.renderer = Renderer(
+            tokenizer, chat_template_kwargs, chat_template=chat_template, eos_ids=_eos_ids(self._model)
+        )
         self.max_model_len = _context(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
         pack(self._model)

@@ -61,6 +61,7 @@ class VLLMEngine:
 
     Args:
         model: a folder or a Hugging Face name.
+        chat_template: what to use in place of the tokenizer's own template: Jinja text, or the file that holds it.
         chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
         lora: folder of a LoRA adapter to apply.
         threads: of the arithmetic on a CPU; None leaves one core to the rest.
@@ -80,6 +81,7 @@ class VLLMEngine:
         self,
         model: str | Path,
         *,
+        chat_template: str | Path | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         lora: str | Path | None = None,
         threads: int | None = None,
@@ -97,7 +99,7 @@ class VLLMEngine:
                 raise InputError(f"{self.name!r} has no tokenizer here; name one with tokenizer=...")
             eos = (llm.model_config.try_get_generation_config() or {}).get("eos_token_id")
             ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            self.renderer = Renderer(tokenizer, chat_template_kwargs, eos_ids=ends)
+            self.renderer = Renderer(tokenizer, chat_template_kwargs, chat_template=chat_template, eos_ids=ends)
             self.max_model_len = int(llm.model_config.max_model_len)
             self._vocabulary = int(llm.model_config.get_vocab_size())
             self._max_num_seqs = int(llm.vllm_config.scheduler_config.max_num_seqs)

@@ -131,7 +131,9 @@ def start(model: str | Path, options: Mapping[str, Any], threads: int | None = N
         EngineError: the engine did not come up: the message has vLLM's reason.
     """
     vllms = [f.name for f in dataclasses.fields(AsyncEngineArgs) if f.name != "model"]
-    refuse_unknown("option of the vllm engine", options, ["chat_template_kwargs", "lora", "threads", *vllms])
+    refuse_unknown(
+        "option of the vllm engine", options, ["chat_template", "chat_template_kwargs", "lora", "threads", *vllms]
+    )
     source = local_folder(model)
     if source is None:
         source = str(model)
