@@ -325,8 +325,8 @@ def _weights(model: Model) -> str:
     held = gguf_file(model.name) or any(path.is_file() for path in configs)
     if model.runs_on in ("torch", "vllm") and folder.is_dir() and not held:
         raise ModelNotFoundError(
-            f"the folder {model.name!r} holds no model: it has neither config.json nor a GGUF file. A model's folder has config.json, "
-            "weights (*.safetensors) and the tokenizer's files."
+            f"the folder {model.name!r} holds no model: it has neither config.json nor a GGUF file. A model's folder "
+            "has config.json, weights (*.safetensors) and the tokenizer's files."
         )
     return model.name
 

@@ -7,7 +7,7 @@ from bon.engines.base import Loglikelihood
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 from bon.scorers.base import Scorer
-from bon.scorers.likelihood import BackwardLikelihood
+from bon.scorers.likelihood import FOILS, BackwardLikelihood
 from bon.task import Task
 
 TASK = Task.of(" Write one haiku \n")
@@ -77,3 +77,22 @@ def test_it_is_a_scorer_and_waits_for_the_policys_engine_without_a_model():
 def test_a_json_prompt_is_refused():
     with pytest.raises(InputError, match="asks for JSON"):
         BackwardLikelihood(ScriptedEngine(), style="json")
+
+
+def test_a_contrast_takes_away_what_a_response_does_for_any_instruction():
+    """A response that restates everything, or nothing, made any instruction likely, and was preferred for it."""
+    engine = Recorder()
+    plain = score(BackwardLikelihood(engine), "Rain", "Snow")
+    contrasted = score(BackwardLikelihood(engine, contrast=2), "Rain", "Snow")
+    assert engine.asked[0] == ["Response:\nRain"] * 3 + ["Response:\nSnow"] * 3, "neighbours share their prefix"
+    assert engine.asked[1] == ["Write one haiku", *FOILS[:2]] * 2
+    for text, own, found in zip(("Rain", "Snow"), plain, contrasted, strict=True):
+        foils = [scores_of(BackwardLikelihood(engine), Task.of(foil), text)[0].reward for foil in FOILS[:2]]
+        assert found.reward == pytest.approx(own.reward - sum(foils) / 2)
+        assert found.usage.scorer_prompt_tokens > 2 * own.usage.scorer_prompt_tokens
+
+
+@pytest.mark.parametrize("contrast", [-1, 5, 1.5])
+def test_a_contrast_that_cannot_be_is_refused(contrast):
+    with pytest.raises(InputError, match="contrast"):
+        BackwardLikelihood(contrast=contrast)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bon.engines.base import Engine, Loglikelihood, Prompt, Rates
-from bon.errors import EngineError, InputError
+from bon.errors import EngineError, InputError, whole_number
 from bon.prompts import Style, load_style
 from bon.scorers.base import ModelScorer, Pending
 from bon.scorers.parsing import NO_RESPONSE, response_piece
@@ -18,19 +18,31 @@ if TYPE_CHECKING:
     from bon.models import Model
 
 
+FOILS = (
+    "Write a short story about a dog who gets lost.",
+    "What is the boiling point of water?",
+    "Summarize the following text in one sentence.",
+    "Give me three tips for a job interview.",
+)
+"""Instructions of different kinds that a response is seldom an answer to."""
+
+
 class BackwardLikelihood(ModelScorer):
     """Scores candidates by mean log p(x | y) per token of the instruction x, its end token included, in nats.
 
-    Rewards are negative, 0 at best, and comparable within one task only. There is nothing to prune and nothing inferred
-    to show.
+    Rewards are comparable within one task only; without ``contrast`` they are negative, 0 at best. There is nothing to
+    prune and nothing inferred to show.
 
     Args:
         model: as in ``Flip``.
-        style: "direct" or a ``Style`` that asks for the bare instruction.
+        style: "direct", "turns", or a ``Style`` that asks for the bare instruction.
+        contrast: how many of ``FOILS`` are rated as well, at most 4; the mean of theirs is subtracted, so that a
+            response after which any instruction is likely gains nothing by it.
         options: passed on when a model is loaded by name.
 
     Raises:
-        InputError: a style that asks for JSON: the bare instruction is not the answer to it.
+        InputError: a style that asks for JSON: the bare instruction is not the answer to it; or more foils than there
+            are.
     """
 
     ability: ClassVar[type] = Rates
@@ -40,9 +52,13 @@ class BackwardLikelihood(ModelScorer):
         model: str | Path | Model | Engine | Callable[..., Any] | None = None,
         *,
         style: str | Style = "direct",
+        contrast: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(model, options)
+        self.foils = FOILS[: whole_number("contrast", contrast, 0)]
+        if contrast > len(FOILS):
+            raise InputError(f"contrast is how many of {len(FOILS)} instructions are rated as well, got {contrast}.")
         self.style = load_style(style)
         if self.style.output != "text":
             raise InputError(
@@ -59,27 +75,30 @@ class BackwardLikelihood(ModelScorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate once, all in one call of the engine."""
         prompts: dict[int, Prompt] = {}
+        each_rates = 1 + len(self.foils)
         for position, each in enumerate(pending):
             response = response_piece(each.candidate)
             if response is None:
                 yield position, NO_RESPONSE
             else:
                 prompts[position] = self.style.prompt(each.task, response, self.template)
-        instructions = [pending[position].task.instruction.strip() for position in prompts]
-        rated = await self.engine.loglikelihood(list(prompts.values()), instructions) if prompts else []
-        for position, likelihood in zip(prompts, rated, strict=True):
-            yield position, _score(likelihood)
+        repeated = [prompt for prompt in prompts.values() for _ in range(each_rates)]
+        texts = [x for position in prompts for x in (pending[position].task.instruction.strip(), *self.foils)]
+        rated = await self.engine.loglikelihood(repeated, texts) if prompts else []
+        for i, position in enumerate(prompts):
+            yield position, _score(rated[i * each_rates : (i + 1) * each_rates])
 
 
-def _score(likelihood: Loglikelihood) -> Score:
-    if likelihood.error is not None:
-        if isinstance(likelihood.error, EngineError):
-            return Score(None, "failed", f"not scored: {likelihood.error}", error=likelihood.error)
-        return Score(None, "failed", f"the response does not fit the scorer: {likelihood.error}")
-    usage = Usage(
-        scorer_prompt_tokens=likelihood.prompt_tokens + likelihood.tokens, cached_tokens=likelihood.cached_tokens
-    )
-    if not math.isfinite(likelihood.mean):
-        reason = f"the model gives the instruction a log-likelihood of {likelihood.mean}"
-        return Score(None, "failed", reason, usage=usage)
-    return Score(likelihood.mean, usage=usage)
+def _score(rated: Sequence[Loglikelihood]) -> Score:
+    """The score of one candidate: how likely it makes its instruction, beside how likely it makes the foils."""
+    for error in (one.error for one in rated if one.error is not None):
+        if isinstance(error, EngineError):
+            return Score(None, "failed", f"not scored: {error}", error=error)
+        return Score(None, "failed", f"the response does not fit the scorer: {error}")
+    read, cached = sum(one.prompt_tokens + one.tokens for one in rated), sum(one.cached_tokens for one in rated)
+    usage = Usage(scorer_prompt_tokens=read, cached_tokens=cached)
+    own, *foils = (one.mean for one in rated)
+    reward = own - sum(foils) / len(foils) if foils else own
+    if not math.isfinite(reward):
+        return Score(None, "failed", f"the model gives the instruction a log-likelihood of {own}", usage=usage)
+    return Score(reward, usage=usage)
