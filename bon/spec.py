@@ -348,6 +348,7 @@ SCORERS = Registry(
         "likelihood": "bon.scorers.likelihood:BackwardLikelihood",
         "consensus": "bon.scorers.consensus:Consensus",
         "ensemble": "bon.scorers.ensemble:Ensemble",
+        "default": "bon.scorers.ensemble:Default",
     },
 )
 SELECTORS = Registry(

@@ -124,3 +124,13 @@ def test_an_ensemble_loads_each_model_once_and_is_written_as_it_is_read():
 def test_an_ensemble_of_nonsense_is_refused(arguments, error):
     with pytest.raises(InputError, match=error):
         Ensemble(*arguments)
+
+
+def test_the_default_is_an_ensemble_whose_model_is_named_like_any_other():
+    made = SCORERS.make("default:mini,contrast=1")
+    assert SCORERS.spec_of(made) == "default:mini,contrast=1"
+    pool = ModelPool()
+    [group] = scored(pool.scorer(made), ("Write a slogan", ["Good bread, good day!", "Bread", "Good bread"]))
+    assert [name.partition("(")[0] for name in group.scores[0].parts] == ["likelihood", "consensus"]
+    assert None not in group.rewards
+    asyncio.run(pool.aclose())

@@ -136,7 +136,8 @@ def _load(
             scorer = pool.scorer(given, engine)
         name = given if isinstance(given, str) else scorer.name
         if name in ready or name in BASELINES:
-            raise InputError(f"the scorer {name!r} is given twice, or has the name of a baseline.")
+            why = "is given twice" if name in ready else "is measured always, as a rule without a model; leave it out"
+            raise InputError(f"the scorer {name!r} {why}.")
         ready[name] = scorer
     return engine or (pool.policy(policy) if samples else None), ready
 
