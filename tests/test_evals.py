@@ -194,6 +194,7 @@ def test_the_diagnosis_says_whether_picking_or_sampling_is_at_fault() -> None:
         "67 points are lost by picking, 33 because no candidate is right."
     )
     assert evaluate(Rows(unpicked, never), scorers=[prefers_right])["diagnosis"].startswith("Sampling: 50%")
+    assert evaluate(Rows(never, never), scorers=[prefers_right])["diagnosis"].startswith("Sampling: 0%")
     assert "has the label 5.33 on average" in evaluate(GRADED, scorers=[length])["diagnosis"]
 
 

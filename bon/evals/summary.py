@@ -167,9 +167,10 @@ class Summary:
         name = max(self.spent or means.keys() - {"oracle", "greedy"}, key=lambda rule: means[rule])
         best, picked = means["oracle"], means[name]
         labels = np.concatenate([row.labels for row in self.rows])
-        top = float(labels.max())
+        passing = set(labels) <= {0.0, 1.0}
+        top = 1.0 if passing else float(labels.max())
         what = "Selection" if best - picked >= top - best else "Sampling"
-        if set(labels) <= {0.0, 1.0}:
+        if passing:
             return (
                 f"{what}: {best:.0%} of the rows have a right answer among their candidates and {name} picks it in "
                 f"{picked:.0%}; {100 * (best - picked):.0f} points are lost by picking, {100 * (1 - best):.0f} because "
