@@ -97,6 +97,28 @@ def test_somebody_who_waits_for_single_scores_gets_each_at_once():
         assert result.scores[0].started < result.candidates[1].finished
 
 
+def test_an_engine_is_told_whether_anybody_waits_for_single_completions():
+    """Over HTTP one request for all samples is cheaper, and all of them come, fail and are given up together."""
+    seen = []
+
+    class Told(ScriptedEngine):
+        def generate(self, requests, *, keep=None):
+            seen.append({request.together for request in requests})
+            return super().generate(requests, keep=keep)
+
+    def told(deadline=None, callback=None, **options):
+        seen.clear()
+        engine = Told(["short", "word " * 9])
+        asyncio.run(BestOfN(engine, **{"n": 2, **options}).run(PROMPT, deadline=deadline, callback=callback))
+        return seen
+
+    assert told(prune=False) == [{True}, {True}], "samples, then scores"
+    assert told(scorer="consensus") == [{True}]
+    assert told()[0] == {False}, "a reward that is there early may prune others"
+    for options in ({"callback": lambda event: None}, {"deadline": 60.0}, {"n": "stop-at:1.0,most=2"}):
+        assert told(prune=False, **options)[0] == {False}
+
+
 def test_a_scorer_that_wants_batches_gets_what_is_ready_while_it_was_busy():
     batches = []
 
