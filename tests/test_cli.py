@@ -431,7 +431,7 @@ def test_a_file_of_unknown_prompts_gets_one_line_of_warning(run, tmp_path):
     assert code == 0
     assert len(out.splitlines()) == 2
     assert "1 of 2 prompts are outside its world" in err
-    assert "--scorer flip:smollm2-135m" in err
+    assert "--scorer default:smollm2-135m" in err
 
 
 @needs_weights

@@ -99,7 +99,7 @@ def say_off_world(*, ranked: bool = False, count: tuple[int, int] | None = None)
     """
     what = "scores" if ranked else "writes and scores"
     plainly = f"the embedded model knows a small world of writing tasks only; what it {what} beyond that means nothing."
-    option = f"--scorer flip:{SMALLEST}" if ranked else f"--policy {SMALLEST}"
+    option = f"--scorer default:{SMALLEST}" if ranked else f"--policy {SMALLEST}"
     get = f"add {option}" if kept_in(SMALLEST).is_dir() else f"type: bon fetch {SMALLEST}, and add {option}"
     remedy = f"For a real model {get} (`bon models` lists others, `bon tasks` what the embedded one knows)."
     if count is not None:
