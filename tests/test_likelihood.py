@@ -96,3 +96,27 @@ def test_a_contrast_takes_away_what_a_response_does_for_any_instruction():
 def test_a_contrast_that_cannot_be_is_refused(contrast):
     with pytest.raises(InputError, match="contrast"):
         BackwardLikelihood(contrast=contrast)
+
+
+@pytest.mark.parametrize(
+    ("response", "shown"),
+    [
+        ("You want me to write one haiku. Rain falls.", "You want me to write one haiku. Rain falls."),
+        ("Write one haiku: rain falls on leaves.", "rain falls on leaves."),
+        ("I write one haiku.\n\nRain. Rain falls.", "Rain. Rain falls."),
+        ("Write one haiku", "Write one haiku"),
+        ("Haiku!", "Haiku!"),
+    ],
+)
+def test_a_sentence_that_restates_the_instruction_is_not_read_unless_there_is_nothing_else(response, shown):
+    """Such sentences make the instruction likely: the answers that repeat it were picked, and were the worst."""
+    engine = Recorder()
+    score(BackwardLikelihood(engine, drop_restated=True), response)
+    assert engine.asked[0] == [f"Response:\n{shown}"]
+
+
+def test_dropping_sentences_takes_time_in_proportion_to_the_text():
+    from bon.scorers.likelihood import unrestated
+
+    for text in ("a. " * 20_000, "write one haiku " * 20_000, " " * 60_000, ".!?:" * 15_000):
+        assert unrestated(text, "Write one haiku")

@@ -131,11 +131,12 @@ def _standardised(rewards: Sequence[float | None]) -> list[float]:
 
 
 class Default(Ensemble):
-    """What to begin with on real text: backward likelihood with examples as turns, and consensus, weighed alike.
+    """What to begin with on real text: consensus, and with half its weight the backward likelihood.
 
-    Neither is above random everywhere by itself. A small model that reads backwards sees whether an answer is to this
-    instruction; what the candidates have in common is right more often than not. ``benchmarks/README.md`` has what was
-    measured, on which prompts, and where the limits lie. Of two candidates the likelihood alone decides.
+    What candidates have in common is right more often than not, and nothing is gained by it where they are two. A model
+    that reads backwards sees whether an answer is to this instruction; it is shown examples as turns, and a response
+    without the sentences that restate the instruction, which misled it. ``benchmarks/README.md`` has what was measured,
+    on which prompts, and where the limits lie.
 
     Args:
         model: what reads backwards, as in the scorer ``likelihood``.
@@ -143,5 +144,5 @@ class Default(Ensemble):
     """
 
     def __init__(self, model: Any = None, **options: Any) -> None:
-        options = {"style": "turns", "contrast": 4, **options}
-        super().__init__([SCORERS.construct("likelihood", [model], options), "consensus"])
+        options = {"style": "turns", "drop_restated": True, **options}
+        super().__init__([SCORERS.construct("likelihood", [model], options), "consensus"], [1, 2])

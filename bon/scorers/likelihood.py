@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bon.engines.base import Engine, Loglikelihood, Prompt, Rates
+from bon.engines.base import Engine, Loglikelihood, Piece, Prompt, Rates
 from bon.errors import EngineError, InputError, whole_number
 from bon.prompts import Style, load_style
 from bon.scorers.base import ModelScorer, Pending
 from bon.scorers.parsing import NO_RESPONSE, response_piece
+from bon.similarity import words
 from bon.types import Score, Usage
 
 if TYPE_CHECKING:
     from bon.models import Model
 
+
+_SENTENCE_END = re.compile(r"(?<=[.!?:\n])\s+")
 
 FOILS = (
     "Write a short story about a dog who gets lost.",
@@ -36,6 +40,8 @@ class BackwardLikelihood(ModelScorer):
     Args:
         model: as in ``Flip``.
         style: "direct", "turns", or a ``Style`` that asks for the bare instruction.
+        drop_restated: whether the model is shown a response without the sentences that restate the instruction: they
+            make it likely without following it. A response that does nothing else is shown as it is.
         contrast: how many of ``FOILS`` are rated as well, at most 4; the mean of theirs is subtracted, so that a
             response after which any instruction is likely gains nothing by it.
         options: passed on when a model is loaded by name.
@@ -52,10 +58,12 @@ class BackwardLikelihood(ModelScorer):
         model: str | Path | Model | Engine | Callable[..., Any] | None = None,
         *,
         style: str | Style = "direct",
+        drop_restated: bool = False,
         contrast: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(model, options)
+        self.drop_restated = drop_restated
         self.foils = FOILS[: whole_number("contrast", contrast, 0)]
         if contrast > len(FOILS):
             raise InputError(f"contrast is how many of {len(FOILS)} instructions are rated as well, got {contrast}.")
@@ -78,6 +86,8 @@ class BackwardLikelihood(ModelScorer):
         each_rates = 1 + len(self.foils)
         for position, each in enumerate(pending):
             response = response_piece(each.candidate)
+            if response is not None and self.drop_restated:
+                response = unrestated(response, each.task.instruction)
             if response is None:
                 yield position, NO_RESPONSE
             else:
@@ -87,6 +97,19 @@ class BackwardLikelihood(ModelScorer):
         rated = await self.engine.loglikelihood(repeated, texts) if prompts else []
         for i, position in enumerate(prompts):
             yield position, _score(rated[i * each_rates : (i + 1) * each_rates])
+
+
+def unrestated(response: Piece, instruction: str) -> Piece:
+    """A response without the sentences at least 70% of whose words, of three or more, are the instruction's."""
+    text = response if isinstance(response, str) else response.text
+    asked = {*words(instruction)}
+    kept = []
+    for sentence in _SENTENCE_END.split(text):
+        said = words(sentence)
+        if len(said) < 3 or sum(word in asked for word in said) < 0.7 * len(said):
+            kept.append(sentence)
+    short = " ".join(kept)
+    return short if short.strip() and short != text else response
 
 
 def _score(rated: Sequence[Loglikelihood]) -> Score:
