@@ -131,12 +131,12 @@ def _standardised(rewards: Sequence[float | None]) -> list[float]:
 
 
 class Default(Ensemble):
-    """What to begin with on real text: consensus, and with half its weight the backward likelihood.
+    """What to begin with on real text: consensus, and with a quarter of its weight the backward likelihood.
 
-    What candidates have in common is right more often than not, and nothing is gained by it where they are two. A model
-    that reads backwards sees whether an answer is to this instruction; it is shown examples as turns, and a response
-    without the sentences that restate the instruction, which misled it. ``benchmarks/README.md`` has what was measured,
-    on which prompts, and where the limits lie.
+    What candidates have in common is right more often than not; of two, it says nothing. The model decides between
+    those that consensus hardly tells apart: it is shown examples as turns, and a response without the sentences that
+    restate the instruction, which misled it. ``benchmarks/README.md`` has what was measured, on which prompts, and
+    where the limits lie.
 
     Args:
         model: what reads backwards, as in the scorer ``likelihood``.
@@ -145,4 +145,4 @@ class Default(Ensemble):
 
     def __init__(self, model: Any = None, **options: Any) -> None:
         options = {"style": "turns", "drop_restated": True, **options}
-        super().__init__([SCORERS.construct("likelihood", [model], options), "consensus"], [1, 2])
+        super().__init__([SCORERS.construct("likelihood", [model], options), "consensus"], [1, 4])
