@@ -523,3 +523,20 @@ def test_bon_bench_measures_the_users_own_models(
 def test_bon_bench_refuses_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert bon_main(["bench", "--prompts", "nowhere.jsonl"]) == 2
     assert "cannot read nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_real_text_measures_rules_on_all_rows_and_keeps_no_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"prompt": f"Name a fruit, {i}", "candidates": ["An apple tree", "apple", "an apple"], "correct": [0, 1, 1]}
+        for i in range(4)
+    ]
+    (tmp_path / "crux.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("BON_DATA", str(tmp_path))
+    script("real_text").main(["--sets", "crux", "--out", str(tmp_path / "out.json")])
+    report = last_line(capsys.readouterr().out)
+    found = {row["scorer"]: row for row in report["rows"]}
+    assert found["shortest"]["rows"] == 4
+    assert found["shortest"]["share"]["mean"] == 1.0
+    assert "apple" not in (tmp_path / "out.json").read_text()
