@@ -4,7 +4,7 @@ The sets bring real answers of many models, labelled (`bon eval SET` does one of
 holds their files). Rules without a model are measured on all rows, scorers that run one on the first --rows of a seeded
 shuffle, candidates of at most --max-words words. Kept are figures and no texts: some sets' licences forbid copies.
 
-    BON_DATA=DIR python benchmarks/real_text.py --model smollm2-135m --store scores.db --out results/real_text.json
+    BON_DATA=DIR python benchmarks/real_text.py --scorer default:smollm2-135m --store scores.db
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any
 from bon.bench.harness import Report, conditions, table
 from bon.evals.harness import evaluate
 from bon.evals.report import write_plots
-from lib.models import describe
 from lib.scripts import parser, script
 
-SETS = {"ifeval": 30, "arena-early": 24, "alpaca-eval": 20, "gsm8k": 50, "llmbar": 100, "crux": 20}
+SETS = {"llmbar": 100, "gsm8k": 48, "arena-early": 18, "ifeval": 15, "alpaca-eval": 15, "crux": 12}
 """And how many rows a model of 135M parameters reads in a few minutes."""
 RULES = ("consensus", "longest", "shortest", "majority")
 FREE = "ensemble:consensus"  # runs no model, and shows what the rules do
@@ -28,9 +27,8 @@ KEPT = ("kind", "score", "share", "minus_random", "minus_longest", "same_strengt
 
 def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
-    scorers = [f"likelihood:{options.model},style=turns", f"default:{options.model}"] if options.model else []
-    facts = {"max_words": options.max_words, "model": options.model or describe(None)["model"]}
-    report = Report("real_text", conditions(seed=options.seed, **facts))
+    scorers = options.scorer or []
+    report = Report("real_text", conditions(seed=options.seed, max_words=options.max_words, scorers=scorers))
     shown = []
     for name in options.sets:
         runs = [([FREE], RULES, 20 if options.quick else None)]
@@ -57,7 +55,7 @@ def _cell(share: dict[str, Any] | None) -> str:
 def _options(argv: list[str] | None) -> argparse.Namespace:
     options = parser(__doc__ or "")
     options.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS], help="which")
-    options.add_argument("--model", help="what reads backwards, smollm2-135m for instance; without it rules alone")
+    options.add_argument("--scorer", action="append", help="that runs a model; without one rules alone")
     options.add_argument("--rows", type=int, help="for scorers that run a model; else a number for each set")
     options.add_argument("--max-words", type=int, default=150, help="of a candidate")
     options.add_argument("--store", type=Path, help="SQLite file that keeps scores")
