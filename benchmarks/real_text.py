@@ -18,7 +18,7 @@ from bon.evals.harness import evaluate
 from bon.evals.report import write_plots
 from lib.scripts import parser, script
 
-SETS = {"llmbar": 100, "gsm8k": 48, "arena-early": 18, "ifeval": 15, "alpaca-eval": 15, "crux": 12}
+SETS = {"llmbar": 100, "gsm8k": 48, "arena-early": 70, "ifeval": 15, "alpaca-eval": 15, "crux": 12}
 """And how many rows a model of 135M parameters reads in a few minutes."""
 RULES = ("consensus", "longest", "shortest", "majority")
 FREE = "ensemble:consensus"  # runs no model, and shows what the rules do

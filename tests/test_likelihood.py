@@ -113,10 +113,3 @@ def test_a_sentence_that_restates_the_instruction_is_not_read_unless_there_is_no
     engine = Recorder()
     score(BackwardLikelihood(engine, drop_restated=True), response)
     assert engine.asked[0] == [f"Response:\n{shown}"]
-
-
-def test_dropping_sentences_takes_time_in_proportion_to_the_text():
-    from bon.scorers.likelihood import unrestated
-
-    for text in ("a. " * 20_000, "write one haiku " * 20_000, " " * 60_000, ".!?:" * 15_000):
-        assert unrestated(text, "Write one haiku")

