@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bon import BestOfN
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
 from bon.evals.dataset import Dataset, Example, as_dataset
 from bon.evals.harness import SCORERS, evaluate
 from bon.evals.mini import MiniWorld
 from bon.evals.table import format_table
+from bon.scorers.base import Pending, Scorer
 from bon.scorers.flip import Flip
 from bon.task import Task
+from bon.types import Score, Usage
 
 BASELINES = ["random", "first", "longest", "shortest", "consensus", "oracle"]
 SAMPLED = [*BASELINES[:-1], "greedy", "oracle"]
@@ -109,6 +113,46 @@ def test_a_scorer_that_says_nothing_is_no_better_than_random() -> None:
     assert rule["minus_longest"]["low"] <= rule["minus_longest"]["mean"] <= rule["minus_longest"]["high"]
     assert rule["minus_longest"]["mean"] == pytest.approx(11 / 3 - 16 / 3)
     assert (rule["tied"], rule["correlation"]) == (1, {"label": None, "length": None, "echo": None})
+
+
+def test_equal_rewards_are_told_apart_as_the_selector_does_and_what_is_still_equal_shares_the_pick() -> None:
+    class Tied(Scorer):
+        """Rewards all alike, with a tie-break and tokens that tell some of ``GRADED``'s candidates apart."""
+
+        async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+            details = {"a blue one": (0.0, 1), "red": (-1.0, 5), "green, a colour": (-1.0, 2)}
+            for i, each in enumerate(pending):
+                tie_break, tokens = details.get(each.candidate.text, (0.0, 3))
+                yield i, Score(0.5, tie_break=tie_break, usage=Usage(scorer_completion_tokens=tokens))
+
+    rule = evaluate(GRADED, scorers=[Tied()])["scorers"]["Tied"]
+    assert rule["score"] == pytest.approx((2 + 2 + 4) / 3)
+    assert rule["best_of"]["2"] == pytest.approx(((2 + 2 + 9) / 3 + (3 + 2 + 1) / 3 + 4) / 3)
+    assert rule["tied"] == 1
+    best = BestOfN(scorer=Tied()).rerank("Name a colour.", list(GRADED.examples[0].candidates))
+    assert best.text == "a blue one"
+
+
+def test_a_dataset_with_a_protocol_of_its_own_says_what_it_gives(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": "0", "prompt": "Q", "candidates": ["right", "no", "nope", "never"], "best": 0, "subset": "Focus"},
+        {"id": "ref:1", "prompt": "One?", "candidates": ["right", "no"], "correct": [1, 0], "subset": "Ties"},
+        {"id": "tied:1", "prompt": "Two?", "candidates": ["right", "no", "right"], "correct": [1, 0, 1]},
+    ]
+    rows[2]["subset"] = "Ties"
+    path = tmp_path / "rb2.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = evaluate(f"rewardbench2:{path}", scorers=[prefers_right, prefers_wrong])
+    own = {name: report["scorers"][name]["official"] for name in ("prefers_right", "prefers_wrong", "random")}
+    assert own["prefers_right"] == {"Focus": 1.0, "Ties": pytest.approx(1.01), "mean": pytest.approx(1.005)}
+    assert own["prefers_wrong"] == own["random"] == {"Focus": 0.25, "Ties": 0.0, "mean": 0.125}
+    table = format_table(report)
+    assert "own protocol" in table
+    assert "Focus" in table
+    assert evaluate(GRADED, scorers=[length])["scorers"]["length"]["official"] is None
+    path.write_text(json.dumps({**rows[1], "id": 7}) + "\n")
+    with pytest.raises(InputError, match=r"rb2.jsonl, line 1.*ref:NUMBER or tied:NUMBER, not '7'"):
+        evaluate(f"rewardbench2:{path}", scorers=[length])
 
 
 def test_a_scorer_that_draws_lots_has_an_interval_around_random() -> None:
@@ -259,6 +303,35 @@ def test_every_scorer_rates_the_same_samples() -> None:
     assert report["sampling"]["seed"] == 0
 
 
+def test_a_bigger_models_answer_is_compared_with_what_the_policy_gets_in_the_same_time() -> None:
+    def slow_to_score(prompt: str, responses: list[str]) -> list[float]:
+        time.sleep(0.3)
+        return prefers_right(prompt, responses)
+
+    def policy(prompt: str, n: int) -> list[str]:
+        time.sleep(0.02 * n)
+        return ["so wrong", "right", "wrong", "it is right"][:n]
+
+    def bigger(prompt: str) -> str:
+        time.sleep(0.25)
+        return "right"
+
+    report = evaluate(Sums(), policy=policy, bigger=bigger, scorers=[prefers_right, slow_to_score], n=4, limit=1)
+    found = report["bigger"]
+    assert (found["name"], found["score"], report["scorers"]["bigger"]["score"]) == ("bigger", 1, 1)
+    assert found["seconds"] >= 0.25
+    assert report["policy_seconds"] >= 0.08
+    assert found["equal_time"]["prefers_right"] == found["equal_time"]["longest"] == {"n": 4, "score": 1}
+    assert found["equal_time"]["slow_to_score"]["n"] < 4
+    assert found["equal_time"].keys() == report["scorers"].keys() - {"greedy", "bigger", "oracle"}
+    table = format_table(report)
+    assert "One answer of bigger: 1.000" in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert evaluate(Sums(), policy=policy, scorers=[], n=4)["bigger"] is None
+    with pytest.raises(InputError, match="a bigger model is compared with a policy: name one"):
+        evaluate(GRADED, bigger=bigger, scorers=[])
+
+
 def test_a_policy_may_answer_anew_what_a_dataset_has_candidates_for() -> None:
     example = Example(Task.of("sum"), lambda text: text == "right", ["wrong", "wrong too"], [0.0, 0.0])
     assert evaluate(Rows(example), scorers=[])["scorers"]["oracle"]["score"] == 0
@@ -347,7 +420,7 @@ def report() -> dict[str, Any]:
 
 def untimed(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: untimed(one) for key, one in value.items() if key != "seconds"}
+        return {key: untimed(one) for key, one in value.items() if not key.endswith("seconds")}
     return value
 
 

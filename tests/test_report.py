@@ -36,6 +36,7 @@ def rule(kind, share, tokens=0, **changes):
     return {
         "kind": kind,
         "score": score,
+        "official": {"Focus": score, "mean": score / 2},
         "share": interval(share, 0 if share in (0, 1) else 0.1),
         "minus_random": interval(0.4 * share),
         "minus_longest": interval(0.4 * share - 0.1),
@@ -72,6 +73,13 @@ def report_of(share=0.4, longest=0.2, texts=HOSTILE):
         "rows": 21,
         "left_out": 1,
         "policy": None,
+        "bigger": {
+            "name": "<b>big</b>",
+            "score": 0.625,
+            "tokens": 900,
+            "seconds": 4.5,
+            "equal_time": {FLIP: {"n": 3, "score": 0.75}, "longest": None},
+        },
         "n": 7,
         "seed": 0,
         "seconds": 81.5,
@@ -160,7 +168,7 @@ def test_words_that_an_inferred_instruction_shares_with_the_prompt_are_marked(tm
 
 def test_scorers_stand_by_their_share_with_baselines_marked(tmp_path):
     page = page_of(report_of(), tmp_path)
-    table = page[page.index('id="scorers"') : page.index("By length")]
+    table = page[page.index('id="scorers"') : page.index("In the time of")]
     names = re.findall(r'<th scope="row"><bdi>(.*?)</bdi>(.*baseline)?', table)
     assert [name[:10] for name, _ in names] == ["oracle", "flip:Qwen/", "longest", "first", "random", "likelihood"]
     assert [bool(marked) for _, marked in names] == [True, False, True, True, True, False]
@@ -169,12 +177,28 @@ def test_scorers_stand_by_their_share_with_baselines_marked(tmp_path):
 def test_a_report_without_what_some_datasets_lack_is_a_page_as_well(tmp_path):
     report = json.loads(json.dumps(report_of()))
     report |= {"inversion": {}, "subsets": {}, "disagreements": [], "policy": "smollm2-135m", "policy_tokens": 5000}
+    report["bigger"] = None
     for scorer in report["scorers"].values():
-        scorer |= {"share": None, "by_length": [], "best_of": {"1": 0.5}, "tokens": 0, "same_strength": None}
+        scorer |= {
+            "official": None,
+            "share": None,
+            "by_length": [],
+            "best_of": {"1": 0.5},
+            "tokens": 0,
+            "same_strength": None,
+        }
     page = page_of(report, tmp_path)
     assert "by <bdi>smollm2-135m</bdi>" in page
     assert "No scorer could be compared." in page
-    assert "Where they disagree" not in page
+    for heading in ("Where they disagree", "In the time of", "By its own protocol"):
+        assert heading not in page
+
+
+def test_the_page_says_what_a_bigger_model_gets_and_what_the_datasets_own_protocol_gives(tmp_path):
+    text = "".join("".join(Elements(page_of(report_of(), tmp_path)).texts).split())
+    assert "Onegreedyanswerof<b>big</b>foreachrowisworth0.625andtook4.5sforallrows." in text
+    assert "0.75longest––" in text.split("pickbycandidatesscore")[1].replace(",", "")
+    assert "pickbyFocusmean" in text.split("Byitsownprotocol")[1]
 
 
 def test_plots_are_written_for_what_a_report_has(tmp_path):

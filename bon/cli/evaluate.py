@@ -19,6 +19,10 @@ def evaluate(
     *,
     setup: Setup,
     policy: Policy = None,
+    bigger: Annotated[
+        str | None,
+        typer.Option("--bigger", metavar="MODEL", help="Compare with one answer of a bigger model, at equal time."),
+    ] = None,
     scorers: Annotated[
         list[str] | None,
         typer.Option("--scorer", metavar="SCORER", help="What is measured; repeatable. By default flip, likelihood."),
@@ -59,6 +63,7 @@ def evaluate(
     found = evaluate(
         dataset,
         policy=config.policy,
+        bigger=bigger,
         scorers=measured,
         n=None if n is None else plain_number(n),
         limit=limit,

@@ -11,7 +11,7 @@ import numpy as np
 from bon.evals.metrics import Floats
 from bon.similarity import characters
 
-BASELINES = ("random", "first", "longest", "shortest", "consensus", "majority", "greedy", "oracle")
+BASELINES = ("random", "first", "longest", "shortest", "consensus", "majority", "greedy", "bigger", "oracle")
 
 
 def baselines(texts: Sequence[str], labels: Floats, extract: Callable[[str], str | None] | None) -> dict[str, Floats]:

@@ -68,6 +68,15 @@ class Dataset(ABC, Specified):
             seed: of the choice among more than ``limit``.
         """
 
+    def official(self, rows: Sequence[Example], rewards: Sequence[Sequence[float]]) -> Mapping[str, float] | None:
+        """Figures of the dataset's own protocol, by name; None where it has none but the share of right picks.
+
+        Args:
+            rows: some of the examples, with the candidates and labels that were evaluated.
+            rewards: of the candidates of each; -inf where there is none.
+        """
+        return None
+
 
 def as_dataset(dataset: str | Dataset) -> Dataset:
     """Read a dataset, its spec ("mini:unseen_wording"), a JSON Lines file, or "module:Class" for one of the user's own.

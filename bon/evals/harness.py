@@ -32,7 +32,7 @@ from bon.pipeline import Pipeline
 from bon.scorers.base import Pending, Scorer
 from bon.selectors import Best
 from bon.spec import SCORERS as REGISTERED
-from bon.types import Result, Sampling, Score, Usage
+from bon.types import Result, Sampling, Score
 
 log = logging.getLogger("bon")
 
@@ -43,6 +43,7 @@ def evaluate(
     dataset: str | Dataset,
     *,
     policy: Any = None,
+    bigger: Any = None,
     scorers: Sequence[Any] = SCORERS,
     n: int | None = None,
     limit: int | None = None,
@@ -59,6 +60,7 @@ def evaluate(
         dataset: a ``Dataset`` or its spec ("mini").
         policy: what writes the candidates, as in ``BestOfN``; None takes those of the dataset, and where it has none
             the embedded model, if its small world is what is asked about.
+        bigger: another model, one greedy answer of which is what best-of-N is compared with at equal time.
         scorers: as in ``BestOfN``, each; those that name no model run on the policy's own.
         n: candidates that a policy writes for each row, 16 unless said otherwise.
         limit: rows at most; None leaves it to the dataset.
@@ -71,13 +73,13 @@ def evaluate(
 
     Returns:
         ``dataset``, ``rows``, ``left_out`` (rows about which something could not be sampled, checked or scored),
-        ``policy``, ``sampling`` and ``policy_tokens`` (None without one), ``n``, ``seed``, ``seconds``, ``scorers``
-        (scorers and baselines by name: see ``Summary``), ``inversion``, ``diagnosis``, ``subsets``, ``disagreements``,
-        and ``parts``: the same again for each of the dataset's parts.
+        ``policy`` and ``sampling`` (None without one), ``seed``, ``seconds``, what ``Summary.report`` says, ``scorers``
+        by name first of all, and ``parts``: the same again for each of the dataset's parts.
 
     Raises:
-        InputError: a number below 1, a scorer given twice, a policy whose answers the dataset cannot check, no policy
-            for a dataset without candidates, or what ``BestOfN`` says of policy and scorers.
+        InputError: a number below 1, a scorer given twice, a bigger model without a policy, a policy whose answers the
+            dataset cannot check, no policy for a dataset without candidates, or what ``BestOfN`` says of policy and
+            scorers.
         BonError: of the first row, where none could be evaluated.
     """
     for name, number in (("n", n), ("limit", limit), ("max_words", max_words)):
@@ -89,16 +91,19 @@ def evaluate(
         if not examples:
             raise InputError(f"the dataset {part.name!r} has no rows.")
     samples = _samples(found, sections[""][1], policy, n)
+    if bigger is not None and samples is None:
+        raise InputError("a bigger model is compared with a policy: name one (--policy MODEL), or leave it out.")
     given = sampling if isinstance(sampling, Sampling) else {"max_tokens": found.max_tokens, **(sampling or {})}
     pool = ModelPool(threads)
     with ExitStack() as opened:
         opened.callback(lambda: portal.run(pool.aclose()))
         engine, ready = _load(pool, policy, scorers, samples=samples is not None)
+        other = None if bigger is None else pool.policy(bigger)
         how = Sampling.of(given).replace(seed=seed, logprobs=any(scorer.needs.logprobs for scorer in ready.values()))
         if store is not None:
             kept = opened.enter_context(Store(store))
             ready = {name: _kept(scorer, kept) for name, scorer in ready.items()}
-        evaluation = _Evaluation(engine, ready, samples or 0, how, max_words, seed, progress)
+        evaluation = _Evaluation(engine, other, ready, samples or 0, how, max_words, seed, progress)
         reports = {key: portal.run(evaluation.report(*section)) for key, section in sections.items()}
     return {**reports.pop(""), "parts": reports}
 
@@ -155,6 +160,7 @@ class _Evaluation:
     """A policy and scorers at work on one dataset after the other."""
 
     policy: Generates | None
+    bigger: Generates | None
     scorers: Mapping[str, Scorer]
     n: int
     sampling: Sampling
@@ -164,15 +170,22 @@ class _Evaluation:
 
     async def report(self, dataset: Dataset, examples: Sequence[Example]) -> dict[str, Any]:
         """The report on one dataset."""
-        started, usage = perf_counter(), Usage()
+        started = perf_counter()
         rows: list[Row | BonError]
+        policy: tuple[int, float] | None = None
+        bigger: tuple[str, int, float] | None = None
         if self.policy is None:
             rows = [_made(self._given, i, example) for i, example in enumerate(examples)]
         else:
-            greedy = await self._sampled(examples, 1, self.sampling.replace(temperature=0.0), "greedy")
-            sampled = await self._sampled(examples, self.n, self.sampling, "sampling")
-            usage = sum((one.usage for one in sampled if isinstance(one, Result)), usage)
-            rows = [_made(self._checked, i, *row) for i, row in enumerate(zip(examples, greedy, sampled, strict=True))]
+            greedy = self.sampling.replace(temperature=0.0)
+            singles = {"greedy": (await self._sampled(self.policy, examples, 1, greedy, "greedy"))[0]}
+            sampled, tokens, spent_s = await self._sampled(self.policy, examples, self.n, self.sampling, "sampling")
+            policy = tokens, spent_s
+            if self.bigger is not None:
+                singles["bigger"], tokens, spent_s = await self._sampled(self.bigger, examples, 1, greedy, "bigger")
+                bigger = self.bigger.name, tokens, spent_s
+            alone = [dict(zip(singles, row, strict=True)) for row in zip(*singles.values(), strict=True)]
+            rows = [_made(self._checked, i, *row) for i, row in enumerate(zip(examples, sampled, alone, strict=True))]
         scored: dict[str, list[Result | BonError]] = {}
         seconds: dict[str, float] = {}
         for name, scorer in self.scorers.items():
@@ -189,33 +202,33 @@ class _Evaluation:
             raise errors[0]
         if errors:
             log.warning("%d of %d rows are left out; the first: %s", len(errors), len(done), errors[0])
-        spent = {
-            name: (sum(one.usage.total_tokens for one in some if isinstance(one, Result)), seconds[name])
-            for name, some in scored.items()
-        }
+        spent = {name: (_tokens(some), seconds[name]) for name, some in scored.items()}
         return {
             "dataset": dataset.name,
             "left_out": len(errors),
             "policy": None if self.policy is None else self.policy.name,
             "sampling": None if self.policy is None else self.sampling.to_dict(),
-            "policy_tokens": None if self.policy is None else usage.total_tokens,
             "seed": self.seed,
-            **Summary(good, spent, self.seed).report(),
+            **Summary(good, dataset, spent, policy, bigger, self.seed).report(),
             "seconds": perf_counter() - started,
         }
 
     def _given(self, position: int, example: Example) -> Row:
         return Row.given(position, example).within(self.max_words)
 
-    def _checked(self, position: int, example: Example, greedy: Result | BonError, sampled: Result | BonError) -> Row:
-        [answer], candidates = _need(greedy).candidates, _need(sampled).candidates
-        return Row.sampled(position, example, answer, candidates).within(self.max_words)
+    def _checked(
+        self, position: int, example: Example, sampled: Result | BonError, alone: Mapping[str, Result | BonError]
+    ) -> Row:
+        singles = {name: _need(result).candidates[0] for name, result in alone.items()}
+        return Row.sampled(position, example, _need(sampled).candidates, singles).within(self.max_words)
 
     async def _sampled(
-        self, examples: Sequence[Example], n: int, sampling: Sampling, label: str
-    ) -> list[Result | BonError]:
-        groups = [Group(example.task) for example in examples]
-        return await self._run(Pipeline(_Unscored(), self.policy, Fixed(n), sampling), groups, label)
+        self, engine: Generates, examples: Sequence[Example], n: int, sampling: Sampling, label: str
+    ) -> tuple[list[Result | BonError], int, float]:
+        """Results, tokens and seconds."""
+        started, groups = perf_counter(), [Group(example.task) for example in examples]
+        results = await self._run(Pipeline(_Unscored(), engine, Fixed(n), sampling), groups, label)
+        return results, _tokens(results), perf_counter() - started
 
     async def _scored(self, name: str, scorer: Scorer, rows: Sequence[Row | BonError]) -> list[Result | BonError]:
         groups = [
@@ -247,6 +260,10 @@ class _Unscored(Scorer):
 def _seconds(scorer: Scorer) -> float:
     """A clock that for scores from a store goes on by what they took when they were made."""
     return scorer.seconds if isinstance(scorer, Stored) else perf_counter()
+
+
+def _tokens(results: Sequence[Result | BonError]) -> int:
+    return sum(result.usage.total_tokens for result in results if isinstance(result, Result))
 
 
 def _joined(row: Row, results: Mapping[str, Result | BonError]) -> ScoredRow:

@@ -107,6 +107,7 @@ def write_report(report: Report, path: str | Path) -> None:
         plots=plots,
         captions=CAPTIONS,
         scorers=dict(sorted(report["scorers"].items(), key=lambda item: -_mean(item[1]["share"]))),
+        protocol=[*next((s["official"] for s in report["scorers"].values() if s["official"]), ())],
         bins=next(iter(report["scorers"].values()))["by_length"],
         disagreements=[_best_first(row) for row in report["disagreements"]],
     )

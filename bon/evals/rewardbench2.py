@@ -27,6 +27,17 @@ class RewardBench2(Named):
         """The right answers come first as published; here they are shuffled."""
         return shuffled(fields, fields["chosen"], fields["rejected"]) | {"subset": fields["subset"]}
 
+    def example(self, fields: dict[str, Any]) -> Example:
+        """See ``Named.example``; a row of Ties must have an id of its kind."""
+        example = super().example(fields)
+        if example.subset == TIES:
+            _pair(example)
+        return example
+
+    def official(self, rows: Sequence[Example], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
+        """See ``rewardbench2_score``."""
+        return rewardbench2_score(rows, rewards)
+
 
 def rewardbench2_score(rows: Sequence[Example], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
     """The leaderboard's figures: one for each subset that is there, and their mean as "mean".
@@ -48,6 +59,14 @@ def rewardbench2_score(rows: Sequence[Example], rewards: Sequence[Sequence[float
     return {**scores, "mean": float(np.mean(list(scores.values())))}
 
 
+def _pair(row: Example) -> tuple[str, str]:
+    """Kind and number of a row of Ties."""
+    kind, _, number = str(row.task.metadata.get("id")).partition(":")
+    if kind not in ("ref", "tied"):
+        raise InputError(f"the id of a row of Ties must be ref:NUMBER or tied:NUMBER, not {kind!r}.")
+    return kind, number
+
+
 def _credit(row: Example, rewards: Sequence[float]) -> float:
     best = [label for label, reward in zip(row.labels, rewards, strict=True) if reward == max(rewards)]
     return sum(best) / len(best)
@@ -67,9 +86,7 @@ def ties_score(pairs: Sequence[tuple[Example, Sequence[float]]]) -> float:
     margins: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads: dict[str, float] = {}
     for row, rewards in pairs:
-        kind, _, number = str(row.task.metadata.get("id")).partition(":")
-        if kind not in margins:
-            raise InputError(f"the id of a row of Ties must be ref:NUMBER or tied:NUMBER, not {kind!r}.")
+        kind, number = _pair(row)
         right = [reward for label, reward in zip(row.labels, rewards, strict=True) if label]
         wrong = [reward for label, reward in zip(row.labels, rewards, strict=True) if not label]
         margins[kind][number] = min(right) - max(wrong)

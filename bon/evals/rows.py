@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class Row:
         position: in the dataset.
         example: what the dataset says of it.
         candidates, labels, generators: as in ``Example``, of those candidates that are evaluated.
-        greedy: the label of the policy's greedy answer; None without a policy.
+        singles: the labels of answers that stand alone: "greedy", the policy's, and "bigger", a bigger model's.
     """
 
     position: int
@@ -30,7 +30,7 @@ class Row:
     candidates: Sequence[str | Candidate]
     labels: Sequence[float]
     generators: Sequence[str] = ()
-    greedy: float | None = None
+    singles: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def given(cls, position: int, example: Example) -> Row:
@@ -50,11 +50,14 @@ class Row:
         return cls(position, example, texts, labels, example.generators)
 
     @classmethod
-    def sampled(cls, position: int, example: Example, greedy: Candidate, candidates: Sequence[Candidate]) -> Row:
-        """A row with a policy's candidates, checked."""
+    def sampled(
+        cls, position: int, example: Example, candidates: Sequence[Candidate], singles: Mapping[str, Candidate]
+    ) -> Row:
+        """A row with a policy's candidates, checked, and with answers that stand alone."""
         assert example.passes is not None
         labels = [float(example.passes(candidate.text)) for candidate in candidates]
-        return cls(position, example, candidates, labels, greedy=float(example.passes(greedy.text)))
+        alone = {name: float(example.passes(answer.text)) for name, answer in singles.items()}
+        return cls(position, example, candidates, labels, singles=alone)
 
     @property
     def texts(self) -> list[str]:
@@ -90,6 +93,7 @@ class ScoredRow:
         texts, labels: of its candidates.
         scores: by scorer.
         rewards: by scorer or baseline; -inf where there is none.
+        order: the same, equal rewards told apart as ``bon.selectors.Best`` does, but for the index: higher is better.
     """
 
     row: Row
@@ -97,6 +101,7 @@ class ScoredRow:
     labels: Floats
     scores: Mapping[str, Sequence[Score]]
     rewards: Mapping[str, Floats]
+    order: Mapping[str, Floats]
 
     @classmethod
     def of(cls, row: Row, scores: Mapping[str, Sequence[Score]]) -> ScoredRow:
@@ -106,7 +111,9 @@ class ScoredRow:
             name: np.array([-np.inf if score.reward is None else score.reward for score in some])
             for name, some in scores.items()
         }
-        return cls(row, texts, labels, scores, {**rewards, **baselines(texts, labels, row.example.extract)})
+        free = baselines(texts, labels, row.example.extract)
+        order = {name: _told_apart(rewards[name], some) for name, some in scores.items()}
+        return cls(row, texts, labels, scores, {**rewards, **free}, {**order, **free})
 
     @property
     def prompt(self) -> str:
@@ -115,17 +122,24 @@ class ScoredRow:
 
     def pick(self, rule: str, size: int | None = None) -> float:
         """The expected label of the rule's pick among ``size`` of the candidates; among all where that is None."""
-        if rule == "greedy":
-            assert self.row.greedy is not None
-            return self.row.greedy
-        return expected_best(self.labels, self.rewards[rule], size or len(self.labels))
+        if rule in self.row.singles:
+            return self.row.singles[rule]
+        return expected_best(self.labels, self.order[rule], size or len(self.labels))
 
     def right(self, rule: str) -> float:
         """The chance that the pick is among the best; 0 where all are equally good: nothing is to be decided."""
         best = (self.labels == self.labels.max()).astype(float)
-        return 0.0 if best.all() else expected_best(best, self.rewards[rule], len(best))
+        return 0.0 if best.all() else expected_best(best, self.order[rule], len(best))
 
     def tied(self, rule: str) -> bool:
-        """Whether candidates with different texts share the best reward."""
+        """Whether candidates with different texts share the best reward, before anything tells them apart."""
         rewards = self.rewards[rule]
         return len({text for text, reward in zip(self.texts, rewards, strict=True) if reward == rewards.max()}) > 1
+
+
+def _told_apart(rewards: Floats, scores: Sequence[Score]) -> Floats:
+    """Levels of (reward, tie-break, fewest tokens); candidates of the same level share a pick."""
+    ties = [-np.inf if score.tie_break is None else score.tie_break for score in scores]
+    keys = np.array([rewards, ties, [-score.tokens for score in scores]], float)
+    keys[1:, np.isneginf(rewards)] = 0.0
+    return np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1).astype(float)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from bon.evals.baselines import repeated
+from bon.evals.dataset import Dataset
 from bon.evals.inversion import inversion
 from bon.evals.metrics import Floats, bootstrap, equal_pool, expected_best, interval, spearman
 from bon.evals.rows import ScoredRow
@@ -24,12 +25,18 @@ class Summary:
 
     Args:
         rows: at least one.
+        dataset: whose rows they are.
         spent: for each scorer, its tokens and seconds.
+        policy: those of a policy for all candidates.
+        bigger: those of a bigger model for its answers, and its name before them.
         seed: of the bootstrap and of the rows that the inversion check compares with.
     """
 
     rows: Sequence[ScoredRow]
+    dataset: Dataset
     spent: Mapping[str, tuple[int, float]]
+    policy: tuple[int, float] | None = None
+    bigger: tuple[str, int, float] | None = None
     seed: int = 0
 
     @cached_property
@@ -40,25 +47,32 @@ class Summary:
     def _picks(self) -> dict[str, Floats]:
         """The expected label of the pick in each row, by scorer or baseline."""
         names = [name for name in self.rows[0].rewards if all(name in row.rewards for row in self.rows)]
-        if self.rows[0].row.greedy is not None:
-            names.insert(-1, "greedy")
+        names[-1:-1] = self._singles
         return {name: np.array([row.pick(name) for row in self.rows]) for name in names}
+
+    @property
+    def _singles(self) -> Sequence[str]:
+        """Rules that are one answer and no order of the candidates."""
+        return [*self.rows[0].row.singles]
 
     def report(self) -> dict[str, Any]:
         """What the rows say.
 
         Returns:
-            ``rows``, ``n`` (candidates of a row at most), ``inversion``, ``diagnosis``, ``subsets``, ``disagreements``,
-            and ``scorers``, where by scorer or baseline stand
+            ``rows``, ``n`` (candidates of a row at most), ``policy_tokens``, ``policy_seconds`` and ``bigger`` (see
+            ``_at_equal_time``), None without such a model; ``inversion``, ``diagnosis``, ``subsets``,
+            ``disagreements``, and ``scorers``, where by scorer or baseline stand
 
-            - ``kind``; ``score``, the mean label of the pick, which equal rewards share: a scorer's own ``tie_break``
-              is not looked at; ``best_of``, the same for N candidates (rows with fewer take all);
+            - ``kind``; ``score``, the mean label of the pick, ties decided by ``tie_break`` and tokens as in ``Best``
+              and then shared; ``best_of``, the same for N candidates (rows with fewer take all); ``official``, what the
+              dataset's own protocol says, by name, where there is one;
             - ``share`` of the way from a random pick to the best, the pick's label ``minus_random`` and
               ``minus_longest``, with paired 95% intervals over rows; None where no row's labels differ;
             - ``by_length``, rows in bins of their candidates' median words; ``correlation``, the mean rank correlation
               within rows of the reward with label, length in words, and the share of the prompt that comes again;
             - ``same_strength``, the share of the way in the pool of ``equal_pool``;
-            - ``failed`` and ``pruned`` shares of scores, the share of rows whose best reward is ``tied``;
+            - ``failed`` and ``pruned`` shares of scores, the share of rows whose best reward is ``tied`` until the
+              tie-break;
             - ``tokens``, ``seconds``, ``tokens_per_correct``: for each pick of the best in a row whose labels differ.
         """
         pool = equal_pool([row.labels for row in self.rows], [row.row.generators for row in self.rows])
@@ -66,7 +80,10 @@ class Summary:
         echoes = [np.array([repeated(row.prompt, text) for text in row.texts]) for row in self.rows]
         return {
             "rows": len(self.rows),
-            "n": max(len(row.texts) for row in self.rows),
+            "n": self._n,
+            "policy_tokens": self.policy and self.policy[0],
+            "policy_seconds": self.policy and self.policy[1],
+            "bigger": self._at_equal_time(),
             "scorers": {name: self._rule(name, pool, lengths, echoes) for name in self._picks},
             "inversion": self._inversions(),
             "diagnosis": self._diagnosis(),
@@ -81,11 +98,12 @@ class Summary:
         scores = [score for row in self.rows for score in row.scores.get(name, ())]
         statuses = [score.status for score in scores if score.reward is None]
         tokens, seconds = self.spent.get(name, (0, 0.0))
-        ranked = name != "greedy"  # which is no order of the candidates
+        ranked = name not in self._singles
         correct = sum(row.right(name) for row in self.rows) if name in self.spent else 0.0
         return {
             "kind": "scorer" if name in self.spent else "baseline",
             "score": float(picks.mean()),
+            "official": self._official(name) if ranked else None,
             "share": interval(self._weights, picks - random, best - random),
             "minus_random": interval(self._weights, picks - random),
             "minus_longest": interval(self._weights, picks - self._picks["longest"]),
@@ -110,10 +128,38 @@ class Summary:
             "tokens_per_correct": tokens / correct if tokens and correct else None,
         }
 
+    def _official(self, name: str) -> Mapping[str, float] | None:
+        examples = [replace(row.row.example, candidates=row.texts, labels=row.labels.tolist()) for row in self.rows]
+        return self.dataset.official(examples, [row.rewards[name].tolist() for row in self.rows])
+
+    @property
+    def _n(self) -> int:
+        return max(len(row.texts) for row in self.rows)
+
     def _sizes(self) -> list[int]:
         """The powers of two up to the most candidates of a row, and that number."""
-        most = max(len(row.texts) for row in self.rows)
-        return sorted({*(2**power for power in range(most.bit_length())), most})
+        return sorted({*(2**power for power in range(self._n.bit_length())), self._n})
+
+    def _at_equal_time(self) -> dict[str, Any] | None:
+        """What one answer of a bigger model is worth, and what each rule gets in no more time.
+
+        Returns:
+            ``name``, ``score``, ``tokens`` and ``seconds``; and ``equal_time`` with, for each scorer and baseline that
+            orders the policy's candidates, the most candidates ``n`` that it can sample and score in those seconds and
+            the ``score`` of its pick among them; None where there is no time for one.
+        """
+        if self.bigger is None or self.policy is None:
+            return None
+        name, tokens, seconds = self.bigger
+        equal: dict[str, Any] = {}
+        for rule in [rule for rule in self._picks if rule not in (*self._singles, "oracle")]:
+            whole = self.policy[1] + self.spent.get(rule, (0, 0.0))[1]
+            size = min(self._n, int(self._n * seconds / whole))
+            equal[rule] = None
+            if size:
+                equal[rule] = {"n": size, "score": float(np.mean([row.pick(rule, size) for row in self.rows]))}
+        score = float(self._picks["bigger"].mean())
+        return {"name": name, "score": score, "tokens": tokens, "seconds": seconds, "equal_time": equal}
 
     def _by_length(self, name: str, lengths: Sequence[Floats]) -> list[dict[str, Any]]:
         medians = np.array([np.median(length) for length in lengths])
@@ -139,7 +185,7 @@ class Summary:
         if not rows:
             return None
         picks = [
-            [expected_best(row.labels[part], row.rewards[rule][part], len(part)) for rule in (name, "random", "oracle")]
+            [expected_best(row.labels[part], row.order[rule][part], len(part)) for rule in (name, "random", "oracle")]
             if part
             else [0.0, 0.0, 0.0]  # adds nothing, above or below
             for row, part in zip(self.rows, pool, strict=True)
@@ -164,7 +210,7 @@ class Summary:
     def _diagnosis(self) -> str:
         """Whether the right answers are there and not picked, or not there; by the best of the scorers."""
         means = {name: float(picks.mean()) for name, picks in self._picks.items()}
-        name = max(self.spent or means.keys() - {"oracle", "greedy"}, key=lambda rule: means[rule])
+        name = max(self.spent or means.keys() - {"oracle", *self._singles}, key=lambda rule: means[rule])
         best, picked = means["oracle"], means[name]
         labels = np.concatenate([row.labels for row in self.rows])
         passing = set(labels) <= {0.0, 1.0}
@@ -218,5 +264,5 @@ class Summary:
                 }
                 for i, (text, label) in enumerate(zip(row.texts, row.labels, strict=True))
             ],
-            "picks": {name: int(np.argmax(row.rewards[name])) for name in row.scores},
+            "picks": {name: int(np.argmax(row.order[name])) for name in row.scores},
         }

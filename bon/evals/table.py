@@ -34,6 +34,8 @@ def _section(report: Mapping[str, Any]) -> str:
         *_blocks("label of the pick", _PICKS, first),
         "share: of the way from a random pick (0) to the best candidate (1)",
         *_blocks("best of", dict.fromkeys(sizes, 7), best_of),
+        *_equal_time(report["bigger"]),
+        *_blocks("own protocol", *_official(rules)),
         *_blocks("rewards", _COSTS, {name: _costs(rule) for name, rule in scorers.items()}),
         *_blocks("inversion", _INVERSION, {name: _inversion(check) for name, check in report["inversion"].items()}),
         *_blocks(
@@ -44,6 +46,25 @@ def _section(report: Mapping[str, Any]) -> str:
         textwrap.fill(report["diagnosis"], WIDTH),
     ]
     return "\n".join(blocks)
+
+
+def _equal_time(bigger: Mapping[str, Any] | None) -> list[str]:
+    """What best-of-N gets in the time of a bigger model's answer."""
+    if bigger is None:
+        return []
+    rows = {
+        name: ["-", "-"] if found is None else [str(found["n"]), _number(found["score"])]
+        for name, found in bigger["equal_time"].items()
+    }
+    told = f"One answer of {bigger['name']}: {_number(bigger['score'])}, in {bigger['seconds']:.1f} s for all rows."
+    return [*_blocks("in the same time", {"N": 7, "score": 8}, rows), textwrap.fill(told, WIDTH)]
+
+
+def _official(rules: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Columns and rows of what the dataset's own protocol says."""
+    told = {name: rule["official"] for name, rule in rules.items() if rule["official"] is not None}
+    columns = {_short(name, 11): 12 for name in next(iter(told.values()), ())}
+    return columns, {name: [_number(value) for value in figures.values()] for name, figures in told.items()}
 
 
 def _blocks(title: str, columns: Mapping[str, int], rows: Mapping[str, Sequence[str]]) -> list[str]:
