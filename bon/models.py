@@ -176,10 +176,9 @@ class ModelPool:
         """A scorer whose models are there.
 
         Args:
-            scorer: see ``as_scorer``.
-            policy: what scorers that name no model of their own run on; None is the embedded model.
+            scorer, policy: see ``as_scorer``; scorers that name no model of their own run on the policy's.
         """
-        unbound = self._unbound(scorer)
+        unbound = self._unbound(scorer, policy)
         models = [policy if m is None else m for m in unbound.models]
         self._load_for(unbound, [Model.of(m) for m in models if not isinstance(m, Engine)])
 
@@ -197,7 +196,8 @@ class ModelPool:
 
     def both(self, policy: Any, scorer: Any) -> tuple[Generates, Scorer]:
         """Policy and scorer, their models loaded together."""
-        named, unbound = self._unloaded(policy), self._unbound(scorer)
+        named = self._unloaded(policy)
+        unbound = self._unbound(scorer, named)
         wanted = [named, *(named if m is None else m for m in unbound.models)]
         self._load_for(unbound, [m for m in wanted if isinstance(m, Model)])
         engine = self.policy(named)
@@ -214,8 +214,8 @@ class ModelPool:
             what = f"option of {scorer.name}, or of the engine of its model,"
             raise UnknownNameError(what, error.name, [*own, *error.known]) from error
 
-    def _unbound(self, scorer: Any) -> Scorer:
-        unbound = as_scorer(scorer)
+    def _unbound(self, scorer: Any, policy: Engine | Model | None) -> Scorer:
+        unbound = as_scorer(scorer, policy)
         if unbound is not scorer:
             self._wrapped.append(unbound)
         return unbound
@@ -256,7 +256,7 @@ class ModelPool:
         await self.aclose()
 
 
-def as_scorer(scorer: Any) -> Scorer:
+def as_scorer(scorer: Any, policy: Engine | Model | None = None) -> Scorer:
     """Read what was passed as a scorer; no model is loaded.
 
     Args:
@@ -267,6 +267,7 @@ def as_scorer(scorer: Any) -> Scorer:
     Raises:
         InputError: none of these.
     """
+    from bon.scorers.default import Default
     from bon.scorers.flip import Flip
     from bon.scorers.function import RewardFunction
 
@@ -287,6 +288,8 @@ def as_scorer(scorer: Any) -> Scorer:
             raise UnknownNameError("scorer", head, [*SCORERS, "module:function"])
     if isinstance(scorer, Scorer):
         return scorer
+    if scorer is None and not (policy is None or (isinstance(policy, Model) and policy.embedded)):
+        return Default()
     if scorer is None or isinstance(scorer, str | Path | Model | Engine):
         return Flip(scorer)
     if isinstance(scorer, type):

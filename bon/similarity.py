@@ -19,9 +19,12 @@ from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from bon.errors import InputError, UnknownNameError
 
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 Tokenize = Callable[[str], list[str]]
 Compared = Literal["words", "characters", "texts"]
 
@@ -217,6 +220,17 @@ class WordF1:
         """Start a bound."""
         return F1Bound(instruction, self.tokenize) if self.tokenize in WORD_LOCAL else None
 
+    def among(self, texts: Sequence[str]) -> Array:
+        """The value of each text beside each other one, [n, n]; by characters where any of them needs it."""
+        split, _ = _tokenizer("\n".join(texts), self.tokenize)
+        words_of = [split(text) for text in texts]
+        number: dict[str, int] = {}
+        item = np.array([number.setdefault(word, len(number)) for some in words_of for word in some], np.int64)
+        row = np.repeat(np.arange(len(texts)), [len(some) for some in words_of])
+        sizes, same = overlaps(row, item, len(texts))
+        f1: Array = 2 * same / np.maximum(1, sizes + sizes[:, None])
+        return f1
+
 
 @dataclass(frozen=True, slots=True)
 class CharNgramF1:
@@ -241,6 +255,84 @@ class CharNgramF1:
     def _ngrams(self, text: str) -> list[str]:
         joined = "".join(unicode_words(text))
         return [joined[i : i + self.n] for i in range(max(1, len(joined) - self.n + 1))] if joined else []
+
+
+@dataclass(frozen=True, slots=True)
+class ChrF:
+    """Character n-gram F-score (chrF; Popović 2015): mean precision and recall over n-grams of 1 to ``order``
+    characters, recall counting ``beta`` times as much.
+
+    Lower-case, white space as one space (sacreBLEU's options ``lowercase`` and ``whitespace``, whose figures these are;
+    it counts each text anew for each pair). An order that one of the texts is too short for does not count. No bound.
+    """
+
+    order: int = 6
+    beta: float = 2.0
+    name: str = "chrf"
+    maximum: float = 1.0
+
+    def __call__(self, inferred: str, instruction: str) -> Match:
+        """Compare the two texts."""
+        f, precision, recall = (float(each[0, 1]) for each in self._compare([inferred, instruction]))
+        return Match(f, precision, recall, "characters")
+
+    def bound(self, instruction: str) -> Bound | None:
+        """There is none."""
+        return None
+
+    def among(self, texts: Sequence[str]) -> Array:
+        """The value of each text beside each other one, [n, n]: row i as inferred, column j as instruction."""
+        return self._compare(texts)[0]
+
+    def _compare(self, texts: Sequence[str]) -> tuple[Array, Array, Array]:
+        joined = [" ".join(text.lower().split()) for text in texts]
+        row = np.repeat(np.arange(len(texts)), [len(text) for text in joined])
+        character = np.array([ord(c) for text in joined for c in text], np.int64)
+        gram = np.zeros_like(character)  # number of the n-gram that begins at each place
+        precision, recall, orders = np.zeros((3, len(texts), len(texts)))
+        for n in range(1, self.order + 1):
+            gram = gram[: len(character) - n + 1] << 21 | character[n - 1 :]  # a character has 21 bits
+            gram = np.unique(gram, return_inverse=True)[1].reshape(-1)
+            whole = row[: len(gram)] == row[n - 1 :]  # within one text
+            sizes, same = overlaps(row[: len(gram)][whole], gram[whole], len(texts))
+            orders += np.outer(sizes > 0, sizes > 0)
+            precision += same / np.maximum(1, sizes)[:, None]
+            recall += same / np.maximum(1, sizes)
+        precision, recall = precision / np.maximum(1, orders), recall / np.maximum(1, orders)
+        weight = self.beta**2
+        f = (1 + weight) * precision * recall / np.maximum(weight * precision + recall, np.finfo(float).tiny)
+        return f, precision, recall
+
+
+def overlaps(row: Indices, item: Indices, rows: int) -> tuple[Indices, Array]:
+    """The sizes of multisets, [rows], and those of the intersections of each two, [rows, rows].
+
+    Args:
+        row: [items], whose each is.
+        item: [items], what it is.
+        rows: how many multisets.
+    """
+    order = np.lexsort((item, row))
+    row, item = row[order], item[order]
+    begins = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(item, prepend=-1))
+    times = np.arange(len(item)) - np.repeat(begins, np.diff(begins, append=len(item)))
+    # An item's first occurrence is one thing to have in common, its second another.
+    _, column, had = np.unique(item * (times.max(initial=0) + 1) + times, return_inverse=True, return_counts=True)
+    sizes, shared = np.bincount(row, minlength=rows), had[column] > 1
+    row, column = row[shared], np.cumsum(had > 1)[column[shared]] - 1
+    order = np.argsort(column, kind="stable")
+    row, column = row[order], column[order]
+    same = np.zeros((rows, rows))
+    for first in range(0, int(column.max(initial=-1)) + 1, _COLUMNS):
+        start, stop = np.searchsorted(column, (first, first + _COLUMNS))
+        block = np.zeros((rows, _COLUMNS), np.float32)
+        block[row[start:stop], column[start:stop] - first] = 1
+        same += block @ block.T
+    np.fill_diagonal(same, sizes)
+    return sizes, same
+
+
+_COLUMNS = 4096  # looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,8 +401,17 @@ SIMILARITIES: dict[str, Callable[[], Similarity]] = {
     "word_f1": WordF1,
     "word_f1_unicode": lambda: WordF1("word_f1_unicode", unicode_words),
     "char_ngram_f1": CharNgramF1,
+    "chrf": ChrF,
     "rouge_l": RougeL,
 }
+
+
+def among(similarity: Similarity, texts: Sequence[str]) -> Array:
+    """The value of each text beside each other one, [n, n]: row i as inferred, column j as instruction."""
+    at_once: Callable[[Sequence[str]], Array] | None = getattr(similarity, "among", None)
+    if at_once is not None:
+        return at_once(texts)
+    return np.array([[similarity(one, other).f1 for other in texts] for one in texts])
 
 
 def as_similarity(spec: str | Similarity) -> Similarity:

@@ -348,7 +348,7 @@ SCORERS = Registry(
         "likelihood": "bon.scorers.likelihood:BackwardLikelihood",
         "consensus": "bon.scorers.consensus:Consensus",
         "ensemble": "bon.scorers.ensemble:Ensemble",
-        "default": "bon.scorers.ensemble:Default",
+        "default": "bon.scorers.default:Default",
     },
 )
 SELECTORS = Registry(

@@ -29,6 +29,7 @@ from bon import (
 from bon.data.sink import to_json
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
+from bon.scorers.default import Default
 from bon.types import Result
 
 PROMPT = "Write a short poem about the red fox"
@@ -363,14 +364,23 @@ def test_the_seed_of_one_call_is_that_of_the_selectors_draw():
 
 def test_the_policys_own_model_scores_when_no_other_is_named():
     engine = ScriptedEngine()
-    assert BestOfN(engine).scorer.engine is engine
+    assert BestOfN(engine).scorer.engines == (engine,)
+    assert BestOfN(engine, Flip()).scorer.engine is engine
     assert BestOfN(engine, Flip(samples=2)).scorer.engine is engine
     assert BestOfN(engine, BackwardLikelihood()).scorer.engine is engine
 
 
-def test_a_function_policy_needs_a_scorer_and_says_so():
+def test_a_function_policy_cannot_read_for_a_scorer_and_says_so():
     with pytest.raises(InputError, match="Name a model to score with, for example the scorer flip:"):
-        BestOfN(lambda prompt: "x")
+        BestOfN(lambda prompt: "x", Flip())
+
+
+def test_without_a_scorer_the_embedded_model_has_flip_and_every_other_policy_the_default():
+    assert isinstance(BestOfN().scorer, Flip)
+    assert isinstance(BestOfN("mini").scorer, Flip)
+    assert isinstance(BestOfN(ScriptedEngine()).scorer, Default)
+    bon = BestOfN(lambda prompt, n: ["so it is 4", "5", "it is 4"][:n], n=3)
+    assert (bon.scorer.engines, bon(PROMPT).text) == ((), "so it is 4"), "a function reads nothing: ties stay ties"
 
 
 def test_functions_serve_as_policy_and_as_scorers_model():

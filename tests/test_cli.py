@@ -57,7 +57,7 @@ def _fresh_modules(monkeypatch):
 
 
 def test_the_winner_comes_first_and_then_all_candidates_by_reward(run):
-    code, out, err = run("run", PROMPT, "-n", 8, *SCRIPTED, "--no-prune")
+    code, out, err = run("run", PROMPT, "-n", 8, *SCRIPTED, "--scorer", "flip", "--no-prune")
     lines = out.splitlines()
     assert (code, err) == (0, "")
     assert re.fullmatch(r"Best of 8: candidate \d, reward 1\.000", lines[0])
@@ -189,7 +189,9 @@ def test_a_file_run_shows_progress_on_a_terminal_only(tmp_path):
 
 
 def test_json_is_one_object_and_nothing_else(tmp_path):
-    code, out, err = in_process_of_its_own("run", PROMPT, "-n", 8, "--json", *SCRIPTED, cwd=tmp_path)
+    code, out, err = in_process_of_its_own(
+        "run", PROMPT, "-n", 8, "--json", *SCRIPTED, "--scorer", "flip", cwd=tmp_path
+    )
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     result = json.loads(out)

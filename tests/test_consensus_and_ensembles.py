@@ -8,12 +8,15 @@ from scoring import Own
 
 import bon
 from bon import BestOfN
+from bon.engines.base import Loglikelihood
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import EngineError, InputError, UnknownNameError
 from bon.models import ModelPool
 from bon.scorers.base import Scorer
 from bon.scorers.consensus import Consensus
+from bon.scorers.default import Default
 from bon.scorers.ensemble import Ensemble
+from bon.selectors import Best
 from bon.similarity import WordF1
 from bon.spec import SCORERS
 from bon.types import Score
@@ -126,11 +129,69 @@ def test_an_ensemble_of_nonsense_is_refused(arguments, error):
         Ensemble(*arguments)
 
 
-def test_the_default_is_an_ensemble_whose_model_is_named_like_any_other():
+def test_of_two_candidates_consensus_prefers_neither_however_it_compares():
+    """Where recall counts more, the longer of two always had more in common with the shorter than that with it."""
+    for similarity in ("word_f1", "chrf"):
+        [group] = scored(Consensus(similarity), ("x", ["It is four.", "It is four, since two and two are that much."]))
+        assert group.rewards[0] == group.rewards[1]
+
+
+def test_the_order_of_candidates_changes_no_reward():
+    shuffled = [TEXTS[i] for i in (2, 0, 3, 1)]
+    for similarity in ("word_f1", "chrf", "rouge_l"):
+        by_text = [
+            dict(zip(t, scored(Consensus(similarity), ("x", t))[0].rewards, strict=True)) for t in (TEXTS, shuffled)
+        ]
+        assert by_text[0] == by_text[1]
+
+
+# --- The default -----------------------------------------------------------------------------------------------------
+
+
+class Reads(ScriptedEngine):
+    """Gives log-probabilities: the shorter the response, the likelier any instruction; keeps what it read."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.read, self.error = [], error
+
+    async def loglikelihood(self, prompts, continuations):
+        texts = [str(prompt.turns[-1].pieces[-1]) for prompt in prompts]
+        self.read += texts
+        return [Loglikelihood(-float(len(text)), 1, error=self.error) for text in texts]
+
+
+def test_the_default_picks_by_consensus_and_reads_nothing_where_that_decides():
+    engine = Reads()
+    [group] = scored(Default(engine), ("x", ["the cat sat on a mat", "the cat sat on the mat", "dogs bark"]))
+    assert group.rewards == scored("consensus:chrf", ("x", [c.text for c in group.candidates]))[0].rewards
+    assert (engine.read, {score.tie_break for score in group.scores}) == ([], {None})
+
+
+def test_the_default_lets_the_model_decide_between_two_and_between_those_that_tie():
+    engine = Reads()
+    groups = scored(Default(engine), ("x", ["longer one", "short"]), ("y", ["abc", "abc", "xyz!", "xyz!", "0"]))
+    assert sorted(engine.read) == ["abc", "abc", "longer one", "short", "xyz!", "xyz!"]
+    assert [score.tie_break for score in groups[0].scores] == [-10, -5]
+    assert [score.tie_break for score in groups[1].scores] == [-3, -3, -4, -4, None]
+    assert groups[0].result(Best()).text == "short"
+    assert groups[1].result(Best()).text == "abc"
+
+
+def test_a_model_that_cannot_read_leaves_a_tie_and_says_so():
+    [group] = scored(Default(Reads(EngineError("gone"))), ("x", ["one", "two"]))
+    assert [score.tie_break for score in group.scores] == [None, None]
+    assert None not in group.rewards
+    assert "gone" in group.scores[0].reason
+
+
+def test_the_defaults_model_is_named_like_any_other():
     made = SCORERS.make("default:mini,contrast=1")
     assert SCORERS.spec_of(made) == "default:mini,contrast=1"
+    assert made.likelihood.style.name == "turns"
     pool = ModelPool()
-    [group] = scored(pool.scorer(made), ("Write a slogan", ["Good bread, good day!", "Bread", "Good bread"]))
-    assert [name.partition("(")[0] for name in group.scores[0].parts] == ["likelihood", "consensus"]
-    assert None not in group.rewards
+    [group] = scored(pool.scorer(made), ("Write a slogan", ["Good bread, good day!", "Bread"]))
+    assert None not in [score.tie_break for score in group.scores]
+    with pytest.raises(InputError, match="log-probabilities"):
+        pool.scorer(Default(lambda prompt: "x"))
     asyncio.run(pool.aclose())

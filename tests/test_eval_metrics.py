@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bon.evals.baselines import baselines, consensus, repeated
+from bon.evals.baselines import baselines, repeated
 from bon.evals.inversion import inversion
 from bon.evals.metrics import bootstrap, equal_pool, expected_best, interval, spearman
 from bon.similarity import WordF1
@@ -116,12 +116,12 @@ def test_without_generators_there_is_no_pool() -> None:
 # --- Baselines and the inversion check -------------------------------------------------------------------------------
 
 
-def test_consensus_is_the_mean_word_f1_with_the_others() -> None:
+def test_consensus_orders_as_the_mean_word_f1_with_the_others() -> None:
     texts = ["the cat sat on a mat", "a cat sat there, on two mats", "no", "cat cat cat"]
     f1 = WordF1()
     others = [[f1(text, other).f1 for j, other in enumerate(texts) if j != i] for i, text in enumerate(texts)]
-    assert consensus(texts) == pytest.approx(np.mean(others, axis=1))
-    assert consensus(["alone"]) == [0]
+    own = baselines(texts, np.zeros(4), None)["consensus"]
+    assert own == pytest.approx((np.sum(others, axis=1) + 1) / 4), "itself included, which moves all alike"
 
 
 def test_every_baseline_prefers_what_its_name_says() -> None:

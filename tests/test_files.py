@@ -19,7 +19,7 @@ from bon.data.sink import Output, to_json
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 
-SCRIPTED = {"run": ["--policy", "scripted"], "rerank": ["--scorer", "flip:scripted"]}
+SCRIPTED = {"run": ["--policy", "scripted", "--scorer", "flip"], "rerank": ["--scorer", "flip:scripted"]}
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_a_pool_hands_its_threads_to_engines_whose_spec_does_not_say():
 def test_a_scorer_without_a_model_runs_on_the_policy_or_on_the_embedded_one():
     pool = ModelPool()
     policy = pool.engine("A")
-    assert pool.scorer(None, policy).engine is policy
+    assert pool.scorer(None, policy).engines == (policy,)
     assert pool.scorer("flip:samples=2", policy).engine is policy
     assert pool.scorer("flip").engine.name.endswith("weights")
     assert pool.scorer(Own(lambda e: 0.5)).models == ()

@@ -92,7 +92,7 @@ def backward(text, draw):
 
 @pytest.fixture(scope="module")
 def site():
-    with served(BestOfN(ScriptedEngine(backward, step_seconds=0.03), n=4, prune=False)) as it:
+    with served(BestOfN(ScriptedEngine(backward, step_seconds=0.03), "flip", n=4, prune=False)) as it:
         yield it
 
 
@@ -286,7 +286,7 @@ def test_rewards_below_zero_are_drawn_as_well(site, open_page):
 
 
 def test_a_key_is_asked_for_where_one_is_needed(open_page):
-    with served(BestOfN(ScriptedEngine(), n=1), api_keys=("sk-1",)) as site:
+    with served(BestOfN(ScriptedEngine(), "flip", n=1), api_keys=("sk-1",)) as site:
         page = open_page(site, wait=False)
         page.wait_for_selector("text=wants an API key")
         page.fill("#key", "sk-1")

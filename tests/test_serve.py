@@ -25,7 +25,7 @@ PROMPT = "Write a short poem about the red fox"
 
 
 def test_a_copy_with_other_settings_shares_the_engines():
-    bon = BestOfN(ScriptedEngine(["a", "b"]), n=StopAt(1.0, most=8), sampling=Sampling(top_p=0.5))
+    bon = BestOfN(ScriptedEngine(["a", "b"]), "flip", n=StopAt(1.0, most=8), sampling=Sampling(top_p=0.5))
     copy = bon.replace(n=2, prune=False)
     assert (copy.policy, copy.scorer) == (bon.policy, bon.scorer)
     assert (copy.budget, copy.prune, copy.sampling) == (Fixed(2), False, bon.sampling)
@@ -59,7 +59,7 @@ def test_a_deadline_returns_the_best_so_far_and_stops_the_rest(concurrent):
 
 
 def test_a_deadline_that_does_not_pass_changes_nothing():
-    bon = BestOfN(ScriptedEngine(["red fox", "red fox"]), n=2)
+    bon = BestOfN(ScriptedEngine(["red fox", "red fox"]), "flip", n=2)
     result = asyncio.run(bon.run(PROMPT, deadline=60))
     assert result.counts == {"ok": 2}
 
@@ -78,7 +78,7 @@ def script(text, draw):
 
 @pytest.fixture(scope="module")
 def site():
-    bon = BestOfN(ScriptedEngine(script), n=4, sampling=Sampling(max_tokens=50))
+    bon = BestOfN(ScriptedEngine(script), "flip", n=4, sampling=Sampling(max_tokens=50))
     with served(bon, model_names=("bon-mini", "alias")) as it:
         yield it
 
@@ -238,7 +238,7 @@ def test_a_candidate_that_is_stopped_because_another_is_good_enough_says_so():
 
 
 def test_a_request_that_does_not_say_gets_the_servers_budget():
-    with served(BestOfN(ScriptedEngine(script), n=StopAt(0.1, most=6)), max_n=4) as site:
+    with served(BestOfN(ScriptedEngine(script), "flip", n=StopAt(0.1, most=6)), max_n=4) as site:
         planner = site.server.planner
 
         def budget(kind=ChatRequest, **fields):
@@ -269,7 +269,10 @@ def test_an_answer_below_the_minimum_reward_is_refused_in_openais_shape(site):
 
 def test_usage_is_true_separately_and_in_sum(site):
     answer = site.chat("Write about a quick red fox", n=4).json()
-    usage, result = answer["usage"], BestOfN(ScriptedEngine(script), n=4, prune=False)("Write about a quick red fox")
+    usage, result = (
+        answer["usage"],
+        BestOfN(ScriptedEngine(script), "flip", n=4, prune=False)("Write about a quick red fox"),
+    )
     assert usage["policy"] == {"prompt_tokens": 6, "completion_tokens": 2 + 3 + 4 + 5}
     assert usage["scorer"]["prompt_tokens"] == result.usage.scorer_prompt_tokens
     assert usage["scorer"]["completion_tokens"] == result.usage.scorer_completion_tokens
@@ -345,10 +348,12 @@ def test_requests_may_name_what_else_is_registered_and_can_run_on_the_loaded_mod
     def scorers(*models):
         return list(offered_scorers(BestOfN(*models)))
 
-    assert scorers(ScriptedEngine()) == ["flip", "likelihood"]
+    assert scorers(ScriptedEngine()) == ["default", "flip", "likelihood"]
+    assert scorers(ScriptedEngine(), "flip") == ["flip", "likelihood"]
     assert scorers(ScriptedEngine(), Flip(ScriptedEngine(), style="json")) == ["flip", "likelihood"]
     assert scorers(ScriptedEngine(), BackwardLikelihood(ScriptedEngine())) == ["likelihood", "flip"]
-    assert scorers(Samples()) == ["flip"], "this model cannot rate"
+    assert scorers(Samples(), "flip") == ["flip"], "this model cannot rate"
+    assert scorers(lambda prompt: "x") == ["default"]
     assert scorers(ScriptedEngine(), Flip(Samples())) == ["flip", "likelihood"], "the policy's can"
     assert scorers(lambda prompt: "x", lambda prompt, texts: texts) == ["<lambda>"], "a function scores nothing"
 
@@ -432,7 +437,7 @@ def test_scorers_and_selectors_of_another_package_work_in_the_server(another_pac
     assert [name in text for name, text in zip(("needy", "broken"), said, strict=True)] == [True, True], (
         "what cannot be offered is said, and keeps nobody from the rest"
     )
-    with served(BestOfN(ScriptedEngine(script), n=4, selector="last")) as site:
+    with served(BestOfN(ScriptedEngine(script), "flip", n=4, selector="last")) as site:
         assert site.chat("Write about a quick red fox").json()["best_of_n"]["best"] == 3
 
 
@@ -461,7 +466,7 @@ def test_errors_reach_the_official_client_as_its_own_types(site):
 
 
 def test_a_stream_tells_of_its_progress_without_disturbing_anyone():
-    bon = BestOfN(ScriptedEngine(step_seconds=0.03), n=4)
+    bon = BestOfN(ScriptedEngine(step_seconds=0.03), "flip", n=4)
     with served(bon, heartbeat_s=0.02, status_s=0.05) as site:
         chunks = site.events("one two three four five six")
         told = [c["best_of_n"] for c in chunks if c.get("best_of_n", {}).get("event")]
@@ -484,7 +489,9 @@ def test_a_stream_with_candidates_tells_each_as_it_comes_and_what_matched(site):
 
 def test_copies_and_empty_candidates_count_in_the_progress():
     """They were never reported, so a stream ended at '2 of 4 sampled'."""
-    with served(BestOfN(ScriptedEngine(["red fox", "red fox", "", "fox"], step_seconds=0.02), n=4), status_s=0) as site:
+    with served(
+        BestOfN(ScriptedEngine(["red fox", "red fox", "", "fox"], step_seconds=0.02), "flip", n=4), status_s=0
+    ) as site:
         told = [c["best_of_n"] for c in site.events("the red fox") if c.get("best_of_n", {}).get("event")]
         assert (told[-1]["sampled"], told[-1]["scored"], told[-1]["n"]) == (4, 4, 4)
         chunks = site.events("the red fox", best_of_n={"return_candidates": True})
@@ -518,7 +525,7 @@ def test_a_candidate_that_nobody_scored_is_better_than_none_at_a_deadline():
 
 
 def test_keys_are_needed_when_there_are_any():
-    with served(BestOfN(ScriptedEngine(), n=1), api_keys=("secret-1", "secret-2")) as site:
+    with served(BestOfN(ScriptedEngine(), "flip", n=1), api_keys=("secret-1", "secret-2")) as site:
         for key in ("secret-1", "secret-2"):
             assert site.openai(api_key=key).models.list().data
         with pytest.raises(openai.AuthenticationError) as refused:
@@ -544,7 +551,7 @@ def test_every_response_carries_security_headers_and_a_request_id(site):
 
 
 def test_cors_is_for_the_origins_that_were_named():
-    with served(BestOfN(ScriptedEngine(), n=1), cors_origins=("https://ours.example",)) as site:
+    with served(BestOfN(ScriptedEngine(), "flip", n=1), cors_origins=("https://ours.example",)) as site:
         ours = site.http.get("/v1/models", headers={"origin": "https://ours.example"})
         assert ours.headers["access-control-allow-origin"] == "https://ours.example"
         theirs = site.http.get("/v1/models", headers={"origin": "https://theirs.example"})
@@ -563,7 +570,7 @@ def test_the_playground_is_served_on_loopback_or_when_asked_for():
     assert Settings().shows_playground
     assert not Settings(host="0.0.0.0").shows_playground
     assert Settings(host="0.0.0.0", playground=True).shows_playground
-    with served(BestOfN(ScriptedEngine(), n=1), playground=False) as site:
+    with served(BestOfN(ScriptedEngine(), "flip", n=1), playground=False) as site:
         assert site.http.get("/").status_code == 404
 
 
@@ -571,7 +578,7 @@ def test_the_log_has_one_line_for_each_request_and_no_prompt_text(caplog):
     caplog.set_level("INFO", "bon.serve")
     for log_prompts in (False, True):
         caplog.clear()
-        with served(BestOfN(ScriptedEngine(), n=2), log_prompts=log_prompts, api_keys=("secret-key",)) as site:
+        with served(BestOfN(ScriptedEngine(), "flip", n=2), log_prompts=log_prompts, api_keys=("secret-key",)) as site:
             headers = {"authorization": "Bearer secret-key"}
             body = {"messages": [{"role": "user", "content": "confidential words"}]}
             assert site.http.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
@@ -587,7 +594,7 @@ def test_the_log_has_one_line_for_each_request_and_no_prompt_text(caplog):
 
 
 def test_metrics_say_what_was_done():
-    with served(BestOfN(ScriptedEngine(script), n=4)) as site:
+    with served(BestOfN(ScriptedEngine(script), "flip", n=4)) as site:
         site.chat("Write about a quick red fox")
         site.chat("Write about a quick red fox", best_of_n={"stop_at": 0.1})
         site.chat(temperature=-1)

@@ -15,7 +15,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
 
 @pytest.fixture(scope="module")
 def site():
-    with served(BestOfN(ScriptedEngine(max_model_len=500), n=2), max_n=16, deadline_s=60) as it:
+    with served(BestOfN(ScriptedEngine(max_model_len=500), "flip", n=2), max_n=16, deadline_s=60) as it:
         yield it
 
 
@@ -227,7 +227,7 @@ def test_a_body_that_is_not_json_by_its_own_account_is_refused(site):
 
 
 def test_a_body_that_never_ends_is_given_up():
-    with served(BestOfN(ScriptedEngine(), n=1), body_timeout_s=0.2) as site:
+    with served(BestOfN(ScriptedEngine(), "flip", n=1), body_timeout_s=0.2) as site:
         host, port = site.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(

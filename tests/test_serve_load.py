@@ -87,9 +87,9 @@ def test_requests_wait_in_the_order_in_which_they_came():
 
 
 def test_engines_that_want_one_batch_at_a_time_get_one_request_at_a_time():
-    with served(BestOfN(ScriptedEngine(concurrent=False), n=1)) as site:
+    with served(BestOfN(ScriptedEngine(concurrent=False), "flip", n=1)) as site:
         assert site.server.admission.max_running == 1
-    with served(BestOfN(ScriptedEngine(), n=1)) as site:
+    with served(BestOfN(ScriptedEngine(), "flip", n=1)) as site:
         assert site.server.admission.max_running == 64
 
 

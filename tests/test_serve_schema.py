@@ -22,7 +22,7 @@ CHECKS = (
 
 def fuzz(examples):
     """Send that many generated requests to each operation; half of them break the schema."""
-    with served(BestOfN(ScriptedEngine(), n=2, sampling={"max_tokens": 20}), max_n=8) as site:
+    with served(BestOfN(ScriptedEngine(), "flip", n=2, sampling={"max_tokens": 20}), max_n=8) as site:
         schema = schemathesis.openapi.from_url(f"{site.url}/openapi.json")
         sent = {}
         for found in schema.get_all_operations():

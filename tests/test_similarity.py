@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from bon.errors import InputError, UnknownNameError
 from bon.similarity import (
     SIMILARITIES,
+    ChrF,
     EmbeddingSimilarity,
     F1Bound,
+    Match,
+    RougeL,
     WordF1,
+    among,
     as_similarity,
     characters,
     matched_words,
@@ -298,3 +302,39 @@ def test_as_many_words_are_highlighted_as_the_metric_counts(inferred, instructio
     assert shown <= round(counted)
     if match.compared == "words" and all(len(words(part)) <= 1 for part in inferred.split()):
         assert shown == round(counted)
+
+
+# --- chrF ------------------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    ("The cat sat on the mat.", "the  cat sat on a mat"),
+    ("a", "ab"),
+    ("abcdefg", "xyz"),
+    ("Erzähl mir\nvon Köln!", "Erzähl etwas über Köln"),
+    ("春风又绿江南岸", "春风绿了江南"),
+    ("aaaa aaaa", "aa"),
+]
+
+
+@pytest.mark.parametrize(("inferred", "instruction"), PAIRS)
+def test_chrf_is_sacrebleus(inferred, instruction):
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    theirs = metrics.CHRF(lowercase=True, whitespace=True)
+    one, other = (" ".join(text.split()) for text in (inferred, instruction))
+    assert ChrF()(inferred, instruction).f1 == pytest.approx(theirs.sentence_score(one, [other]).score / 100)
+
+
+def test_chrf_of_the_same_text_is_1_and_of_no_text_0():
+    assert ChrF()("Hello there", "hello  there") == Match(1.0, 1.0, 1.0, "characters")
+    assert ChrF()("", "hello").f1 == ChrF()("", "").f1 == 0
+
+
+@pytest.mark.parametrize("similarity", [WordF1(), ChrF(), RougeL()], ids=lambda each: each.name)
+def test_texts_compared_all_at_once_are_compared_as_each_two_are(similarity):
+    texts = [text for pair in PAIRS[:4] for text in pair] + ["", "the cat the cat " * 400]
+    expected = [[similarity(one, other).f1 for other in texts] for one in texts]
+    assert among(similarity, texts) == pytest.approx(np.array(expected))
+
+
+def test_texts_with_and_without_spaces_are_compared_by_characters():
+    assert among(WordF1(), ["春风又绿江南岸", "春风绿了江南", "no"])[0, 1] == pytest.approx(10 / 13)

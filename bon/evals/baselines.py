@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import combinations
 
 import numpy as np
 
 from bon.evals.metrics import Floats
-from bon.similarity import characters
+from bon.scorers.consensus import consensus
+from bon.similarity import WordF1, characters
 
 BASELINES = ("random", "first", "longest", "shortest", "consensus", "majority", "greedy", "bigger", "oracle")
 
@@ -29,22 +29,13 @@ def baselines(texts: Sequence[str], labels: Floats, extract: Callable[[str], str
         "first": -np.arange(len(texts), dtype=float),
         "longest": length,
         "shortest": -length,
-        "consensus": consensus(texts),
+        "consensus": np.array(consensus(WordF1(), texts)),
     }
     if extract is not None:
         answers = [extract(text) for text in texts]
         votes = Counter(answer for answer in answers if answer is not None)
         rules["majority"] = np.array([0 if answer is None else votes[answer] for answer in answers], float)
     return {**rules, "oracle": labels}
-
-
-def consensus(texts: Sequence[str]) -> Floats:
-    """Mean word F1 of each text with the others; 0 for one alone."""
-    counted = [words_of(text) for text in texts]
-    f1 = np.zeros((len(texts), len(texts)))
-    for i, j in combinations(range(len(texts)), 2):
-        f1[i, j] = f1[j, i] = word_f1(counted[i], counted[j])
-    return np.asarray(f1.sum(axis=1) / max(1, len(texts) - 1))
 
 
 def words_of(text: str) -> Counter[str]:

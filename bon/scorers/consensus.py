@@ -7,11 +7,10 @@ policy's own samples (Kumar and Byrne, 2004; Eikema and Aziz, 2020): argmax over
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from statistics import fmean
 from typing import ClassVar
 
 from bon.scorers.base import Needs, Pending, Scorer
-from bon.similarity import Similarity, as_similarity
+from bon.similarity import Similarity, among, as_similarity
 from bon.types import Score
 
 
@@ -19,7 +18,7 @@ class Consensus(Scorer):
     """Scores candidates by their mean similarity with all candidates of the task, themselves included.
 
     Including itself moves all rewards of a task alike and gives a single candidate a reward. Of two candidates neither
-    is preferred.
+    is preferred: where the similarity counts recall more than precision, it would always be the longer one.
 
     Args:
         similarity: a name in ``bon.similarity.SIMILARITIES``, or a ``Similarity``.
@@ -47,5 +46,13 @@ class Consensus(Scorer):
             groups.setdefault(id(each.group), []).append(position)
         for positions in groups.values():
             texts = [pending[position].candidate.text for position in positions]
-            for position, text in zip(positions, texts, strict=True):
-                yield position, Score(fmean(self.similarity(text, other).f1 for other in texts))
+            for position, reward in zip(positions, consensus(self.similarity, texts), strict=True):
+                yield position, Score(reward)
+
+
+def consensus(similarity: Similarity, texts: Sequence[str]) -> list[float]:
+    """Mean similarity of each text with all of them, rounded so that equal is equal whatever their order."""
+    values = among(similarity, texts)
+    if len(texts) == 2:
+        values = (values + values.T) / 2
+    return [round(float(reward), 12) for reward in values.mean(axis=1)]

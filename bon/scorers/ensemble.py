@@ -128,21 +128,3 @@ def _standardised(rewards: Sequence[float | None]) -> list[float]:
     if spread <= 1e-12 * max(1.0, float(np.abs(known).max(initial=0.0))):
         return [0.0] * len(rewards)
     return [0.0 if reward is None else (reward - float(known.mean())) / spread for reward in rewards]
-
-
-class Default(Ensemble):
-    """What to begin with on real text: consensus, and with a quarter of its weight the backward likelihood.
-
-    What candidates have in common is right more often than not; of two, it says nothing. The model decides between
-    those that consensus hardly tells apart: it is shown examples as turns, and a response without the sentences that
-    restate the instruction, which misled it. ``benchmarks/README.md`` has what was measured, on which prompts, and
-    where the limits lie.
-
-    Args:
-        model: what reads backwards, as in the scorer ``likelihood``.
-        options: its others.
-    """
-
-    def __init__(self, model: Any = None, **options: Any) -> None:
-        options = {"style": "turns", "drop_restated": True, **options}
-        super().__init__([SCORERS.construct("likelihood", [model], options), "consensus"], [1, 4])
