@@ -39,7 +39,7 @@ class BestOfN:
             ("Qwen/Qwen3-4B,max_model_len=8192"), an ``Engine``, a function that returns one text or n texts, or None
             for the embedded mini model.
         scorer: what rewards them: a ``Scorer`` or its spec ("likelihood:Qwen/Qwen3-0.6B"), a reward function, or a
-            model for FLIP to run on; None is FLIP on the policy's own model.
+            model for FLIP to run on; None is the scorer ``default``, and FLIP for the embedded model.
         n: candidates for each prompt, or a ``Budget`` or its spec ("stop-at:0.9,most=16").
         sampling: how the policy samples; a ``Sampling`` or a mapping with its fields.
         selector: "best", another selector's spec ("top-k:3"), or a ``Selector``.

@@ -207,8 +207,8 @@ class Score:
         tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
         upper_bound: for "pruned": the reward could not have exceeded this.
         usage: tokens that this score cost.
-        error: for "failed": what went wrong where that says nothing about the candidate (the scorer's model cannot be
-            reached). When no candidate of a task has a reward, it is the task's error.
+        error: what went wrong where that says nothing about the candidate (the scorer's model cannot be reached). Such
+            a score is not kept; when no candidate of a task has a reward, it is the task's error.
         candidate: index of the candidate.
         same_as: index of an identical candidate whose score this is.
         started, finished: seconds since the run began.

@@ -528,15 +528,25 @@ def test_bon_bench_refuses_a_file_that_is_not_there(capsys: pytest.CaptureFixtur
 def test_real_text_measures_rules_on_all_rows_and_keeps_no_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [
-        {"prompt": f"Name a fruit, {i}", "candidates": ["An apple tree", "apple", "an apple"], "correct": [0, 1, 1]}
-        for i in range(4)
+    texts, one = ["An apple tree", "apple", "an apple"], {"prompt": "Say yes", "candidates": ["yes", "yes"]}
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"Name a fruit, {i}", "candidates": texts, "correct": [0, 1, 1]} for i in range(5)
     ]
+    rows += [{**one, "correct": [1, 1]}, {"prompt": "Word " * 300, "candidates": texts, "correct": [0, 1, 1]}]
     (tmp_path / "crux.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setenv("BON_DATA", str(tmp_path))
-    script("real_text").main(["--sets", "crux", "--out", str(tmp_path / "out.json")])
-    report = last_line(capsys.readouterr().out)
-    found = {row["scorer"]: row for row in report["rows"]}
-    assert found["shortest"]["rows"] == 4
-    assert found["shortest"]["share"]["mean"] == 1.0
-    assert "apple" not in (tmp_path / "out.json").read_text()
+    common = ["--sets", "crux", "--record", str(tmp_path / "kept"), "--store", str(tmp_path / "scores.db")]
+    script("real_text").main(common)
+    found = {(row["scorer"], row["part"]): row for row in last_line(capsys.readouterr().out)["rows"]}
+    assert [found["shortest", part]["rows"] for part in ("choose", "report", "all")] == [3, 2, 5]
+    assert found["shortest", "all"]["share"]["mean"] == 1.0
+    kept = tmp_path / "kept" / "eval_crux.json"
+    assert "apple" not in kept.read_text()
+    assert (tmp_path / "kept" / "eval_crux.png").stat().st_size > 5_000
+    before = len(json.loads(kept.read_text())["rows"])
+    script("real_text").main([*common, "--model", "mini", "--rows", "2", "--scorer", "likelihood:{model}"])
+    after = json.loads(kept.read_text())["rows"]
+    names = {row["scorer"] for row in after}
+    assert {"likelihood:mini", "default:mini", "consensus:chrf", "longest"} <= names
+    assert len(after) > before
+    assert len({(row["part"], row["scorer"], row["candidates"]) for row in after}) == len(after), "none twice"

@@ -99,6 +99,8 @@ def test_a_candidate_that_no_scorer_can_score_has_no_reward():
     [group] = scored(Ensemble([Silent(1, error=error), Silent(1, 2)]), ("x", TEXTS))
     assert [score.status for score in group.scores] == ["ok", "failed", "repaired", "ok"]
     assert group.scores[1].error is error
+    [group] = scored(Ensemble([Silent(1, error=error), Own(lengths)]), ("x", TEXTS))
+    assert (group.scores[1].status, group.scores[1].error) == ("repaired", error), "a store keeps no half of a score"
 
 
 def test_an_ensemble_loads_each_model_once_and_is_written_as_it_is_read():
@@ -183,6 +185,7 @@ def test_a_model_that_cannot_read_leaves_a_tie_and_says_so():
     assert [score.tie_break for score in group.scores] == [None, None]
     assert None not in group.rewards
     assert "gone" in group.scores[0].reason
+    assert isinstance(group.scores[0].error, EngineError), "so a store does not keep it"
 
 
 def test_the_defaults_model_is_named_like_any_other():

@@ -83,9 +83,9 @@ class Default(Scorer):
         if tied and self.likelihood is not None:
             async with aclosing(self.likelihood.score([pending[position] for position in tied])) as scores:
                 async for at, read in scores:
-                    reason = None if read.reward is not None else f"read: {read.reason}"
-                    score = replace(found[tied[at]], tie_break=read.reward, usage=read.usage, reason=reason)
-                    yield tied[at], score
+                    reason = None if read.reward is not None else f"{self.likelihood.name}: {read.reason}"
+                    told = {"tie_break": read.reward, "reason": reason, "usage": read.usage, "error": read.error}
+                    yield tied[at], replace(found[tied[at]], **told)
 
 
 def _tied(pending: Sequence[Pending], scores: dict[int, Score]) -> list[int]:

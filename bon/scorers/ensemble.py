@@ -109,10 +109,10 @@ class Ensemble(Scorer):
             "explanation": next((s.explanation for s in known if s.explanation is not None), None),
             "parts": parts,
             "usage": sum((s.usage for s in known), Usage()),
+            "error": next((s.error for s in known if s.error is not None), None),
         }
         if len(missing) == len(scores):
-            error = next((s.error for s in known if s.error is not None), None)
-            return Score(None, "failed", "; ".join(missing), error=error, **common)
+            return Score(None, "failed", "; ".join(missing), **common)
         return Score(total, "repaired" if missing else "ok", "; ".join(missing) or None, **common)
 
     async def aclose(self) -> None:
