@@ -261,8 +261,9 @@ def as_scorer(scorer: Any, policy: Engine | Model | None = None) -> Scorer:
 
     Args:
         scorer: a ``Scorer``; a spec such as "likelihood:Qwen/Qwen3-0.6B"; a reward function, or "module:object" for one
-            or for a scorer; an engine or the name of a model, which FLIP then runs on; None for FLIP on the policy's
-            own model.
+            or for a scorer; an engine or the name of a model, which FLIP then runs on; None for ``Default``, or FLIP
+            for the embedded model, which was trained for it.
+        policy: what writes; None is the embedded model.
 
     Raises:
         InputError: none of these.

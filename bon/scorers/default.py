@@ -84,8 +84,8 @@ class Default(Scorer):
             async with aclosing(self.likelihood.score([pending[position] for position in tied])) as scores:
                 async for at, read in scores:
                     reason = None if read.reward is not None else f"{self.likelihood.name}: {read.reason}"
-                    told = {"tie_break": read.reward, "reason": reason, "usage": read.usage, "error": read.error}
-                    yield tied[at], replace(found[tied[at]], **told)
+                    told = replace(found[tied[at]], reason=reason, usage=read.usage, error=read.error)
+                    yield tied[at], replace(told, tie_break=read.reward)
 
 
 def _tied(pending: Sequence[Pending], scores: dict[int, Score]) -> list[int]:
