@@ -64,8 +64,9 @@ class Summary:
             ``disagreements``, and ``scorers``, where by scorer or baseline stand
 
             - ``kind``; ``score``, the mean label of the pick, ties decided by ``tie_break`` and tokens as in ``Best``
-              and then shared; ``best_of``, the same for N candidates (rows with fewer take all); ``official``, what the
-              dataset's own protocol says, by name, where there is one;
+              and then shared; ``best_of``, the same for N candidates (rows with fewer take all), scored as they were
+              among all: to scorers that look at the whole group, and to consensus, fewer may look different;
+              ``official``, what the dataset's own protocol says, by name, where there is one;
             - ``share`` of the way from a random pick to the best, the pick's label ``minus_random`` and
               ``minus_longest``, with paired 95% intervals over rows; None where no row's labels differ;
             - ``by_length``, rows in bins of their candidates' median words; ``correlation``, the mean rank correlation
