@@ -84,14 +84,14 @@ def test_scoring_overlaps_sampling_where_both_engines_allow_it():
 )
 def test_one_engine_that_does_both_scores_at_the_end_where_nothing_can_be_skipped(options, schedule):
     engine = ScriptedEngine(["short", "word " * 30], step_seconds=0.001)
-    result = BestOfN(engine, **{"n": 2, **options})(PROMPT)
+    result = BestOfN(engine, "flip", **{"n": 2, **options})(PROMPT)
     last = max(candidate.finished for candidate in result.candidates)
     assert (min(score.started for score in result.scores) >= last) == (schedule == "all")
 
 
 def test_somebody_who_waits_for_single_scores_gets_each_at_once():
     engine = ScriptedEngine(["short", "word " * 30], step_seconds=0.001)
-    bon = BestOfN(engine, n=2, prune=False)
+    bon = BestOfN(engine, "flip", n=2, prune=False)
     for options in ({"callback": lambda event: None}, {"deadline": 60.0}):
         result = asyncio.run(bon.run(PROMPT, **options))
         assert result.scores[0].started < result.candidates[1].finished
@@ -109,7 +109,7 @@ def test_an_engine_is_told_whether_anybody_waits_for_single_completions():
     def told(deadline=None, callback=None, **options):
         seen.clear()
         engine = Told(["short", "word " * 9])
-        asyncio.run(BestOfN(engine, **{"n": 2, **options}).run(PROMPT, deadline=deadline, callback=callback))
+        asyncio.run(BestOfN(engine, "flip", **{"n": 2, **options}).run(PROMPT, deadline=deadline, callback=callback))
         return seen
 
     assert told(prune=False) == [{True}, {True}], "samples, then scores"

@@ -142,7 +142,7 @@ def test_what_models_say_is_never_interpreted(open_page, where, payload):
             raise EngineError(payload)
 
     engine = Failing() if where == "error" else ScriptedEngine(script)
-    with served(BestOfN(engine, n=2)) as site:
+    with served(BestOfN(engine, "flip", n=2)) as site:
         page = open_page(site)
         page.fill("#prompt", payload)
         page.click("#run")

@@ -335,7 +335,7 @@ def test_two_models_by_name_start_at_the_same_time_and_work_together(engine: Any
         result = bon(TEXTS[0])
         assert pair[0] is not pair[1]
     assert "TORCHDYNAMO_DISABLE" not in os.environ
-    assert BestOfN(engine, n=4, sampling={"seed": 1})(TEXTS[0]).text == result.text
+    assert BestOfN(engine, "flip", n=4, sampling={"seed": 1})(TEXTS[0]).text == result.text
 
 
 def test_two_models_on_what_is_said_to_be_one_gpu_get_what_the_rule_gives_them(
