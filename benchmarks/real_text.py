@@ -2,9 +2,9 @@
 
 The sets bring real answers of many models, labelled; BON_DATA names the folder that holds their files (`bon eval SET`
 does one of them). Rules without a model, and ``default``, which seldom reads, are measured on all rows and candidates;
-scorers that read each candidate on the first --rows of a seeded shuffle and --candidates of each row. Every other row
-is there to choose by ("choose"), the rest to report on ("report"). --record keeps a file and a plot for each set, to
-which a later run adds other scorers. Kept are figures and no texts: some sets' licences forbid copies.
+scorers that read each candidate (--scorer) on the first --rows of a seeded shuffle and --candidates of each. Every
+other row is there to choose by ("choose"), the rest to report on ("report"). --record keeps a file and a plot for each
+set, to which a later run adds other scorers. Kept are figures and no texts: some sets' licences forbid copies.
 
     BON_DATA=DIR python benchmarks/real_text.py --model smollm2-135m --store scores.db
 """
@@ -32,7 +32,6 @@ SETS = ("ifeval", "arena-early", "gsm8k", "alpaca-eval", "llmbar-natural", "llmb
 PARTS = ("choose", "report", "all")
 CHEAP = ("default:{model}", "consensus:chrf", "consensus:word_f1")
 """Scorers for all rows: these read few candidates or none."""
-READING = ("likelihood:{model},style=turns,drop_restated=true",)
 RULES = ("longest", "shortest", "majority")
 KEPT = ("kind", "score", "share", "minus_random", "minus_longest", "same_strength", "tied", "failed")
 SPENT = ("tokens", "seconds")
@@ -80,8 +79,8 @@ class Run:
 def _runs(options: argparse.Namespace) -> list[Run]:
     specs = [spec.format(model=options.model) for spec in CHEAP if options.model or "{model}" not in spec]
     runs = [Run(specs, 20 if options.quick else None)]
-    if options.model:
-        reading = [spec.replace("{model}", options.model) for spec in options.scorer or READING]
+    if options.scorer:
+        reading = [spec.replace("{model}", options.model or "") for spec in options.scorer]
         runs.append(Run(reading, 4 if options.quick else options.rows, options.candidates))
     return runs
 
@@ -117,6 +116,7 @@ class Selected(Dataset):
             for example in as_dataset(name).rows(None, seed)
             if not subset or ("natural" in example.subset.lower()) == (subset == "natural")
         ]
+        random.Random(seed).shuffle(examples)  # LLMBar's file has one subset after the other
         found = [row for i, row in enumerate(examples) for row in self._selected(row, random.Random(seed + i))]
         found = found[: self.rows_at_most]
         return {"choose": found[::2], "report": found[1::2], "all": found}[self.part][:limit]

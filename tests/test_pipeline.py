@@ -109,7 +109,9 @@ def test_an_engine_is_told_whether_anybody_waits_for_single_completions():
     def told(deadline=None, callback=None, **options):
         seen.clear()
         engine = Told(["short", "word " * 9])
-        asyncio.run(BestOfN(engine, "flip", **{"n": 2, **options}).run(PROMPT, deadline=deadline, callback=callback))
+        asyncio.run(
+            BestOfN(engine, **{"scorer": "flip", "n": 2, **options}).run(PROMPT, deadline=deadline, callback=callback)
+        )
         return seen
 
     assert told(prune=False) == [{True}, {True}], "samples, then scores"

@@ -51,15 +51,27 @@ def test_the_readmes_pass_rates_are_those_of_the_recorded_evaluation():
 
 
 def test_the_readmes_figures_on_real_text_are_those_recorded():
-    plain = README.replace("**", "")
-    rows = json.loads((ROOT / "benchmarks/results/real_text.json").read_text())["rows"]
-    all_rows = {case: max(row["rows"] for row in rows if row["case"] == case) for case in {r["case"] for r in rows}}
-    stated = ("longest", "consensus", "majority")
-    for row in rows:
-        share, with_a_model = row["share"], row["scorer"].startswith("default:")
-        if with_a_model or (row["scorer"] in stated and row["rows"] == all_rows[row["case"]] and share["low"]):
-            cell = f"{share['mean']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
-            assert (f"{cell} ({row['rows']})" if with_a_model else cell) in plain, row
+    lines = README.replace("**", "").splitlines()
+    [head] = [line for line in lines if line.startswith("| set (rows) |")]
+    names = [name.strip(" `") for name in head.strip("|").split("|")][1:-1]
+    table = [line for line in lines[lines.index(head) + 2 :] if line.startswith("|")][: len(REAL_SETS)]
+    for name, line in zip(REAL_SETS, table, strict=True):
+        recorded = json.loads((ROOT / f"benchmarks/results/eval_{name}.json").read_text())["rows"]
+        rows = {(row["scorer"], row["part"]): row for row in recorded if row["candidates"] is None}
+        first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        expected = [_share(rows.get((rule, "all"))) for rule in names]
+        assert cells == [*expected, _share(rows[names[-1], "report"])]
+        assert first.endswith(f"({rows['longest', 'all']['rows']})")
+
+
+REAL_SETS = ("ifeval", "arena-early", "gsm8k", "alpaca-eval", "llmbar-natural", "llmbar-adversarial", "crux")
+
+
+def _share(row):
+    if row is None:
+        return ""
+    low, mean, high = (f"{row['share'][end] + 0.0:.2f}".replace("-0.00", "0.00") for end in ("low", "mean", "high"))
+    return "0" if low == high else f"{mean} [{low}, {high}]"
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -24,7 +24,7 @@ def run() -> Result:
     engine = ScriptedEngine(
         lambda text, draw: WORDS[draw % 4] if "Response:" not in text else "a cat", step_seconds=0.002
     )
-    return BestOfN(engine, n=4, prune=False, schedule="each")("Where did the cat sit?")
+    return BestOfN(engine, "flip", n=4, prune=False, schedule="each")("Where did the cat sit?")
 
 
 def spans(events: list[dict[str, Any]], category: str, process: int = 0) -> dict[int, dict[str, Any]]:
@@ -92,7 +92,8 @@ def test_prompts_are_processes_on_one_clock_and_the_winner_is_named(traced: Any)
 def test_a_reranked_candidate_has_no_sampling_span(traced: Any) -> None:
     """Its times are those of the run that made it."""
     [_, again], events = traced(
-        run, lambda: BestOfN(ScriptedEngine(step_seconds=0.002)).rerank("Where did the cat sit?", run().candidates)
+        run,
+        lambda: BestOfN(ScriptedEngine(step_seconds=0.002), "flip").rerank("Where did the cat sit?", run().candidates),
     )
     assert len(spans(events, "score", 1)) == 3
     assert not spans(events, "sample", 1)
