@@ -278,6 +278,16 @@ def chi_square(counts: Counter[int], probabilities: torch.Tensor) -> float:
     return sum((counts[i] - total * p) ** 2 / (total * p) for i, p in enumerate(probabilities.tolist()) if p > 0)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-9, 1e-5])
+@pytest.mark.parametrize("filters", [{}, {"min_p": 0.1}, {"top_k": 3}, {"top_p": 0.5}])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float, filters: dict[str, Any]) -> None:
+    """Divided by 1e-300 all logits were infinite, the draw an index out of range, and a server not ready any more."""
+    logits = torch.tensor([[9.0, -80.0, 3.0, 8.5], [-5.0, 0.0, 55.0, -1e4]])
+    tokens, logprobs = choose(logits, Sampling(temperature=temperature, **filters), torch.tensor([0.999, 0.0]))
+    assert tokens.tolist() == [0, 2]
+    assert logprobs.tolist() == pytest.approx(logits.log_softmax(-1)[[0, 1], [0, 2]].tolist())
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
 def test_draws_follow_the_softmax(temperature: float) -> None:
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))

@@ -19,6 +19,7 @@ from bon.types import Sampling
 
 _CHUNK = 64  # uniforms drawn at a time for one row
 _NUCLEUS = 1024  # likeliest tokens looked at before a whole vocabulary is sorted
+_COLDEST = 1e-5  # below it logits divided by the temperature overflow; vLLM takes the likeliest token there as well
 
 
 def row_key(seed: int, prompt: Sequence[int], sample_index: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
@@ -62,15 +63,15 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> tuple
 
     Args:
         logits: shape (rows, vocabulary).
-        sampling: temperature 0 takes the likeliest token. The order of the rest is vLLM's: temperature, min-p,
-            top-k, top-p.
+        sampling: temperature 0, or nearly 0, takes the likeliest token. The order of the rest is vLLM's: temperature,
+            min-p, top-k, top-p.
         uniforms: shape (rows,), in [0, 1), on the logits' device; not read at temperature 0.
 
     Returns:
         Token ids and log-probabilities, both of shape (rows,).
     """
     logits = logits.float()
-    if sampling.temperature == 0 or uniforms is None:
+    if sampling.temperature < _COLDEST or uniforms is None:
         tokens = logits.argmax(-1)
     else:
         tokens = _draw(logits / sampling.temperature, sampling, uniforms.float().unsqueeze(-1))
