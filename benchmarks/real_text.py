@@ -30,7 +30,7 @@ from lib.scripts import parser, script
 
 SETS = ("ifeval", "arena-early", "gsm8k", "alpaca-eval", "llmbar-natural", "llmbar-adversarial", "crux")
 PARTS = ("choose", "report", "all")
-CHEAP = ("default:{model}", "consensus:chrf", "consensus:word_f1")
+CHEAP = ("default:{model}", "consensus:chrf")
 """Scorers for all rows: these read few candidates or none."""
 RULES = ("longest", "shortest", "majority")
 KEPT = ("kind", "score", "share", "minus_random", "minus_longest", "same_strength", "tied", "failed")
@@ -80,7 +80,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
     specs = [spec.format(model=options.model) for spec in CHEAP if options.model or "{model}" not in spec]
     runs = [Run(specs, 20 if options.quick else None)]
     if options.scorer:
-        reading = [spec.replace("{model}", options.model or "") for spec in options.scorer]
+        reading = [spec.replace("{model}", str(options.model)) for spec in options.scorer]
         runs.append(Run(reading, 4 if options.quick else options.rows, options.candidates))
     return runs
 
@@ -162,7 +162,10 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--max-words", type=int, default=150, help="of a candidate")
     options.add_argument("--store", type=Path, help="SQLite file that keeps scores")
     options.add_argument("--record", type=Path, help="folder for eval_SET.json and eval_SET.png")
-    return options.parse_args(argv)
+    chosen = options.parse_args(argv)
+    if chosen.model is None and any("{model}" in spec for spec in chosen.scorer or ()):
+        options.error("a scorer with {model} in it needs --model, for example --model smollm2-135m")
+    return chosen
 
 
 if __name__ == "__main__":

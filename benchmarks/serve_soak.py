@@ -44,7 +44,7 @@ from bon.serve import Settings
 from bon.serve.process import serve
 
 settings = Settings(port=0, max_running=int(sys.argv[2]), max_waiting=int(sys.argv[3]))
-serve(BestOfN(ScriptedEngine(step_seconds=float(sys.argv[1])), n="stop-at:1.0,most=4"), settings)
+serve(BestOfN(ScriptedEngine(step_seconds=float(sys.argv[1])), "flip", n="stop-at:1.0,most=4"), settings)
 """
 PATH = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -294,7 +294,7 @@ def added_latency(server: Server, calls: int) -> tuple[Spread, dict[str, float]]
 
     The CPU time of the server says the same on a machine that has other things to do.
     """
-    bon = BestOfN(ScriptedEngine(), n="stop-at:1.0,most=4")
+    bon = BestOfN(ScriptedEngine(), "flip", n="stop-at:1.0,most=4")
     with asyncio.Runner() as runner, server.connection() as connection:
 
         def library(call: int) -> None:

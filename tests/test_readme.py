@@ -64,6 +64,22 @@ def test_the_readmes_figures_on_real_text_are_those_recorded():
         assert first.endswith(f"({rows['longest', 'all']['rows']})")
 
 
+def test_the_readmes_pass_rates_of_a_real_policy_are_those_recorded():
+    lines = README.splitlines()
+    [head] = [line for line in lines if line.startswith("| set (rows), best of |")]
+    names = [name.strip(" `") for name in head.strip("|").split("|")][1:]
+    long = {"likelihood": "likelihood:style=turns", "FLIP, turns": "flip:style=turns"}
+    table = iter(lines[lines.index(head) + 2 :])
+    for name, title in (("ifeval", "IFEval"), ("gsm8k", "GSM8K")):
+        report = json.loads((ROOT / f"benchmarks/results/eval_{name}_policy.json").read_text())
+        for n in ("1", "2", "4", "8"):
+            first, *cells = [cell.strip() for cell in next(table).strip("|").split("|")]
+            assert first == f"{title} ({report['rows']}), {n}"
+            rules = [[r for r in report["scorers"] if r.startswith(long.get(rule, rule))] for rule in names]
+            rates = [f"{100 * report['scorers'][found[0]]['best_of'][n]:.1f}" if found else "" for found in rules]
+            assert cells == rates
+
+
 REAL_SETS = ("ifeval", "arena-early", "gsm8k", "alpaca-eval", "llmbar-natural", "llmbar-adversarial", "crux")
 
 

@@ -43,11 +43,6 @@ def words_of(text: str) -> Counter[str]:
     return Counter(characters(text))
 
 
-def word_f1(one: Counter[str], other: Counter[str]) -> float:
-    """Multiset F1; 0 where nothing matches."""
-    return 2 * (one & other).total() / max(1, one.total() + other.total())
-
-
 def repeated(text: str, within: str) -> float:
     """The echo: the share of the words of ``text`` that ``within`` has as well, as multisets."""
     words = words_of(text)

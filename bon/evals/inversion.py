@@ -6,12 +6,13 @@ that reads finds its own; one that echoes the answer, or writes the same for eve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from bon.evals.baselines import repeated, word_f1, words_of
+from bon.evals.baselines import repeated, words_of
 
 AMONG = (8, 64)
 
@@ -36,9 +37,9 @@ def inversion(prompts: Sequence[str], inferred: Sequence[tuple[int, str, str]], 
     margins = []
     for row, text, _ in inferred:
         words, own = words_of(text), different.index(prompts[row])
-        right = word_f1(words, known[own])
+        right = _f1(words, known[own])
         others = rng.permutation(np.delete(np.arange(len(known)), own))[: AMONG[-1] - 1]
-        rivals = np.array([word_f1(words, known[other]) for other in others])
+        rivals = np.array([_f1(words, known[other]) for other in others])
         for among in AMONG:
             if len(rivals) >= among - 1:
                 near = rivals[: among - 1]
@@ -50,6 +51,10 @@ def inversion(prompts: Sequence[str], inferred: Sequence[tuple[int, str, str]], 
         "margin": _mean(margins),
         "echo_rate": _mean([repeated(text, answer) for _, text, answer in inferred]),
     }
+
+
+def _f1(one: Counter[str], other: Counter[str]) -> float:
+    return 2 * (one & other).total() / max(1, one.total() + other.total())
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -52,6 +52,14 @@ class Pending:
         return self.group.task
 
 
+def by_group(pending: Sequence[Pending]) -> list[list[int]]:
+    """Positions of the candidates of each group."""
+    groups: dict[int, list[int]] = {}
+    for position, each in enumerate(pending):
+        groups.setdefault(id(each.group), []).append(position)
+    return [*groups.values()]
+
+
 class Scorer(ABC, Specified):
     """A source of rewards.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import ClassVar
 
-from bon.scorers.base import Needs, Pending, Scorer
+from bon.scorers.base import Needs, Pending, Scorer, by_group
 from bon.similarity import Similarity, among, as_similarity
 from bon.types import Score
 
@@ -41,10 +41,7 @@ class Consensus(Scorer):
 
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate; see ``Scorer.score``."""
-        groups: dict[int, list[int]] = {}
-        for position, each in enumerate(pending):
-            groups.setdefault(id(each.group), []).append(position)
-        for positions in groups.values():
+        for positions in by_group(pending):
             texts = [pending[position].candidate.text for position in positions]
             for position, reward in zip(positions, consensus(self.similarity, texts), strict=True):
                 yield position, Score(reward)

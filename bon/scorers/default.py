@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bon.engines.base import Engine
 from bon.errors import InputError
-from bon.scorers.base import Needs, Pending, Scorer
+from bon.scorers.base import Needs, Pending, Scorer, by_group
 from bon.scorers.consensus import Consensus
 from bon.scorers.likelihood import BackwardLikelihood
 from bon.types import Score
@@ -90,11 +90,8 @@ class Default(Scorer):
 
 def _tied(pending: Sequence[Pending], scores: dict[int, Score]) -> list[int]:
     """Positions that share the best reward of their group with a different text."""
-    groups: dict[int, list[int]] = {}
-    for position, each in enumerate(pending):
-        groups.setdefault(id(each.group), []).append(position)
     tied = []
-    for positions in groups.values():
+    for positions in by_group(pending):
         best = max(scores[position].reward or 0.0 for position in positions)
         share = [position for position in positions if scores[position].reward == best]
         if len({pending[position].candidate.text for position in share}) > 1:

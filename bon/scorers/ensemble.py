@@ -12,7 +12,7 @@ import numpy as np
 
 from bon.engines.base import Engine
 from bon.errors import InputError, number
-from bon.scorers.base import Needs, Pending, Scorer
+from bon.scorers.base import Needs, Pending, Scorer, by_group
 from bon.spec import SCORERS
 from bon.types import Score, Usage
 
@@ -87,10 +87,7 @@ class Ensemble(Scorer):
             async with aclosing(part.score(pending)) as scores:
                 async for position, score in scores:
                     found[-1][position] = score
-        groups: dict[int, list[int]] = {}
-        for position, each in enumerate(pending):
-            groups.setdefault(id(each.group), []).append(position)
-        for positions in groups.values():
+        for positions in by_group(pending):
             rewards = [[scores[p].reward if p in scores else None for p in positions] for scores in found]
             totals = np.average([_standardised(row) for row in rewards], axis=0, weights=self.weights)
             for position, total in zip(positions, totals, strict=True):
