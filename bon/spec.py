@@ -346,6 +346,7 @@ SCORERS = Registry(
     {
         "flip": "bon.scorers.flip:Flip",
         "likelihood": "bon.scorers.likelihood:BackwardLikelihood",
+        "judge": "bon.scorers.judge:Judge",
         "consensus": "bon.scorers.consensus:Consensus",
         "ensemble": "bon.scorers.ensemble:Ensemble",
         "default": "bon.scorers.default:Default",

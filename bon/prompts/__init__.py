@@ -141,8 +141,8 @@ def from_files(
 
 
 def _read(name: str, system: Path | None, user: Path, output: Output | None, heading: str | None) -> Style:
-    system_text = "".join(literal for literal, _ in _parse(system, ())) if system else ""
-    parts = tuple(_parse(user, ("response", "context")))
+    system_text = "".join(literal for literal, _ in parse_template(system, ())) if system else ""
+    parts = tuple(parse_template(user, ("response", "context")))
     if not any(field_name == "response" for _, field_name in parts):
         raise InputError(f"the prompt template {user} has no {{response}}: put it where the response goes.")
     if output is None:
@@ -174,7 +174,13 @@ def _text(path: Path) -> str:
         raise InputError(f"the prompt template {path} cannot be read: {error.strerror}.") from error
 
 
-def _parse(path: Path, fields: tuple[str, ...]) -> list[tuple[str, str | None]]:
+def parse_template(path: Path, fields: tuple[str, ...]) -> list[tuple[str, str | None]]:
+    """Read a template as (literal text, field) pairs.
+
+    Raises:
+        InputError: what cannot be read, a field that is not one of ``fields``, or a brace that is neither a field nor
+            doubled.
+    """
     text = _text(path)
     parts: list[tuple[str, str | None]] = []
     try:
