@@ -11,15 +11,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from bon.answers import Extract, as_extract, classes
 from bon.errors import BonError, InputError, UserCodeError, number, user_error, whole_number
 from bon.spec import SELECTORS, Specified
 from bon.types import Candidate, Score, Selection
@@ -134,37 +134,21 @@ class WeightedVote(Specified):
     weights are then 0 every candidate weighs 1. Equal totals go to the answer of the candidate that ranks first.
 
     Args:
-        extract: a regular expression, whose last match in a text is the answer (its first group, if it has one), or a
-            function from text to answer, where None means that there is none. Answers are compared without surrounding
-            white space. Candidates without an answer have no vote; when none has one, the first of the ranking wins.
+        extract: see ``bon.answers.as_extract``. Candidates without an answer have no vote; when none has one, the
+            first of the ranking wins.
     """
 
-    extract: str | Callable[[str], str | None]
+    extract: str | Extract
 
     def __post_init__(self) -> None:
-        if isinstance(self.extract, str):
-            try:
-                re.compile(self.extract)
-            except re.error as error:
-                raise InputError(f"{self.extract!r} is not a regular expression: {error}.") from error
-        elif not callable(self.extract):
-            raise InputError(f"extract must be a regular expression or a function, got {self.extract!r}.")
-
-    def answer(self, text: str) -> str | None:
-        """The answer in a text, or None."""
-        if callable(self.extract):
-            found = self.extract(text)
-            return None if found is None else str(found).strip()
-        matches = list(re.finditer(self.extract, text))
-        if not matches:
-            return None
-        found = matches[-1].group(1 if matches[-1].re.groups else 0)
-        return None if found is None else found.strip()
+        as_extract(self.extract)
 
     def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
         """Select; the weights are the candidates' own, 0 without a vote."""
         ranking = _indices(order)
-        answers = {i: self.answer(texts[i]) for i in ranking if not math.isnan(rewards[i])}
+        extract = as_extract(self.extract)
+        able = [i for i in ranking if not math.isnan(rewards[i])]
+        answers = dict(zip(able, classes([extract(texts[i]) for i in able]), strict=True))
         weights = np.nan_to_num(rewards - min(0.0, float(np.nanmin(rewards))))
         if not weights.any():
             weights = (~np.isnan(rewards)).astype(np.float64)

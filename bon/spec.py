@@ -350,6 +350,12 @@ SCORERS = Registry(
         "consensus": "bon.scorers.consensus:Consensus",
         "ensemble": "bon.scorers.ensemble:Ensemble",
         "default": "bon.scorers.default:Default",
+        "logprob": "bon.scorers.free:Logprob",
+        "majority": "bon.scorers.free:Majority",
+        "longest": "bon.scorers.free:Longest",
+        "shortest": "bon.scorers.free:Shortest",
+        "first": "bon.scorers.free:First",
+        "random": "bon.scorers.free:Random",
     },
 )
 SELECTORS = Registry(

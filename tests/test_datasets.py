@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from bon.answers import last_number
 from bon.errors import InputError, MissingExtraError, UnknownNameError
 from bon.evals.dataset import Example, as_dataset
 from bon.evals.jsonlines import JSONLines
 from bon.evals.named import AlpacaEval, Crux, JudgeBench, LLMBar, Named, RMBench, literal_answer
 from bon.evals.rewardbench2 import RewardBench2, rewardbench2_score
-from bon.evals.verified import GSM8K, IFEval, last_number
+from bon.evals.verified import GSM8K, IFEval
 from bon.spec import DATASETS
 from bon.task import Task
 

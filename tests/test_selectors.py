@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bon.answers import as_extract
 from bon.errors import InputError, UnknownNameError, UserCodeError
 from bon.selectors import Softmax, TopK, WeightedVote, as_selector, rank, select
 from bon.types import Candidate, Score, Selection, Usage
@@ -149,10 +150,10 @@ def test_a_vote_adds_up_rewards_of_equal_answers_and_picks_the_best_of_the_winni
 
 
 def test_the_last_match_is_the_answer_and_functions_work_too():
-    assert WeightedVote(r"\d+").answer("3 and 4") == "4"
-    assert WeightedVote(r"= (\d+)").answer("1 = 3") == "3"
-    assert WeightedVote(lambda text: None if text == "?" else text.upper()).answer(" x ") == "X"
-    assert WeightedVote(lambda text: None).answer("x") is None
+    assert as_extract(r"\d+")("3 and 4") == "4"
+    assert as_extract(r"= (\d+)")("1 = 3") == "3"
+    assert as_extract(lambda text: None if text == "?" else text.upper())(" x ") == "X"
+    assert as_extract(lambda text: None)("x") is None
 
 
 def test_negative_rewards_are_shifted_so_that_the_worst_weighs_nothing():
@@ -183,7 +184,7 @@ def test_indices_are_the_candidates_own():
         (lambda: Softmax(-1), "temperature must be a number >= 0"),
         (lambda: Softmax(1, seed=-1), "seed must be"),
         (lambda: WeightedVote("("), "not a regular expression"),
-        (lambda: WeightedVote(3), "must be a regular expression or a function"),
+        (lambda: WeightedVote(3), "a regular expression or a function"),
     ],
 )
 def test_bad_options_are_refused(make, problem):

@@ -11,10 +11,10 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from decimal import Decimal
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
+from bon.answers import last_number
 from bon.errors import InputError, MissingExtraError
 from bon.evals.dataset import Example
 from bon.evals.jsonlines import judged, read_examples, unjudged
@@ -153,12 +153,3 @@ class GSM8K(Verified):
             return bool(verify(right, said, timeout_seconds=None))
 
         return check
-
-
-_NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
-
-
-def last_number(text: str) -> str | None:
-    """The last number of a text, without commas and idle zeros."""
-    found = _NUMBER.findall(text)
-    return f"{Decimal(found[-1].replace(',', '')).normalize():f}" if found else None
