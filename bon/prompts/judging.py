@@ -131,3 +131,8 @@ def _read(name: str, system: Path | None, user: Path, *, headings: bool) -> Judg
         raise InputError(f"the judge's template {user} needs {{prompt}}, and one of: {wanted}.")
     first = () if system is None else tuple(parse_template(system, _OPTIONAL))
     return Judging(name, kinds[0], first, parts, headings)
+
+
+SLOT = _read("slot", *(Path(__file__).parent / "slot" / name for name in ("system.txt", "user.txt")), headings=True)
+SLOT_QUESTION = (Path(__file__).parent / "slot" / "question.txt").read_text(encoding="utf-8").strip()
+"""What a response is shown for, and what is asked about it: see ``bon.scorers.slot``."""

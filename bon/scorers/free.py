@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from bon.answers import Extract, as_extract, classes
 from bon.errors import InputError, whole_number
 from bon.scorers.base import Needs, Pending, Scorer, by_group
+from bon.scorers.parsing import NO_RESPONSE, strip_think
 from bon.types import Score
 
 
@@ -25,35 +26,36 @@ class Free(Scorer):
         return type(self).__name__.lower()
 
     @abstractmethod
-    def reward(self, pending: Pending) -> float:
-        """The reward of one candidate."""
+    def reward(self, pending: Pending, text: str) -> float:
+        """The reward of one candidate; its text without thinking."""
 
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate; see ``Scorer.score``."""
         for position, each in enumerate(pending):
-            yield position, Score(self.reward(each))
+            text = strip_think(each.candidate.text)
+            yield position, Score(self.reward(each, text)) if text.strip() else NO_RESPONSE
 
 
 class Longest(Free):
     """Scores candidates by their length in characters."""
 
-    def reward(self, pending: Pending) -> float:
+    def reward(self, pending: Pending, text: str) -> float:
         """Characters."""
-        return float(len(pending.candidate.text))
+        return float(len(text))
 
 
 class Shortest(Free):
     """Scores candidates by their length in characters, the shorter the better."""
 
-    def reward(self, pending: Pending) -> float:
+    def reward(self, pending: Pending, text: str) -> float:
         """Characters, negative."""
-        return -float(len(pending.candidate.text))
+        return -float(len(text))
 
 
 class First(Free):
     """Scores candidates by their place: the first is the best. It is what one sample would have been."""
 
-    def reward(self, pending: Pending) -> float:
+    def reward(self, pending: Pending, text: str) -> float:
         """The index, negative."""
         return -float(pending.candidate.index)
 
@@ -73,9 +75,9 @@ class Random(Free):
     def __init__(self, seed: int = 0) -> None:
         self.seed = whole_number("seed", seed, 0)
 
-    def reward(self, pending: Pending) -> float:
+    def reward(self, pending: Pending, text: str) -> float:
         """A number in [0, 1)."""
-        content = f"{self.seed}\0{pending.task.instruction}\0{pending.candidate.text}"
+        content = f"{self.seed}\0{pending.task.instruction}\0{text}"
         return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=6).digest()) / 2**48
 
 
@@ -107,6 +109,9 @@ class Logprob(Scorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate; see ``Scorer.score``."""
         for position, each in enumerate(pending):
+            if not strip_think(each.candidate.text).strip():
+                yield position, NO_RESPONSE
+                continue
             total, tokens = each.candidate.cumulative_logprob, each.candidate.completion_tokens
             if total is None or not tokens:
                 yield position, Score(None, "failed", "the policy gave no log-probabilities of this candidate")
@@ -144,7 +149,7 @@ class Majority(Scorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate; see ``Scorer.score``."""
         for positions in by_group(pending):
-            answers = [self.extract(pending[position].candidate.text) for position in positions]
+            answers = [self.extract(strip_think(pending[position].candidate.text)) for position in positions]
             found = classes(answers)
             votes = Counter(one for one in found if one is not None)
             for position, answer, one in zip(positions, answers, found, strict=True):
