@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from bon.engines.base import Engine, Prompt, Rates
 from bon.errors import EngineError, InputError, number
 from bon.scorers.base import ModelScorer, Pending, Scorer
-from bon.scorers.parsing import NO_RESPONSE, strip_think
+from bon.scorers.parsing import NO_RESPONSE, response_piece
 from bon.types import Score, Usage
 
 if TYPE_CHECKING:
@@ -55,10 +55,13 @@ class ForwardLikelihood(ModelScorer):
 
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate once, all in one call of the engine."""
-        texts = {position: strip_think(each.candidate.text).strip() for position, each in enumerate(pending)}
-        for position in [position for position, text in texts.items() if not text]:
-            yield position, NO_RESPONSE
-            del texts[position]
+        texts = {}
+        for position, each in enumerate(pending):
+            response = response_piece(each.candidate)
+            if response is None:
+                yield position, NO_RESPONSE
+            else:
+                texts[position] = response if isinstance(response, str) else response.text
         prompts = [Prompt.of(pending[position].task.messages) for position in texts]
         rated = await self.engine.loglikelihood(prompts, [*texts.values()]) if prompts else []
         for position, one in zip(texts, rated, strict=True):
