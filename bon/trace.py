@@ -22,17 +22,20 @@ _SHORT = 200  # characters of a text that a trace shows
 
 
 class Trace:
-    """A trace file that grows with every result. A file that is there is overwritten.
+    """A trace file that grows with every result. A trace that is there is overwritten.
 
     Args:
         path: where to write.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or is there and is no trace of bon's.
     """
 
     def __init__(self, path: str | Path) -> None:
+        path = Path(path)
         try:
+            if path.is_file() and path.stat().st_size and not _is_trace(path):
+                raise InputError(f"{path} is no trace and would be overwritten by the trace. Choose another --trace.")
             self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise InputError(f"cannot write the trace to {str(path)!r}: {error.strerror}.") from error
@@ -65,6 +68,12 @@ class Trace:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _is_trace(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(60).replace(b" ", b"")
+    return start == b"[]\n" or start.startswith(b'[\n{"ph":"M","name":"process_name"')
 
 
 def _events(number: int, result: Result, started: float) -> Iterator[dict[str, Any]]:

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from command import in_process_of_its_own, process, rows_of, write_rows
 
 from bon import BestOfN
 from bon.cli import main
-from bon.data.rows import BadRow, Row, output_row, read_rows, run_rows
+from bon.data.formats import json_lines, read_file
+from bon.data.rows import BadRow, Row, output_row, read_rows, row_of, run_rows
 from bon.data.sink import Output, to_json
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
@@ -160,12 +162,14 @@ def test_candidates_from_elsewhere_are_ranked(run, tmp_path):
 def test_a_system_message_goes_to_rows_that_have_none(tmp_path):
     own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
     lines = [to_json({"prompt": "Hi"}), to_json({"messages": own})]
-    systems = [row.task.messages[0].content for row in read_rows(lines, system="Be brief.")]
+    systems = [
+        row.task.messages[0].content for row in read_rows(json_lines(lines), partial(row_of, system="Be brief."))
+    ]
     assert systems == ["Be brief.", "Mine."]
 
 
 def test_the_instruction_of_a_row_is_what_is_inferred_back(tmp_path):
-    [row] = read_rows([to_json({"prompt": "Sum up:\nlong text", "instruction": "Sum up:"})])
+    [row] = read_rows([(1, {"prompt": "Sum up:\nlong text", "instruction": "Sum up:"})])
     assert (row.task.instruction, row.task.context) == ("Sum up:", "long text")
 
 
@@ -177,9 +181,9 @@ def test_rows_come_from_standard_input_and_go_to_standard_output(tmp_path):
     assert err == "", "a pipe gets rows and nothing else"
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row():
-    [row] = read_rows([b"\xef\xbb\xbf" + to_json({"prompt": "Hi"})])
-    assert isinstance(row, Row)
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + to_json({"prompt": "Hi"}))
+    assert [*read_file(str(tmp_path / "in.jsonl"))] == [(1, {"prompt": "Hi"})]
 
 
 def test_text_that_is_no_unicode_is_still_written_as_valid_json():
@@ -199,7 +203,9 @@ def test_rows_are_read_as_they_are_needed_and_not_before():
             yield to_json({"prompt": f"Say {i}"})
 
     async def first_ten():
-        outcomes = run_rows(BestOfN(ScriptedEngine(), n=2), (row for row in read_rows(lines()) if isinstance(row, Row)))
+        outcomes = run_rows(
+            BestOfN(ScriptedEngine(), n=2), (row for row in read_rows(json_lines(lines())) if isinstance(row, Row))
+        )
         async for i, _ in aenumerate(outcomes):
             if i == 10:
                 break
@@ -397,7 +403,9 @@ def test_a_function_that_raises_for_one_row_costs_that_row_only(tmp_path, monkey
 
 def test_reading_says_what_is_wrong_and_goes_on():
     rows = list(
-        read_rows([b"{", b'{"prompt": "a"}', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "x": NaN}', b"[" * 10**5])
+        read_rows(
+            json_lines([b"{", b'{"prompt": "a"}', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "x": NaN}', b"[" * 10**5])
+        )
     )
     assert [type(row) for row in rows] == [BadRow, Row, BadRow, BadRow, BadRow]
     assert [row.line for row in rows] == [1, 2, 3, 4, 5]
@@ -432,8 +440,8 @@ def test_a_full_disk_is_an_error_and_not_a_success(run, tmp_path):
 
 def test_an_abstaining_result_is_a_row_without_text():
     bon = BestOfN(ScriptedEngine(), n=2, min_reward=1.1)
-    [row] = read_rows([to_json({"prompt": "Say hi"})])
-    written = output_row(row, asyncio.run(bon.run(row.task)))
+    row = row_of(1, {"prompt": "Say hi"})
+    written = output_row(row, asyncio.run(bon.run(row.task)), run="")
     assert written["text"] is None
     assert written["reason"]
 

@@ -133,6 +133,13 @@ class Files:
     skip_bad: Annotated[bool, option(_FILES, "--skip-bad", help="Report bad rows and go on.")] = False
     resume: Annotated[bool, option(_FILES, "--resume", help="Add the rows that the output does not have yet.")] = False
     overwrite: Annotated[bool, option(_FILES, "--overwrite", help="Replace an output that exists.")] = False
+    prompt_field: Annotated[
+        str | None,
+        option(_FILES, "--prompt-field", metavar="NAME", help="What is asked, where it is not in prompt or messages."),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="L", min=1, help="Rows at most.", rich_help_panel=_FILES)
+    ] = None
     trace: Annotated[
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write what happened when, for ui.perfetto.dev."),

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 def run(
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT|FILE", help="A prompt; a .jsonl file of prompts; - for standard input."),
+        typer.Argument(
+            metavar="PROMPT|FILE",
+            help="A prompt; a file of prompts (.jsonl, .json, .txt, .csv, .parquet); - for stdin.",
+        ),
     ] = None,
     *,
     setup: Setup,
@@ -55,7 +58,7 @@ def run(
 ) -> int:
     """Sample N candidates for a prompt, or for each prompt of a file, and pick the best.
 
-    A file has one JSON object per line, with "prompt" or "messages" and whatever else: all fields are kept. Rows are
+    A row has "prompt" or "messages" and whatever else: all fields are kept. A .txt file has a prompt a line. Rows are
     written as they finish. After Ctrl-C (exit code 130) every finished row is in the file, and --resume goes on.
     """
     config = configured(setup, number, sampling, choice, policy=policy)
@@ -67,7 +70,8 @@ def run(
         _refuse({"--json": as_json, "--instruction": instruction is not None}, _FOR_ONE_PROMPT)
         return run_file(prompt, files, config, system=system)
     only_files = {"--output": files.output is not None, "--all": files.everything, "--skip-bad": files.skip_bad}
-    _refuse({**only_files, "--resume": files.resume, "--overwrite": files.overwrite}, _FOR_FILES)
+    only_files |= {"--resume": files.resume, "--overwrite": files.overwrite, "--limit": files.limit is not None}
+    _refuse({**only_files, "--prompt-field": files.prompt_field is not None}, _FOR_FILES)
     return _run_prompt(prompt, system, instruction, config, as_json, files.trace)
 
 
@@ -96,9 +100,9 @@ def is_file(argument: str) -> bool:
     if argument == "-" or (os.path.exists(argument) and not os.path.isdir(argument)):
         return True
     if os.path.isdir(argument):
-        raise InputError(f"{argument!r} is a folder. Give a .jsonl file, or a prompt of more than one word.")
+        raise InputError(f"{argument!r} is a folder. Give a file, or a prompt of more than one word.")
     # In ASCII only: whole sentences of Chinese and Japanese have no white space, and may have a slash.
-    path = argument.endswith((".txt", ".json", ".csv")) or (os.sep in argument and argument.isascii())
+    path = argument.isascii() and (os.sep in argument or re.search(r"\.[A-Za-z]\w{1,7}$", argument))
     if argument.endswith(".jsonl") or (path and not re.search(r"\s", argument)):
         raise InputError(f"there is no file {argument!r}. If it is a prompt, put a space in front of it.")
     return False
