@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, overload
 from bon import portal
 from bon.budget import Budget, as_budget
 from bon.engines.base import Engine
-from bon.errors import BonError, InputError, UnknownNameError, number
+from bon.errors import BonError, InputError, UnknownNameError, number, several
 from bon.group import Callback, Group
 from bon.models import Model, ModelPool
 from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order, made, may_prune
@@ -252,9 +252,7 @@ class BestOfN:
         A prompt that fails yields its error in place of a result, and the others go on. Prompts are read when they are
         needed, on a thread of their own: they may take their time.
         """
-        if isinstance(prompts, str | Mapping):
-            raise InputError(f"prompts are a list of prompts, not the one text {prompts!r:.60}. Put it into a list.")
-        groups = (made(self._group, prompt) for prompt in prompts)
+        groups = (made(self._group, prompt) for prompt in several("prompts are a list of prompts", prompts))
         return self._pipeline(self.policy).results(groups, self.selector)
 
     def _pipeline(self, policy: Any = None) -> Pipeline:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from time import perf_counter, time
 from typing import Any
 
-from bon.errors import BonError, EngineError, InputError, user_error
+from bon.errors import BonError, EngineError, InputError, several, user_error
 from bon.scorers.base import Pending
 from bon.selectors import Selector, select
 from bon.task import Conversation, Task
@@ -86,12 +86,10 @@ class Group:
             InputError: a prompt that is none, no candidates, or one that is neither text nor a ``Candidate``.
         """
         group = cls(Task.of(prompt, instruction), prune=prune, stop_at=stop_at, whole=whole)
-        if isinstance(candidates, str) or not candidates:
-            raise InputError(
-                "there are no candidates to rank." if not candidates else "candidates are a list of texts."
-            )
-        group.asked = len(candidates)
-        for index, given in enumerate(candidates):
+        if not (all_given := [*several("candidates are a list of texts", candidates)]):
+            raise InputError("there are no candidates to rank.")
+        group.asked = len(all_given)
+        for index, given in enumerate(all_given):
             if not isinstance(given, str | Candidate):
                 raise InputError(f"candidate {index} must be text, not {type(given).__name__}.")
             known = Candidate(index, given) if isinstance(given, str) else given

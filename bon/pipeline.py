@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from bon import portal
 from bon.budget import MOST, Budget
 from bon.engines.base import Completion, Generates, Keep, Prompt, Request, Wanted
-from bon.errors import BonError, EngineError, InputError, user_error
+from bon.errors import BonError, EngineError, InputError, several, user_error
 from bon.group import Group
 from bon.models import ModelPool
 from bon.scorers.base import Pending, Scorer
@@ -332,9 +332,10 @@ async def score(
         ready = await asyncio.to_thread(own.scorer, scorer)  # loading a model takes seconds
         whole = ready.needs.group
         prune = prune and not ready.needs.all_rewards
-        pairs = [(g.task, g.candidates) if isinstance(g, Group) else g for g in groups]
+        what = "groups are a list of (prompt, candidates) pairs, or of groups"
+        pairs = [(g.task, g.candidates) if isinstance(g, Group) else g for g in several(what, groups)]
         if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
-            raise InputError("groups are a list of (prompt, candidates) pairs, or of groups.")
+            raise InputError(f"{what}.")
         ours = [Group.of(prompt, candidates, prune=prune, whole=whole) for prompt, candidates in pairs]
         async with aclosing(Pipeline(ready).stream(ours)) as finished:
             async for _ in finished:

@@ -1,13 +1,17 @@
 """Bad input: one clear line on standard error (value, place, what to do), exit code 2, no traceback, no output."""
 
+import asyncio
 import json
 import os
 
 import pytest
 from command import in_process_of_its_own, write_rows
 
+from bon import BestOfN, InputError, Task, score
 from bon.cli import main
 from bon.cli.run import is_file
+from bon.engines.scripted import ScriptedEngine
+from bon.evals.harness import evaluate
 
 SCRIPTED = ("--policy", "scripted")
 RANKED = ("--scorer", "flip:scripted")
@@ -111,14 +115,29 @@ def test_a_row_cannot_put_escape_sequences_on_the_terminal(refused, tmp_path):
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["prompts.jsonl", "none.txt", "a.json", "a.csv", "folder/none"])
+@pytest.mark.parametrize(
+    "name", ["prompts.jsonl", "none.txt", "a.json", "a.csv", "notes.md", "a.parquet", "a.jsonl.gz", "folder/none"]
+)
 @pytest.mark.parametrize("command", ["run", "rerank"])
 def test_the_name_of_a_file_that_does_not_exist_is_no_prompt(refused, command, name):
     """``bon run none.txt`` sampled answers to the text "none.txt"."""
     assert f"there is no file {name!r}" in refused(command, name)
 
 
-@pytest.mark.parametrize("prompt", ["Read and/or write", " and/or", "Explain a.txt", "解释TCP/IP协议", "hello"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Read and/or write",
+        " and/or",
+        "Explain a.txt",
+        "解释TCP/IP协议",
+        "解释main.py",
+        "hello",
+        "hello.",
+        "3.14",
+        "e.g.",
+    ],
+)
 def test_a_prompt_with_a_slash_or_the_name_of_a_file_in_it_is_a_prompt(prompt):
     assert not is_file(prompt)
 
@@ -229,6 +248,12 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "-o", "out.jsonl", *SCRIPTED], "--output is for files of prompts"),
         (["run", "hi", "--resume", *SCRIPTED], "--resume is for files of prompts"),
         (["run", "hi", "--all", *SCRIPTED], "--all is for files of prompts"),
+        (["run", "hi", "--limit", "3", *SCRIPTED], "--limit is for files of prompts"),
+        (["run", "hi", "--prompt-field", "q", *SCRIPTED], "--prompt-field is for files of prompts"),
+        (["run", "in.jsonl", "--limit", "0", *SCRIPTED], "got '0'"),
+        (["run", "in.jsonl", "--prompt-field", "q", *SCRIPTED], "the row has no field 'q'. Its fields: 'prompt'"),
+        (["run", "in.jsonl", "--trace", "in.jsonl", *SCRIPTED], "in.jsonl is no trace and would be overwritten"),
+        (["run", "hi", "--trace", "in.jsonl", *SCRIPTED], "in.jsonl is no trace and would be overwritten"),
         (["run", "hi", "--policy", "scripted,nme=x"], "option of the engine 'scripted' 'nme'. Did you mean 'name'?"),
         (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "unknown option of the HTTP engine 'dtype'"),
         (["run", "hi", "--policy", "x,engine=scripted"], "'scripted' runs no model, so it cannot be 'x'"),
@@ -281,6 +306,29 @@ def test_bad_options_are_refused_with_what_to_do(refused, tmp_path, arguments, c
     write_rows(tmp_path / "in.jsonl", [{"prompt": "Say hi"}])
     (tmp_path / "rows").mkdir()
     assert complaint in refused(*arguments)
+
+
+# --- From Python -----------------------------------------------------------------------------------------------------
+
+BON = BestOfN(ScriptedEngine(), "flip", n=1)
+
+
+@pytest.mark.parametrize("one", ["Hello", b"Hello", {"role": "user", "content": "Hello"}, Task.of("Hello"), None, 5])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda one: list(BON.map(one)),
+        lambda one: BON.stream(one),
+        lambda one: BON.rerank("Hello", one),
+        lambda one: asyncio.run(score(BON.scorer, one)),
+        lambda one: asyncio.run(score(BON.scorer, [("Hello", one)])),
+        lambda one: evaluate("mini", scorers=one, limit=1),
+    ],
+)
+def test_one_text_where_a_list_belongs_is_never_taken_apart(call, one):
+    """``bon.map("Hello")`` asked for answers to H, e, l, l and o."""
+    with pytest.raises(InputError, match=r"are a list .*Put it into a list"):
+        call(one)
 
 
 # --- Code of the user's ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -109,6 +110,10 @@ def _csv(lines: Iterable[bytes], delimiter: str = ",") -> Iterator[Record]:
         except InputError as error:
             yield number, error
         except csv.Error as error:
+            if reader.line_num > number:  # rows may have been swallowed
+                raise InputError(
+                    f"a quotation mark at line {number} is not closed as it should be: {error}."
+                ) from error
             yield number, InputError(f"not valid CSV: {error}.")
 
 
@@ -174,7 +179,7 @@ def _object(value: Any) -> dict[str, Any]:
 def _parsed(data: bytes) -> Any:
     text = _decoded(data)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -202,6 +207,12 @@ def _decoded(data: bytes) -> str:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number} is too large")
+    return value
 
 
 def shown(value: Any) -> str:

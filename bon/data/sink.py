@@ -140,7 +140,7 @@ class Output:
         if fields.get("run", run) != run:
             raise InputError(
                 f"{self.name}:{number} was made with other settings (policy, scorer, selector, n, sampling, --system, "
-                "--all): cannot resume. Give those again, or choose another -o."
+                "--all): cannot resume. Give those again, choose another -o, or to mix them take 'run' out of its rows."
             )
         replaced = fields.get("replaced")
         try:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bon import portal
 from bon.budget import Fixed
 from bon.engines.base import Generates
-from bon.errors import BonError, EngineError, InputError, user_error, whole_number
+from bon.errors import BonError, EngineError, InputError, several, user_error, whole_number
 from bon.evals.baselines import BASELINES
 from bon.evals.dataset import Dataset, Example, as_dataset
 from bon.evals.rows import Row, ScoredRow
@@ -134,7 +134,7 @@ def _load(
     """The policy, and the scorers by name: as they were written, or what they call themselves."""
     engine: Generates | None = None
     ready: dict[str, Scorer] = {}
-    for given in scorers:
+    for given in several("scorers are a list of scorers", scorers):
         if samples and engine is None:
             engine, scorer = pool.both(policy, given)
         else:
