@@ -14,7 +14,7 @@ from pathlib import Path
 from time import time
 from typing import Any, BinaryIO
 
-from bon.data.sink import to_json
+from bon.data.sink import check_replaceable, to_json
 from bon.errors import InputError
 from bon.types import Candidate, Result, Score
 
@@ -34,8 +34,7 @@ class Trace:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         try:
-            if path.is_file() and path.stat().st_size and not _is_trace(path):
-                raise InputError(f"{path} is no trace and would be overwritten by the trace. Choose another --trace.")
+            check_replaceable(path, "trace", b"[]\n", b'[\n{"ph":"M","name":"process_name"')
             self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise InputError(f"cannot write the trace to {str(path)!r}: {error.strerror}.") from error
@@ -68,12 +67,6 @@ class Trace:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _is_trace(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(60).replace(b" ", b"")
-    return start == b"[]\n" or start.startswith(b'[\n{"ph":"M","name":"process_name"')
 
 
 def _events(number: int, result: Result, started: float) -> Iterator[dict[str, Any]]:

@@ -253,6 +253,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "in.jsonl", "--limit", "0", *SCRIPTED], "got '0'"),
         (["run", "in.jsonl", "--prompt-field", "q", *SCRIPTED], "the row has no field 'q'. Its fields: 'prompt'"),
         (["run", "in.jsonl", "--trace", "in.jsonl", *SCRIPTED], "in.jsonl is no trace and would be overwritten"),
+        (["eval", "in.jsonl", "--report", "in.jsonl"], "in.jsonl is no report and would be overwritten"),
         (["run", "hi", "--trace", "in.jsonl", *SCRIPTED], "in.jsonl is no trace and would be overwritten"),
         (["run", "hi", "--policy", "scripted,nme=x"], "option of the engine 'scripted' 'nme'. Did you mean 'name'?"),
         (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "unknown option of the HTTP engine 'dtype'"),

@@ -29,6 +29,24 @@ def to_json(value: Any) -> bytes:
         return json.dumps(value, default=str).encode()
 
 
+def check_replaceable(path: Path, what: str, *starts: bytes) -> None:
+    """Refuse to replace a file that is something else than what is to be written.
+
+    Args:
+        path: the file, which need not be there.
+        what: is to be written, and the option that names the file.
+        starts: how such files begin.
+
+    Raises:
+        InputError: it begins in another way.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(100)
+        if start and not start.startswith(starts):
+            raise InputError(f"{path} is no {what} and would be overwritten by the {what}. Choose another --{what}.")
+
+
 @dataclass(slots=True)
 class Output:
     """Where rows go: a file that is appended to one whole line at a time, or standard output.
