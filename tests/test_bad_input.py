@@ -142,6 +142,11 @@ def test_a_prompt_with_a_slash_or_the_name_of_a_file_in_it_is_a_prompt(prompt):
     assert not is_file(prompt)
 
 
+def test_json_lines_that_are_called_text_are_not_sent_to_a_model(refused, tmp_path):
+    write_rows(tmp_path / "in.txt", [{"id": 1, "prompt": "Say hi"}])
+    assert "in.txt:1: the line is a row of JSON Lines" in refused("run", "in.txt", *SCRIPTED)
+
+
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(refused, tmp_path, content):
     (tmp_path / "in.jsonl").write_text(content)
@@ -163,6 +168,8 @@ def test_a_folder_is_no_input(refused, tmp_path, command):
         ("./in.jsonl", "is both the input and the output"),
         ("link.jsonl", "is both the input and the output"),
         ("in.jsonl/x", "Not a directory"),
+        ("out.csv", "rows are written as JSON Lines, and out.csv would be read as something else. Name it .jsonl"),
+        ("out.jsonl.gz", "would be read as something else"),
     ],
 )
 def test_an_unwritable_output_is_refused_before_any_work(refused, tmp_path, path, complaint):

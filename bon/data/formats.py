@@ -9,6 +9,7 @@ import csv
 import gzip
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +71,14 @@ def _by_line(lines: Iterable[bytes], parse: Callable[[bytes], dict[str, Any]]) -
 
 
 def _text(lines: Iterable[bytes]) -> Iterator[Record]:
-    return _by_line(lines, lambda line: {"prompt": _decoded(line).rstrip("\r\n")})
+    return _by_line(lines, _prompt)
+
+
+def _prompt(line: bytes) -> dict[str, Any]:
+    text = _decoded(line).rstrip("\r\n")
+    if re.match(r'{.*"(prompt|messages)"\s*:', text):
+        raise InputError("the line is a row of JSON Lines, and a text file has a prompt a line. Name the file .jsonl.")
+    return {"prompt": text}
 
 
 def _json(file: File) -> Iterator[Record]:

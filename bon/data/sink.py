@@ -98,6 +98,10 @@ class Output:
             if resume or overwrite:
                 raise InputError(f"--{'resume' if resume else 'overwrite'} needs an output file: give -o FILE.")
             return cls("standard output", sys.stdout.buffer)
+        if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".gz"):
+            raise InputError(
+                f"rows are written as JSON Lines, and {path} would be read as something else. Name it .jsonl."
+            )
         fresh = not path.exists()
         try:
             file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
