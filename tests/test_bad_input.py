@@ -150,7 +150,7 @@ def test_json_lines_that_are_called_text_are_not_sent_to_a_model(refused, tmp_pa
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(refused, tmp_path, content):
     (tmp_path / "in.jsonl").write_text(content)
-    assert "in.jsonl is empty. Each line must be" in refused("run", "in.jsonl", *SCRIPTED)
+    assert "in.jsonl is empty. A row of JSON Lines is" in refused("run", "in.jsonl", *SCRIPTED)
 
 
 @pytest.mark.parametrize("command", ["run", "rerank"])

@@ -292,6 +292,7 @@ def test_a_file_that_ends_too_early_is_an_error_even_where_bad_rows_are_skipped(
     code, _, err = run(name, "-n", 1, "-o", "out.jsonl", "--skip-bad")
     assert code == 2
     assert f"cannot read {name}: {complaint}" in err
+    assert re.search("^bon: [1-9] rows? done", err)
     assert rows_of(tmp_path / "out.jsonl"), "what came before is kept"
 
 

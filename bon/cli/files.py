@@ -46,8 +46,9 @@ class Job:
         source: the input's name.
         files: what to do with it.
         output, trace: where results go.
-        run: which settings make them.
         several: whether the selector may pick more than one candidate, so that rows list what it picked.
+        run: which settings make them.
+        broken: why the input could not be read to its end.
     """
 
     source: str
@@ -73,6 +74,7 @@ class Job:
     said: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     stopped: bool = False
+    broken: BonError | None = None
 
     @property
     def name(self) -> str:
@@ -96,14 +98,17 @@ class Job:
 
     def rows(self, parsed: Iterable[Row | BadRow]) -> Iterator[Row]:
         """The rows that are still to be done."""
-        for row in parsed:
-            self.seen += 1
-            if isinstance(row, BadRow):
-                self.fail(row.line, row.error)
-            elif not self.files.resume or not self._known(row):
-                yield row
-            if self.stopped:
-                return
+        try:
+            for row in parsed:
+                self.seen += 1
+                if isinstance(row, BadRow):
+                    self.fail(row.line, row.error)
+                elif not self.files.resume or not self._known(row):
+                    yield row
+                if self.stopped:
+                    return
+        except BonError as error:
+            self.broken = error
 
     def _known(self, row: Row) -> bool:
         """Whether a row is not to be done: the output has it already, or it has the id of another one."""
@@ -204,10 +209,9 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
             say(f"{output.name}: the last line was torn and has been cut off ({output.repaired} bytes).")
         rows = job.rows(islice(read_rows(read_file(source), read), files.limit))
         first = next(rows, None)  # a first row that is bad needs no model to be refused
-        if not job.seen:
-            raise InputError(
-                f'{job.name} is empty. Each line must be an object such as {{"prompt": "Write a haiku."}}.'
-            )
+        if not job.seen and job.broken is None:
+            row = 'A row of JSON Lines is an object such as {"prompt": "Write a haiku."}.'
+            raise InputError(f"{job.name} is empty. {row}")
         started = perf_counter()
         if first is not None:
             rows = chain([first], rows)
@@ -223,6 +227,8 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
             say(f"bad rows that are not listed: {job.listed - LISTED}.")
         if output.name != "standard output" or job.failed or sys.stderr.isatty():
             say(job.summary(perf_counter() - started))
+        if job.broken is not None:
+            raise job.broken
         return job.exit_code
 
 
