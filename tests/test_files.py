@@ -551,7 +551,7 @@ def test_rows_whose_scorer_could_not_be_reached_are_not_done_and_resume_does_the
     with FakeServer() as scorer:
         scorer.refuse = lambda seen: error(500, "down") if re.search("number [12]", str(seen.body)) else None
         command = ["run", "in.jsonl", "-n", "2", "-o", "out.jsonl", "--policy", "echo:policy", "--skip-bad"]
-        command += ["--scorer", f'flip:"{scorer.url}",retries=0']
+        command += ["--scorer", f"flip:{scorer.url}"]
         assert main(command) == 1
         assert "2 rows done; 2 failed" in capsys.readouterr().err
         assert {row["id"] for row in rows_of(tmp_path / "out.jsonl")} == {"p0", "p3"}

@@ -23,7 +23,7 @@ def rerank(
     files: Files,
     seed: Seed = None,
 ) -> int:
-    """Rank candidates that you have already: one JSON object per line, with "candidates", a list of texts.
+    """Rank candidates that you have already: rows with "candidates", a list of texts.
 
     Without --scorer the embedded model scores. Everything else is as in ``bon run`` over a file.
     """
