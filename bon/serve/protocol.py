@@ -52,11 +52,9 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, data: Any) -> Any:
-        unknown = (
-            next((name for name in data if name not in cls.model_fields), None) if isinstance(data, dict) else None
-        )
-        if unknown is not None:
-            told = InitErrorDetails(type="extra_forbidden", loc=(unknown,), input=None)
+        if isinstance(data, dict) and not data.keys() <= cls.__pydantic_fields__.keys():
+            first = next(name for name in data if name not in cls.__pydantic_fields__)
+            told = InitErrorDetails(type="extra_forbidden", loc=(first,), input=None)
             raise ValidationError.from_exception_data(cls.__name__, [told])
         return data
 
