@@ -14,9 +14,9 @@ from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 from bon.serve import Settings
 from bon.serve.answers import usage_body
-from bon.serve.app import public_name
+from bon.serve.failures import public
 from bon.serve.logs import JsonFormatter
-from bon.serve.plan import offered_scorers
+from bon.serve.plan import offered_scorers, public_name
 from bon.serve.protocol import ChatRequest, CompletionRequest
 from bon.spec import SCORERS, SELECTORS
 from bon.types import Usage
@@ -306,6 +306,10 @@ def test_a_server_that_ends_closes_what_its_best_of_n_loaded_and_nothing_of_the_
 def test_clients_never_see_where_a_model_lies(tmp_path):
     assert public_name(str(tmp_path / "my-model")) == "my-model"
     assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert public_name("./models/mine") == "mine"
+    assert public("cannot read /srv/models/mine/config.json of 10.0.0.1:80, 1/2 and/or https://a/b") == (
+        "cannot read config.json of the model's server, 1/2 and/or the model's server"
+    )
     with served(BestOfN(n=1)) as site:
         assert site.http.get("/v1/models").json()["data"][0]["id"] == "bon-mini"
 
@@ -556,6 +560,23 @@ def test_cors_is_for_the_origins_that_were_named():
         assert ours.headers["access-control-allow-origin"] == "https://ours.example"
         theirs = site.http.get("/v1/models", headers={"origin": "https://theirs.example"})
         assert "access-control-allow-origin" not in theirs.headers
+
+
+def test_a_page_may_call_a_server_that_wants_a_key():
+    """A browser asks first, without the key, and was refused."""
+    origin = {"origin": "https://ours.example"}
+    with served(
+        BestOfN(ScriptedEngine(), "flip", n=1), cors_origins=("https://ours.example",), api_keys=("k",)
+    ) as site:
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        told = site.http.options("/v1/chat/completions", headers=origin | asks)
+        assert told.status_code == 200
+        assert told.headers["access-control-allow-origin"] == origin["origin"]
+        assert "authorization" in told.headers["access-control-allow-headers"]
+        refused = site.http.get("/v1/models", headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == origin["origin"], "the page may read why"
+        assert site.http.get("/v1/models", headers=origin | {"authorization": "Bearer k"}).status_code == 200
 
 
 def test_on_loopback_foreign_host_names_are_not_answered(site):

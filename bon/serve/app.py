@@ -8,19 +8,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from bon import __version__
 from bon.best_of_n import BestOfN
-from bon.models import MINI
 from bon.serve.admission import Admission
 from bon.serve.answers import Answer, usage_body
 from bon.serve.edge import Edge
@@ -59,7 +57,7 @@ class Server:
         self.admission = Admission(settings.max_running or (64 if concurrent else 1), settings.max_waiting)
         self.metrics = Metrics(self.admission)
         self.health = Health(bon, self.admission)
-        self.planner = Planner(bon, scorers, settings.model_names or (public_name(bon.policy.name),), settings)
+        self.planner = Planner(bon, scorers, settings)
         self.started = int(time.time())
         self._jobs: set[Job] = set()
 
@@ -135,7 +133,6 @@ class Server:
 
     async def ready(self) -> Response:
         """Report whether a request sent now would be answered."""
-        self.health.probe()
         if self.admission.draining:
             return json_response({"status": "draining", "reason": "the server is shutting down"}, 503)
         if self.health.reason is not None:
@@ -166,7 +163,9 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await server.health.start()
         yield
+        await server.health.aclose()
         await bon.aclose()
 
     app = _App(title="bon", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -192,19 +191,17 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
         app.get("/", include_in_schema=False)(server.page)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(HTTPException, _answer)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
-        )
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(Edge, settings=settings, metrics=server.metrics, paths=paths)
+    if settings.cors_origins:  # outermost: a preflight carries no key, and a page may read what an error says
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app
-
-
-def public_name(name: str) -> str:
-    """What clients call a model: a folder's own name without its path, "bon-mini" for the embedded model."""
-    path = Path(name)
-    return "bon-mini" if name == MINI else path.name if path.is_absolute() else name
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:
@@ -225,6 +222,8 @@ async def read_body(request: Request, settings: Settings) -> bytes:
                     body.append(chunk)
                 elif size > _MOST_DISCARDED:
                     break
+    except ClientDisconnect as error:
+        raise api_error(ClientGone()) from error
     except TimeoutError:
         raise ApiError(408, f"the request did not arrive within {settings.body_timeout_s:g} s.", "timeout") from None
     if size > settings.max_body_bytes:

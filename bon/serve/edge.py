@@ -13,7 +13,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bon.serve.failures import ApiError, ClientGone, api_error
+from bon.serve.failures import ApiError, api_error
 from bon.serve.metrics import Metrics
 from bon.serve.settings import Settings
 
@@ -73,8 +73,6 @@ class Edge:
         try:
             self._check(scope, headers)
             await self._app(scope, receive, guarded)
-        except ClientGone:
-            fields["client_gone"] = True
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("request failed", extra={"fields": {"event": "error", "request_id": request_id}})
