@@ -58,7 +58,7 @@ class Served:
 def served(bon, **settings):
     app = create_app(bon, Settings(port=0, **settings))
     server = build(app)
-    [listening] = bind("127.0.0.1", 0)
+    listening = bind("127.0.0.1", 0)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()

@@ -14,13 +14,14 @@ from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from bon import __version__
 from bon.best_of_n import BestOfN
 from bon.serve.admission import Admission
 from bon.serve.answers import Answer, usage_body
+from bon.serve.bodies import Bodies
 from bon.serve.edge import Edge
 from bon.serve.failures import ApiError, ClientGone, api_error, json_response
 from bon.serve.health import Health
@@ -38,8 +39,6 @@ log = logging.getLogger("bon.serve")
 
 # A request that fails within this time gets its own HTTP status although it asked for a stream.
 STREAM_OPENS_AFTER_S = 0.05
-# What is read and thrown away of a request that is too large, so that the client is there to read why.
-_MOST_DISCARDED = 64 * 1024 * 1024
 
 
 class Server:
@@ -55,6 +54,7 @@ class Server:
         scorers = offered_scorers(bon)
         concurrent = bon.policy.concurrent and all(scorer.concurrent for scorer in scorers.values())
         self.admission = Admission(settings.max_running or (64 if concurrent else 1), settings.max_waiting)
+        self.bodies = Bodies(settings)
         self.metrics = Metrics(self.admission)
         self.health = Health(bon, self.admission)
         self.planner = Planner(bon, scorers, settings)
@@ -70,7 +70,7 @@ class Server:
         return await self._complete(CompletionRequest, request)
 
     async def _complete(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Response:
-        plan = self.planner.plan(parse(kind, await read_body(request, self.settings)))
+        plan = self.planner.plan(parse(kind, await self.bodies.read(request)))
         job = Job(plan, self.admission.ticket(), partial(self._ended, plan, request))
         self._jobs.add(job)
         try:
@@ -202,34 +202,6 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
-
-
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """Read a JSON body of bounded size in bounded time.
-
-    Raises:
-        ApiError: 415 for another content type (which keeps pages of other origins from sending forms here), 413, 408.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise ApiError(415, "send the header 'Content-Type: application/json'.", "unsupported_media_type")
-    body, size = [], 0
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= settings.max_body_bytes:
-                    body.append(chunk)
-                elif size > _MOST_DISCARDED:
-                    break
-    except ClientDisconnect as error:
-        raise api_error(ClientGone()) from error
-    except TimeoutError:
-        raise ApiError(408, f"the request did not arrive within {settings.body_timeout_s:g} s.", "timeout") from None
-    if size > settings.max_body_bytes:
-        said = f"the request has more than the {settings.max_body_bytes} bytes that this server takes."
-        raise ApiError(413, said, "request_too_large", headers={"connection": "close"})
-    return b"".join(body)
 
 
 _ERRORS = {

@@ -86,13 +86,13 @@ class Edge:
             line = {
                 "event": "request",
                 "request_id": request_id,
-                "method": scope["method"],
+                "method": scope["method"][:20],
                 "path": scope["path"][:200],
                 "status": status or 499,
                 "duration_ms": round((perf_counter() - started) * 1000, 2),
                 **fields,
             }
-            log.info("%s %s", scope["method"], path, extra={"fields": line})
+            log.info("%s %s", scope["method"][:20], path, extra={"fields": line})
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = re.sub(r":\d*$", "", headers.get("host", "").lower())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from bon.best_of_n import BestOfN
 from bon.engines.http.engine import HTTPEngine
@@ -23,6 +24,7 @@ log = logging.getLogger("bon.serve")
 PROBE_EVERY_S = 5.0
 PROBE_TAKES_S = 30.0
 START_TAKES_S = 5.0
+Question = Callable[[], Awaitable[None]]
 
 
 class Health:
@@ -49,11 +51,15 @@ class Health:
             self.reason = "the model's server has not answered yet"
 
             async def check() -> None:
-                async with asyncio.timeout(PROBE_TAKES_S):
-                    for engine in remote:
+                for engine in remote:
+                    async with asyncio.timeout(PROBE_TAKES_S):
                         await engine.check()
 
-            await asyncio.wait([self._ask(check)], timeout=START_TAKES_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(START_TAKES_S):
+                    await self._try(check)
+            if self.reason is not None:
+                self._ask(check)
 
     def saw(self, outcome: Result | BaseException) -> None:
         """Take the outcome of a run into account."""
@@ -68,25 +74,26 @@ class Health:
             self._asking.cancel()
             await asyncio.wait([self._asking])
 
-    def _ask(self, question: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+    def _ask(self, question: Question) -> None:
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._until_well(question))
-        return self._asking
 
-    async def _until_well(self, question: Callable[[], Awaitable[None]]) -> None:
+    async def _until_well(self, question: Question) -> None:
         while True:
-            try:
-                await question()
-                self._say(None)
-            except ApiError:  # no room for a question now; those that are in it will tell
-                pass
-            except InputError as error:  # of a function of the user's, say; none of a model
-                self._say(str(error) if isinstance(error, BROKEN) else None)
-            except Exception as error:
-                self._say(str(error) or type(error).__name__)
-            if self.reason is None:
+            if await self._try(question):
                 return
             await asyncio.sleep(PROBE_EVERY_S)
+
+    async def _try(self, question: Question) -> bool:
+        try:
+            await question()
+            self._say(None)
+        except ApiError:  # no room for a question now; the requests that are in it will tell
+            pass
+        except Exception as error:  # one of a function of the user's says nothing about a model
+            users = isinstance(error, InputError) and not isinstance(error, BROKEN)
+            self._say(None if users else str(error) or type(error).__name__)
+        return self.reason is None
 
     async def _probe(self) -> None:
         ticket = self._admission.ticket()

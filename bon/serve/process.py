@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import ExitStack
 from time import monotonic
 from types import FrameType
 
@@ -81,41 +82,38 @@ def build(app: FastAPI) -> DrainingServer:
     return DrainingServer(config, server)
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int) -> socket.socket:
     """Take an address before any model is loaded; nobody is answered yet.
 
     Raises:
         InputError: it cannot be had.
     """
-    sockets: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            sockets.append(socket.socket(family, kind, protocol))
-            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sockets[-1].bind((address[0], sockets[0].getsockname()[1] or port, *address[2:]))
-    except OSError as error:
-        for each in sockets:
-            each.close()
-        said = f"cannot listen on port {port} of {host!r}: {error.strerror or error}."
-        raise InputError(f"{said} Give another --port, 0 for any free one.") from error
-    return sockets
+    with ExitStack() as undo:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+            taken = undo.enter_context(socket.socket(family, kind, protocol))
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(address)
+        except OSError as error:
+            said = f"cannot listen on port {port} of {host!r}: {error.strerror or error}."
+            raise InputError(f"{said} Give another --host or --port; --port 0 takes any free one.") from error
+        undo.pop_all()
+        return taken
 
 
-def serve(bon: BestOfN, settings: Settings, sockets: list[socket.socket] | None = None) -> None:
+def serve(bon: BestOfN, settings: Settings, listening: socket.socket | None = None) -> None:
     """Serve until a signal ends it, then close ``bon``; blocks.
 
     Args:
         bon: models and defaults.
         settings: limits and names.
-        sockets: of ``bind``; None binds now.
+        listening: of ``bind``; None binds now.
 
     Raises:
         InputError: the address cannot be had.
     """
     log_json()
-    sockets = sockets or bind(settings.host, settings.port)
     if not settings.loopback and not settings.api_keys:
         log.warning("whoever reaches this server may use its models: no API key is set (--api-key, BON_API_KEY)")
-    build(create_app(bon, settings)).run(sockets)
+    build(create_app(bon, settings)).run([listening or bind(settings.host, settings.port)])
