@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -526,6 +527,17 @@ def test_a_candidate_that_nobody_scored_is_better_than_none_at_a_deadline():
         assert answer["choices"][0]["message"]["content"] == "fine"
         assert (answer["best_of_n"]["best"], answer["best_of_n"]["reward"]) == (None, None)
         assert "late" in answer["best_of_n"]["reason"]
+
+
+def test_half_a_character_reaches_the_client_and_the_log():
+    """A policy's text that UTF-8 cannot hold was a 500, and in a stream a cut."""
+    half = "half \ud83d"
+    with served(BestOfN(lambda prompt: half, lambda prompt, responses: [1.0] * len(responses), n=1)) as site:
+        assert site.chat().json()["choices"][0]["message"]["content"] == half
+        chunks = site.events()
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == half
+    record = logging.makeLogRecord({"msg": half, "fields": {5: half}})
+    assert json.loads(JsonFormatter().format(record))["message"] == half
 
 
 def test_keys_are_needed_when_there_are_any():

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-import orjson
-
+from bon.data.sink import to_json
 from bon.serve.failures import ApiError, bad, public
 from bon.serve.plan import Plan
 from bon.similarity import matched_words
@@ -229,7 +228,7 @@ def _sampled(candidate: Candidate) -> dict[str, Any]:
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+    return b"data: " + to_json(body) + b"\n\n"
 
 
 def _spoken(pick: Candidate, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
 from starlette.responses import Response
 
 from bon import errors
+from bon.data.sink import to_json
 from bon.engines.http.wire import RequestRefusedError
 
 # Not the client's fault, and no model answers until somebody has done something about it.
@@ -56,8 +56,8 @@ class ClientGone(Exception):  # noqa: N818
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """JSON as bytes, encoded once."""
-    return Response(orjson.dumps(body), status, dict(headers or {}), media_type="application/json")
+    """A response of JSON."""
+    return Response(to_json(body), status, dict(headers or {}), media_type="application/json")
 
 
 def bad(param: str, message: str, code: str = "invalid_value") -> ApiError:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, TextIO
-
-import orjson
 
 LONGEST = 20_000  # characters of a message, and of a traceback
 REPEATS, EVERY_S = 20, 60.0
@@ -47,7 +46,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)[-LONGEST:]
-        return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        return json.dumps(line, default=str)
 
 
 def log_json(stream: TextIO = sys.stderr) -> None:
