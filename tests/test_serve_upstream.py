@@ -167,6 +167,13 @@ def test_what_is_meant_for_the_operator_does_not_reach_clients(upstream):
         assert "the log has the details" in refused.text
 
 
+def test_the_default_scorer_asks_no_upstream_for_what_it_cannot_give(upstream):
+    """Two candidates always tie by consensus, and the likelihood that was to decide ended the request."""
+    with served(BestOfN(HTTPEngine(upstream.url), n=2)) as site:
+        assert site.chat().status_code == 200
+        assert "likelihood" not in site.http.get("/v1/models").json()["data"][0]["best_of_n"]["scorers"]
+
+
 def test_a_key_that_upstream_no_longer_takes_turns_ready_red(site, upstream):
     upstream.refuse = lambda seen: error(401, "no such key")
     assert site.chat().status_code == 502

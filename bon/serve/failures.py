@@ -97,7 +97,7 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
 
 def _told(error: errors.BonError) -> str:
     """What a client may know of a model's failure: what is wrong with its request, else only that there is one."""
-    if isinstance(error, RequestRefusedError):
+    if isinstance(error, RequestRefusedError) and getattr(error.__cause__, "status", 400) in (400, 413, 422):
         return public(str(error))
     if isinstance(error, errors.RefusedError):
         return "the model's server refuses what this server asks of it; the log has the details."
