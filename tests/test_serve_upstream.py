@@ -165,6 +165,8 @@ def test_what_is_meant_for_the_operator_does_not_reach_clients(upstream):
         for secret in ("wxyz", "API_KEY", "api_key=", "example", "401"):
             assert secret not in refused.text
         assert "the log has the details" in refused.text
+        unknown = site.chat(ignore_eos=True).json()["error"]
+        assert unknown["message"] == "ignore_eos: the policy cannot honour this field."
 
 
 def test_the_default_scorer_asks_no_upstream_for_what_it_cannot_give(upstream):

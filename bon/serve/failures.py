@@ -87,10 +87,9 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
     if isinstance(error, errors.InputError) and not isinstance(error, errors.UserCodeError):
         name = str(error.name) if isinstance(error, errors.UnknownNameError) else None
         if passed:
+            why = "" if name in passed else f" {public(str(error))}"  # what else there is, is the operator's to know
             name = name if name in passed else next(iter(passed))
-            return ApiError(
-                400, f"{name}: the policy cannot honour this field: {public(str(error))}", "unsupported_parameter", name
-            )
+            return ApiError(400, f"{name}: the policy cannot honour this field.{why}", "unsupported_parameter", name)
         return ApiError(400, public(str(error)), "invalid_value", name)
     return ApiError(500, "the server failed on this request; its log has the details.", "internal_error")
 
