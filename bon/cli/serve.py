@@ -111,7 +111,7 @@ def serve(
         playground=playground,
         log_prompts=log_prompts,
     )
-    listening = bind(settings.host, settings.port)  # first, as models take minutes to load
-    with config.changed(threads=threads_for(config)).build() as bon:
+    # The address first, as models take minutes to load.
+    with bind(settings.host, settings.port) as listening, config.changed(threads=threads_for(config)).build() as bon:
         serve(bon, settings, listening)
     return 0
