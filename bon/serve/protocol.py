@@ -42,8 +42,10 @@ _NEUTRAL = {
 POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity")
 
 
-# A list is left at its first error: a body of 4 MB may hold a million, and a client is told of one.
-FirstError = Field(fail_fast=True)
+# Entries of a list or an object, as OpenAI has it: a body of 4 MB could bring a million, each with work of its own.
+MOST = 2048
+# A list that is left at its first error, as a client is told of one.
+FirstError = Field(fail_fast=True, max_length=MOST)
 
 
 class _Body(BaseModel):
@@ -59,12 +61,9 @@ class _Body(BaseModel):
         return data
 
 
-_MOST_ENTRIES = 1024
-
-
 def _few(value: Any) -> Any:
-    if isinstance(value, Mapping) and len(value) > _MOST_ENTRIES:
-        raise PydanticCustomError("too_long", "may have at most {most} entries", {"most": _MOST_ENTRIES})
+    if isinstance(value, Mapping) and len(value) > MOST:
+        raise PydanticCustomError("too_long", "must have at most {max_length} items", {"max_length": MOST})
     return value
 
 
