@@ -48,6 +48,7 @@ class ScoreBody(BaseModel):
     explanation: str | None = Field(description="What the scorer says about the reward.")
     inferred: str | None = Field(description="The instruction that was inferred from the candidate.")
     matched: list[tuple[int, int]] = Field(description="Spans of ``inferred`` whose words are in the instruction.")
+    missed: list[tuple[int, int]] = Field(description="Spans of the instruction whose words are not in ``inferred``.")
     precision: float | None
     recall: float | None
     upper_bound: float | None = Field(description="The reward of a pruned candidate could not have exceeded this.")
@@ -132,6 +133,9 @@ class ModelDefaults(BaseModel):
     max_n: int
     scorers: list[str]
     scorer: str
+    kinds: dict[str, str] | None = Field(
+        default=None, description="What the embedded model can write, each with a prompt."
+    )
 
 
 class ModelBody(BaseModel):
