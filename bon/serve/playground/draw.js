@@ -65,10 +65,10 @@ function card(row, {badge, alike = [row]} = {}) {
   const bound = row.upper_bound != null ? `≤ ${number(row.upper_bound)}` : null;
   const meter = h("i", {});
   if (scored && run.unit) meter.style.width = `${Math.max(0, Math.min(1, row.reward)) * 100}%`;
-  const missed = row.inferred != null && row.missed;
+  const missed = row.inferred != null && row.missed || [];
   const facts = [
     row.precision != null && `precision ${number(row.precision, 2)}, recall ${number(row.recall, 2)}`,
-    missed && missed.length > 0 && !badge && `missed: ${missed.map((span) => cut(run.prompt, span)).join(" ")}`,
+    missed.length > 0 && !badge && `missed: ${missed.map((span) => cut(run.prompt, span)).join(" ")}`,
     row.completion_tokens != null && `${row.completion_tokens} tokens`,
     row.sampled_s != null && `sampled after ${seconds(row.sampled_s)}`,
     row.scored_s && `scored in ${seconds(row.scored_s[1] - row.scored_s[0])}`,
@@ -89,7 +89,7 @@ function card(row, {badge, alike = [row]} = {}) {
     scored && run.unit && h("div", {class: "meter", "aria-hidden": "true"}, meter),
     text || !written(row) ? h("div", {class: "text", tabindex: "0"}, ...(written(row) ? rendered(text) : [text])) : h("p", {class: "quiet"}, "no text"),
     row.inferred != null && h("p", {class: "inferred"}, h("b", {}, "inferred instruction"), ...marked(row.inferred, row.matched)),
-    badge && missed && h("p", {class: "inferred"}, h("b", {}, missed.length ? "your prompt, and what was missed" : "your prompt: no word was missed"), ...marked(run.prompt, missed, "missed")),
+    badge && missed.length > 0 && h("p", {class: "inferred"}, h("b", {}, "your prompt, with the words that were missed"), ...marked(run.prompt, missed, "missed")),
     row.inferred == null && row.explanation && h("p", {class: "inferred"}, h("b", {}, "explanation"), row.explanation),
     row.reason && h("p", {class: "numbers"}, row.reason),
     facts && h("p", {class: "numbers"}, facts));

@@ -122,7 +122,9 @@ async function go(event) {
   try {
     const response = await post(body, {stream: true}, mine.signal);
     $("figures").hidden = false;
+    say(`${n} being written`);
     draw();
+    if (innerWidth < 960) $("status").scrollIntoView();   // below the form on a narrow screen
     redraw = setInterval(() => {
       if (run !== shown || run.over) return;
       if (run.dirty) draw();
