@@ -131,7 +131,7 @@ def test_candidates_and_rewards_appear_as_they_come(open_page):
         page.wait_for_selector("#timeline rect.live", state="attached")
         under_way = page.locator("#list article.waiting")
         assert under_way.count() == 2, "one card for each candidate, written or not"
-        assert all(" s" in clock for clock in under_way.locator(".clock").all_inner_texts())
+        assert all(clock.endswith("s") for clock in under_way.locator(".clock").all_inner_texts())
         page.wait_for_selector("#list article.waiting .text:text-matches('draw 2 word word word word')")
         assert page.get_attribute("body", "data-state") == "busy", "a text is read while it is written"
         page.wait_for_selector("body[data-state=done]", timeout=20_000)

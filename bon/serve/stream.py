@@ -73,7 +73,7 @@ class EventStream(Response):
     async def _while_working(self) -> AsyncGenerator[bytes, None]:
         """Every event and how texts grow where the client wants all candidates, else now and then how far it all is."""
         job, answer, everything = self._job, self._answer, self._job.plan.request.options.return_candidates
-        pause = min(self._status_s, self._heartbeat_s) if everything else self._heartbeat_s
+        pause = min(max(0.01, self._status_s), self._heartbeat_s) if everything else self._heartbeat_s
         said, told = perf_counter(), -self._status_s  # when anything was sent, and when how far the work is
         if job.ticket.position:
             yield answer.progress(job.progress())

@@ -169,6 +169,7 @@ function drawTimeline() {
 
 function drawRewards() {
   const rows = [...run.rows.values()].filter((row) => row.reward != null);
+  $("rewards").parentElement.hidden = !rows.length;
   const width = Math.max(220, $("rewards").clientWidth), height = 120, base = height - 22, values = rows.map((row) => row.reward);
   run.unit = values.every((value) => value >= 0 && value <= 1);
   const low = run.unit ? 0 : Math.min(...values), high = run.unit ? 1 : Math.max(...values, low + 1e-9);
@@ -191,10 +192,8 @@ function drawRewards() {
   $("rewards").replaceChildren(svg);
   const longest = [...run.rows.values()].reduce((a, b) => ((b.text || "").length > (a.text || "").length ? b : a));
   const other = run.over && longest.text !== run.rows.get(run.best)?.text;
-  $("gain").textContent = values.length
-    ? `best ${number(Math.max(...values))}, mean ${number(mean)} (dashed), gain ${number(Math.max(...values) - mean)}; ${rows.length} of ${run.n} have a reward`
-      + (run.over ? `; the longest ${other ? `would have been candidate ${longest.index}, ${longest.reward == null ? "without a reward" : number(longest.reward)}` : "is the winner"}` : "")
-    : "no rewards yet";
+  $("gain").textContent = `best ${number(Math.max(...values))}, mean ${number(mean)} (dashed), gain ${number(Math.max(...values) - mean)}; ${rows.length} of ${run.n} have a reward`
+      + (run.over ? `; the longest ${other ? `would have been candidate ${longest.index}, ${longest.reward == null ? "without a reward" : number(longest.reward)}` : "is the winner"}` : "");
 }
 
 function draw() {

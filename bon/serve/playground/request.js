@@ -28,7 +28,10 @@ function take(about) {
     run.queued = true;
     return say(`Waiting: number ${about.position} in the queue`);
   }
-  if (run.queued) Object.assign(run, {queued: false, offset: performance.now()});
+  if (run.queued) {
+    Object.assign(run, {queued: false, offset: performance.now()});
+    say(`${run.n} being written`);
+  }
   if (about.timing) return finish(about);
   const row = run.rows.get(about.index);
   if (!row) return;
@@ -142,7 +145,7 @@ async function go(event) {
     if (run !== shown) return;
     const sampled = [...run.rows.values()].filter(written).length, reached = sampled ? ` ${sampled} of ${run.n} were sampled.` : "";
     if (error.name === "AbortError") return run.over ? say("Stopped.", "done") : end("idle", `Stopped.${reached}`);
-    complain(error.name === "TypeError" ? `The server cannot be reached: ${error.message}` : error.message);
+    complain(error.name === "TypeError" ? `The connection to the server failed: ${error.message}` : error.message);
     if (!run.over) end("failed", `Failed.${reached}`);
     else say("The comparison failed.", "done");
   } finally {
@@ -238,7 +241,13 @@ async function describe() {
   try {
     const response = await fetch("v1/models", {headers: headers()});
     if (response.status === 401) { $("more").open = true; return say("This server wants an API key (More settings)."); }
-    model = (await response.json()).data[0];
+    const answer = await response.json();
+    if (!response.ok) {   // a server before this one that does not answer yet
+      setTimeout(describe, 3000);
+      return say(answer.error.message);
+    }
+    model = answer.data[0];
+    if (document.body.dataset.state === "idle") say("Ready.");
     const {n, max_n, scorers, kinds} = model.best_of_n;
     $("model").textContent = model.id;
     $("n").max = max_n;
