@@ -15,6 +15,7 @@ from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip, FlipDetails
 from bon.scorers.flip.reconstruction import before_stop
 from bon.selectors import Best
+from bon.similarity import WordF1
 from bon.task import Message, Task
 from bon.types import Sampling
 
@@ -367,3 +368,25 @@ def test_a_misspelt_option_is_not_taken_for_one_of_the_engine():
     with pytest.raises(UnknownNameError, match="Did you mean 'style'"):
         Flip("some/model", stile="json")
     assert Flip("some/model", device="cpu").model.options == {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("response", "inferred", "status"),
+    [
+        ("0 I like pizza.", "I like pizza.", "echo"),
+        ("0 Crimson leaves descend, whispering to the cold earth.", "Crimson leaves descend, whispering", "echo"),
+        ("0 红叶纷飞，秋意渐浓。", "红叶纷飞，秋意渐浓。", "echo"),
+        ("0 Leaves fall to the cold earth.", "Write one short haiku about leaves.", "ok"),
+        ("0 Many thanks to Helen for bringing a kite.", "Thank Helen for bringing a kite to the park.", "ok"),
+    ],
+)
+def test_a_reconstruction_that_repeats_the_response_is_an_echo_whose_reward_stays(response, inferred, status):
+    """A model of 135M parameters repeated 16 of 30 responses, and each of those scores was "ok"."""
+    [found] = score(Flip(answers(inferred)), response)
+    assert (found.status, found.explanation) == (status, inferred)
+    assert found.reward == WordF1()(inferred, X).f1
+
+
+def test_one_echo_of_several_reconstructions_is_the_worst_status():
+    [found] = score(Flip(answers([X, "I like pizza."]), samples=2), "0 I like pizza.")
+    assert (found.status, found.details.samples) == ("echo", (1.0, 0.0))

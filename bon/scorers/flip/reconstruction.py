@@ -11,10 +11,11 @@ from bon.engines.base import Completion, Loglikelihood, Partial, Prompt
 from bon.errors import EngineError, PromptTooLongError
 from bon.scorers.base import Pending
 from bon.scorers.parsing import Parsed, Parser
-from bon.similarity import Bound, Match, Similarity, mean_bound
-from bon.types import Score, ScoreStatus, Usage
+from bon.similarity import Bound, Match, Similarity, characters, mean_bound
+from bon.types import REWARDED, Score, ScoreStatus, Usage
 
-_WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
+_RUN = 4  # words: that many in a row are seldom the same in an instruction and in its answer by chance
+_ECHO = 0.8  # share of such runs of a reconstruction above which it is a piece of the response
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Reconstruction:
     matches: dict[int, Match] = field(default_factory=dict)
     bounds: list[float] = field(default_factory=list)
     counters: list[Bound | None] = field(default_factory=list)
+    echoed: bool = False
     spent: Usage = field(default_factory=Usage)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -109,6 +111,7 @@ class Reconstruction:
             parsed = self.parser.parse(completion.text, completion.finish_reason)
             if parsed.instruction is not None:
                 match = self.similarity(parsed.instruction, self.pending.task.instruction)
+                self.echoed |= echoes(parsed.instruction, self.pending.candidate.text)
         with self.lock:
             self.completions[sample] = completion
             if parsed is not None:
@@ -131,7 +134,7 @@ class Reconstruction:
         if len(self.parsed) < len(self.completions):
             return "pruned"
         usable = [p.status for s, p in self.parsed.items() if s in self.matches]
-        return max(usable, key=_WORST_LAST.index) if usable else "failed"
+        return "echo" if self.echoed else max(usable, key=REWARDED.index) if usable else "failed"
 
     @property
     def reward(self) -> float | None:
@@ -205,6 +208,18 @@ def _per_token(completion: Completion) -> float | None:
     if completion.cumulative_logprob is None or not completion.completion_tokens:
         return None
     return completion.cumulative_logprob / completion.completion_tokens
+
+
+def echoes(inferred: str, response: str) -> bool:
+    """Whether a reconstruction is a piece of the response: nearly all of its runs of words are."""
+    inside = characters(inferred)
+    size = min(_RUN, len(inside))
+    runs, known = _runs(inside, size), {*_runs(characters(response), size)}
+    return bool(size) and sum(run in known for run in runs) > _ECHO * len(runs)
+
+
+def _runs(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [*zip(*(words[first:] for first in range(size)), strict=False)]
 
 
 def before_stop(text: str, stop: Iterable[str]) -> str:
