@@ -384,9 +384,16 @@ def test_a_reconstruction_that_repeats_the_response_is_an_echo_whose_reward_stay
     """A model of 135M parameters repeated 16 of 30 responses, and each of those scores was "ok"."""
     [found] = score(Flip(answers(inferred)), response)
     assert (found.status, found.explanation) == (status, inferred)
-    assert found.reward == WordF1()(inferred, X).f1
+    assert found.reward == pytest.approx(WordF1()(inferred, X).f1)
 
 
 def test_one_echo_of_several_reconstructions_is_the_worst_status():
     [found] = score(Flip(answers([X, "I like pizza."]), samples=2), "0 I like pizza.")
     assert (found.status, found.details.samples) == ("echo", (1.0, 0.0))
+
+
+def test_a_reward_has_no_rounding_noise():
+    """A reconstruction of 7 words that are all among the 9 had the reward 0.8750000000000001."""
+    task = Task.of("one two three four five six seven eight nine")
+    [found] = score(Flip(answers("one two three four five six seven")), "0", task=task)
+    assert found.reward == 0.875

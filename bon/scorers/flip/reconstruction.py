@@ -138,10 +138,10 @@ class Reconstruction:
 
     @property
     def reward(self) -> float | None:
-        """Mean similarity over the samples that could be parsed."""
+        """Mean similarity over the samples that could be parsed, without the last digit, which is rounding noise."""
         if self.status in ("pruned", "failed"):
             return None
-        return math.fsum(m.f1 for m in self.matches.values()) / len(self.matches)
+        return round(math.fsum(m.f1 for m in self.matches.values()) / len(self.matches), 15)
 
     @property
     def usage(self) -> Usage:
