@@ -16,9 +16,11 @@ from command import ROOT, in_process_of_its_own, write_rows
 import bon
 from bon.cli import main
 from bon.cli.doctor import explain
+from bon.config import Config
 from bon.mini import WEIGHTS
 from bon.mini.tasks import FAMILIES, knows, sample_instructions
 from bon.spec import BUDGETS, DATASETS, ENGINES, SCORERS, SELECTORS
+from bon.types import Sampling
 
 PROMPT = "Write a short line about the quiet old harbour at night"
 SCRIPTED = ("--policy", "scripted")
@@ -187,6 +189,21 @@ def test_a_file_run_shows_progress_on_a_terminal_only(tmp_path):
     assert err.startswith("bon: 5 rows done")
 
 
+def test_rerank_shows_each_rows_ranking_on_a_terminal_and_writes_it_elsewhere(tmp_path):
+    """It printed the winner, and nowhere how the others ranked."""
+    candidates = ["A cat.", "A long text about it.", "A dog, say."]
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say it", "candidates": candidates}])
+    (tmp_path / "own.py").write_text("def longest(prompt, responses): return [(len(r), 'length') for r in responses]\n")
+    arguments = ("rerank", "in.jsonl", "--scorer", "own:longest")
+    out = in_a_terminal(*arguments, cwd=tmp_path, env={"NO_COLOR": "1"})
+    assert "in.jsonl:1: Say it" in out
+    assert out.index("*1") < out.index("\n 2") < out.index("\n 0")
+    assert "{" not in out
+    _, out, _ = in_process_of_its_own(*arguments, cwd=tmp_path)
+    row = json.loads(out)
+    assert (row["ranking"], row["rewards"], row["best"]) == ([1, 2, 0], [6.0, 21.0, 11.0], 1)
+
+
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +218,13 @@ def test_json_is_one_object_and_nothing_else(tmp_path):
     assert len(result["candidates"]) == len(result["scores"]) == 8
     assert {"reward", "status", "inferred"} <= result["scores"][0].keys()
     assert result["text"] == result["candidates"][result["best"]]["text"]
+
+
+def test_json_holds_no_character_that_a_terminal_obeys(run, tmp_path):
+    text = "a\x9b31m b\u202ec\u2066\x7f\u200f"
+    _, out, _ = run("run", "Say", *answering(tmp_path, text), "--json")
+    assert json.loads(out)["text"] == text
+    assert out.strip().isprintable()
 
 
 def test_json_is_utf8_whatever_the_terminal_speaks(tmp_path):
@@ -320,6 +344,19 @@ def test_version_and_help_exit_with_0(run):
         code, out, err = run(*arguments)
         assert (code, err) == (0, "")
         assert "Usage: bon" in out
+
+
+def test_help_shows_the_defaults_that_cost_time(run):
+    """Nobody saw that a candidate may have 1,024 tokens, which took a model of 135M parameters five minutes."""
+    out = " ".join(run("run", "--help")[1].replace("│", " ").split())
+    assert f"{Sampling().max_tokens} by default" in out
+    assert f"{Config().n} by default" in out
+
+
+def test_a_long_spelling_of_a_short_option_is_understood_as_that(run):
+    """`--n 3` was answered with: did you mean '--json'?"""
+    code, _, err = run("run", "Say", "--n", 3)
+    assert (code, "Did you mean '-n'?" in err) == (2, True)
 
 
 def test_help_states_the_exit_code_of_ctrl_c(run):

@@ -46,8 +46,8 @@ def _table(result: Result) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("reward", justify="right", no_wrap=True)
-    explained = any(score.explanation for score in result.scores)
-    arrow = " -> instruction inferred from it" if explained else ""
+    inferred = any(getattr(score.details, "inferred", None) is not None for score in result.scores)
+    arrow = " -> instruction inferred from it" if inferred else ""
     table.add_column(f"candidate{arrow}", overflow="fold", ratio=1)
     alike: dict[tuple[str | float | None, ...], list[int]] = {}
     for index in result.selection.ranking:
