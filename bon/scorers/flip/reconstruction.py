@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from bon.engines.base import Completion, Loglikelihood, Partial, Prompt
 from bon.errors import EngineError, PromptTooLongError
 from bon.scorers.base import Pending
+from bon.scorers.flip.repeats import Repeats
 from bon.scorers.parsing import Parsed, Parser
 from bon.similarity import Bound, Match, Similarity, characters, mean_bound
 from bon.types import REWARDED, Score, ScoreStatus, Usage
@@ -57,6 +58,7 @@ class Reconstruction:
     matches: dict[int, Match] = field(default_factory=dict)
     bounds: list[float] = field(default_factory=list)
     counters: list[Bound | None] = field(default_factory=list)
+    repeats: list[Repeats] = field(default_factory=list)
     echoed: bool = False
     spent: Usage = field(default_factory=Usage)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -65,6 +67,7 @@ class Reconstruction:
         instruction = self.pending.task.instruction
         self.counters = [self.similarity.bound(instruction) for _ in range(self.samples)]
         self.bounds = [self.similarity.maximum] * self.samples
+        self.repeats = [Repeats() for _ in range(self.samples)]
 
     def restarted(self) -> Reconstruction:
         """Another try with further samples, which remembers what was spent."""
@@ -90,8 +93,10 @@ class Reconstruction:
         return self.pending.group.stop_at is not None
 
     def keep(self, partial: Partial, stop: Iterable[str] = ()) -> bool:
-        """Tighten the bound with what a sample has written so far; False when the candidate cannot win."""
+        """Tighten the bound with what a sample has written so far; False when it repeats itself or cannot win."""
         sample = partial.sample_index - self.first_sample
+        if self.repeats[sample].end(partial.text) is not None:
+            return False  # before the bound sees words that ``finish`` will cut off
         counter = self.counters[sample]
         settled = self.parser.settled(before_stop(partial.text, stop))
         with self.lock:
@@ -107,11 +112,13 @@ class Reconstruction:
             parsed = Parsed("failed", None, str(completion.error))
             if isinstance(completion.error, PromptTooLongError):
                 self.too_long = str(completion.error)
+        elif (end := Repeats().end(completion.text)) is not None:
+            parsed = self.parser.parse(completion.text[:end], "length", "the answer repeats itself")
         elif completion.finish_reason != "abort":
             parsed = self.parser.parse(completion.text, completion.finish_reason)
-            if parsed.instruction is not None:
-                match = self.similarity(parsed.instruction, self.pending.task.instruction)
-                self.echoed |= echoes(parsed.instruction, self.pending.candidate.text)
+        if parsed is not None and parsed.instruction is not None:
+            match = self.similarity(parsed.instruction, self.pending.task.instruction)
+            self.echoed |= echoes(parsed.instruction, self.pending.candidate.text)
         with self.lock:
             self.completions[sample] = completion
             if parsed is not None:
