@@ -20,10 +20,11 @@ from typing import Any
 
 from bon.engines.base import Partial
 from bon.errors import BonError, EngineError, InputError, user_error
+from bon.remarks import of_result
 from bon.scorers.base import Pending
 from bon.selectors import Selector, select
 from bon.task import Conversation, Task
-from bon.types import Candidate, Result, Score, Timing, Usage
+from bon.types import REWARDED, Candidate, Result, Score, Timing, Usage
 
 Callback = Callable[[Candidate | Score], None]
 Follow = Callable[[Partial], None]
@@ -47,6 +48,7 @@ class Group:
         error: why the task has no result; None while it may have one.
         best_reward: the highest reward so far.
         usage: tokens spent so far.
+        warnings: what is known before there is a result, see ``Result.warnings``.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Group:
         self.error: BonError | None = None
         self.best_reward: float | None = None
         self.usage = Usage()
+        self.warnings: list[str] = []
         self._callback, self._follow = callback, follow
         self._candidates: dict[int, Candidate] = {}
         self._scores: dict[int, Score] = {}
@@ -239,7 +242,7 @@ class Group:
         if score.reward is not None and not math.isfinite(score.reward):
             reason = f"the reward is {score.reward}, not a finite number"
             score = replace(score, reward=None, status="failed", reason=reason)
-        elif score.reward is None and score.status in ("ok", "repaired", "fallback"):
+        elif score.reward is None and score.status in REWARDED:
             score = replace(score, status="failed", reason=score.reason or "the scorer gave no reward")
         self.usage += score.usage
         self._unscored = score.error or self._unscored
@@ -298,7 +301,8 @@ class Group:
             self.error = user_error("the selector", error)
             raise self.error from error
         timing = replace(timing, select=self._now() - total)
-        return Result(self.task, self.candidates, self.scores, selection, timing, self.usage)
+        warnings = (*self.warnings, *of_result(self.candidates, self.scores, selection))
+        return Result(self.task, self.candidates, self.scores, selection, timing, self.usage, warnings)
 
     def _copy(self, first: int, index: int) -> None:
         self._record(index, self._scores[first], same_as=first)

@@ -22,6 +22,7 @@ from bon.engines.base import Completion, Generates, Keep, Prompt, Request, Wante
 from bon.errors import BonError, EngineError, InputError, user_error
 from bon.group import Group
 from bon.models import ModelPool
+from bon.remarks import of_sampling, of_task
 from bon.scorers.base import Pending, Scorer
 from bon.selectors import Selector, only_the_best_counts
 from bon.task import Conversation, Task
@@ -65,6 +66,7 @@ class Pipeline:
     async def run(self, groups: Sequence[Group], deadline: float | None = None) -> None:
         """Sample and score groups until their budgets want no more, or until ``deadline`` seconds have passed."""
         for group in groups:
+            group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
             if self.scorer.needs.reference and group.task.reference is None:
                 name = self.scorer.name
                 group.fail(InputError(f"the scorer {name!r} compares with a reference, and the task has none."))
@@ -144,6 +146,7 @@ class Pipeline:
             try:
                 if more := min(_whole(self.budget.more(group)), max(0, most - group.asked)):
                     prompt = Prompt.of(group.task.messages)
+                    group.warnings += of_sampling(sampling, group.asked + more) if not group.asked else ()
                     asked.append((group, Request(prompt, sampling, more, group.ask(more))))
             except Exception as error:
                 group.fail(user_error("the budget", error))

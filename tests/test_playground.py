@@ -284,26 +284,19 @@ def test_the_words_that_were_missed_are_marked_in_the_prompt(open_page):
 
 
 def test_warnings_and_echoes_are_shown(open_page):
-    """The answer is changed on its way: what stands in it is the server's business."""
-    with served(BestOfN(ScriptedEngine(), "flip", n=2, prune=False)) as site:
+    policy = ScriptedEngine(lambda text, draw: "The very same story" if "again" in text else f"{text} {draw}")
+    scorer = ScriptedEngine(
+        lambda text, draw: "Tell a story" if "same" not in text else text.rpartition("Response:\n")[2]
+    )
+    with served(BestOfN(policy, scorer, n=2, prune=False)) as site:
         page = open_page(site)
-
-        def changed(route):
-            body = route.fetch().text()
-            assert '"status":"ok"' in body
-            last = body.replace('"status":"ok"', '"status":"echo"').replace(
-                '"timing":', '"warnings":["<b>A tie.</b>"],"timing":'
-            )
-            route.fulfill(body=last, content_type="text/event-stream")
-
-        page.route("**/v1/chat/completions", changed)
-        ask(page)
-        assert page.locator("#warnings li").all_inner_texts() == ["<b>A tie.</b>"]
+        ask(page, "Tell it again")
+        assert "repeated" in page.locator("#warnings").inner_text()
         assert page.locator("#winner .tag.warn").inner_text() == "echo"
         assert page.locator("#winner .reward.void").count() == 1
-        page.unroute("**/v1/chat/completions")
-        ask(page)
-        assert page.is_hidden("#warnings"), "those of the last run"
+        ask(page, "Tell a story")
+        assert "all rewards are 1" in page.locator("#warnings").inner_text()
+        assert page.locator("#winner .reward.void").count() == 0
 
 
 def test_code_headings_and_strong_words_are_set_and_everything_else_is_text(open_page):
@@ -407,7 +400,9 @@ def test_the_embedded_model_says_what_it_knows_and_other_models_do_not(site, ope
         page.click("#examples button:text-is('slogan')")
         assert knows(page.input_value("#prompt"))
         ask(page, page.input_value("#prompt"))
-        assert page.is_visible("#embedded"), "during and after a run as well"
+        assert page.is_hidden("#warnings")
+        ask(page, "What is the capital of France?")
+        assert "the embedded model knows" in page.locator("#warnings").inner_text()
     page = open_page(site)
     assert page.is_hidden("#embedded")
     page.click("#examples button:text-is('haiku')")

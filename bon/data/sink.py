@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,11 +16,18 @@ import orjson
 from bon.data.rows import Key, parse_object
 from bon.errors import InputError
 
+# UTF-8 of control characters beyond ASCII's first 32, and of the marks that reorder a line.
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xd8\x9c|\xe2\x80[\x8e\x8f\xa8-\xae]|\xe2\x81[\xa6-\xa9]")
+
 
 def to_json(value: Any) -> bytes:
-    """JSON in UTF-8, on one line; what orjson cannot write (lone surrogates, very long integers) json escapes."""
+    """JSON in UTF-8, on one line, with nothing in it that could move a terminal's cursor or reorder its text.
+
+    What orjson cannot write (lone surrogates, very long integers) json escapes.
+    """
     try:
-        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+        line = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+        return _CONTROLS.sub(lambda match: b"\\u%04x" % ord(match[0].decode()), line)
     except TypeError:
         return json.dumps(value).encode()
 

@@ -152,6 +152,7 @@ class Answer:
             "reward": result.reward,
             "mean_reward": sum(rewards) / len(rewards) if rewards else None,
             "reason": result.selection.reason or passed,
+            "warnings": list(result.warnings),
             "deadline_passed": late,
             "statuses": result.counts,
             "choices": [self._about(pick, result, "text") for pick in picks if pick],

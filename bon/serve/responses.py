@@ -70,6 +70,9 @@ class BestOfNBody(BaseModel):
     reward: float | None
     mean_reward: float | None
     reason: str | None = Field(description="Why there is no winner, or why no more was done.")
+    warnings: list[str] = Field(
+        description="What to know before relying on the answer: rewards that say nothing, a cut."
+    )
     deadline_passed: bool
     statuses: dict[ScoreStatus, int]
     choices: list[ScoreBody] = Field(description="Scores of the returned choices, in their order.")

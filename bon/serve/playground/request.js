@@ -53,9 +53,8 @@ function finish(about) {
   $("times").textContent = `sampling ${seconds(sample_s)}, scoring ${seconds(score_s)}, of that at the same time ${seconds(overlap_s)}`;
   const pruned = about.statuses.pruned ? `, ${about.statuses.pruned} pruned` : "";
   const queued = queue_s > .05 ? `, ${seconds(queue_s)} of it in the queue` : "";
-  const warnings = about.warnings || [];
-  $("warnings").replaceChildren(...warnings.map((text) => h("li", {}, text)));
-  $("warnings").hidden = !warnings.length;
+  $("warnings").replaceChildren(...about.warnings.map((text) => h("li", {}, text)));
+  $("warnings").hidden = !about.warnings.length;
   $("exports").hidden = false;
   end("done", `Done in ${seconds(total_s)}${queued}: best of ${about.n}${pruned}.${about.reason ? ` ${about.reason[0].toUpperCase()}${about.reason.slice(1)}.` : ""}`);
 }
