@@ -284,7 +284,7 @@ def test_the_words_that_were_missed_are_marked_in_the_prompt(open_page):
 
 
 def test_warnings_and_echoes_are_shown(open_page):
-    policy = ScriptedEngine(lambda text, draw: "The very same story" if "again" in text else f"{text} {draw}")
+    policy = ScriptedEngine(lambda text, draw: "The very same story" if "again" in text else f"Once upon a time {draw}")
     scorer = ScriptedEngine(
         lambda text, draw: "Tell a story" if "same" not in text else text.rpartition("Response:\n")[2]
     )
