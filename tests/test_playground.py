@@ -210,7 +210,8 @@ def test_escape_stops_the_run_on_the_page_and_on_the_server(open_page):
         page = open_page(site)
         page.fill("#prompt", PROMPT)
         page.keyboard.press("Control+Enter")
-        page.wait_for_selector("#list article")
+        page.wait_for_selector("#list article:not(.waiting)")
+        page.wait_for_selector("#list article.waiting .text:text-matches('word word')")
         page.keyboard.press("Escape")
         page.wait_for_selector("body[data-state=idle]")
         assert page.locator("#status").inner_text() == "Stopped. 1 of 2 were sampled."
@@ -243,6 +244,22 @@ def test_a_run_that_fails_keeps_what_was_there_and_waits_for_nothing_more(open_p
         assert page.locator("#list .reward").all_inner_texts()[1:] == ["not finished", "not finished"]
         assert "word word" in page.locator("#list").inner_text()
         assert page.locator("rect.live, .clock, .tag.win").count() == 0
+
+
+def test_a_run_that_waits_for_its_turn_says_so_until_it_has_it(open_page):
+    policy = ScriptedEngine(lambda text, draw: "word " * 100, step_seconds=0.02)
+    with served(BestOfN(policy, "flip", n=1), max_running=1, heartbeat_s=0.2) as site:
+        first, second = open_page(site), open_page(site)
+        first.fill("#prompt", PROMPT)
+        first.click("#run")
+        first.wait_for_selector("#list .text:text-matches('word word')")
+        second.fill("#prompt", PROMPT)
+        second.click("#run")
+        second.wait_for_selector("#status:text-is('Waiting: number 1 in the queue')")
+        second.wait_for_selector("#list .reward:text-is('in the queue')")
+        first.click("#stop")
+        second.wait_for_selector("#status:text-is('1 being written')")
+        second.wait_for_selector("body[data-state=done]", timeout=20_000)
 
 
 def test_no_badge_goes_to_a_candidate_without_text(open_page):
@@ -295,7 +312,7 @@ def test_warnings_and_echoes_are_shown(open_page):
         assert page.locator("#winner .tag.warn").inner_text() == "echo"
         assert page.locator("#winner .reward.void").count() == 1
         ask(page, "Tell a story")
-        assert "all rewards are 1" in page.locator("#warnings").inner_text()
+        assert "All rewards are 1" in page.locator("#warnings").inner_text()
         assert page.locator("#winner .reward.void").count() == 0
 
 
@@ -402,7 +419,7 @@ def test_the_embedded_model_says_what_it_knows_and_other_models_do_not(site, ope
         ask(page, page.input_value("#prompt"))
         assert page.is_hidden("#warnings")
         ask(page, "What is the capital of France?")
-        assert "the embedded model knows" in page.locator("#warnings").inner_text()
+        assert "The embedded model knows" in page.locator("#warnings").inner_text()
     page = open_page(site)
     assert page.is_hidden("#embedded")
     page.click("#examples button:text-is('haiku')")

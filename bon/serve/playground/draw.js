@@ -99,10 +99,10 @@ function card(row, {badge, alike = [row]} = {}) {
 function drawLive() {
   const rows = [...run.rows.values()], list = $("list");
   for (const row of rows.slice(0, FOLD)) {
-    const item = run.items[row.index] ||= list.appendChild(h("li"));
-    if (item.version !== row.version && !(item.version && item.contains(document.activeElement))) {
+    const item = run.items[row.index] ||= list.appendChild(h("li")), version = `${row.version} ${run.queued}`;
+    if (item.version !== version && !item.contains(document.activeElement)) {
       item.replaceChildren(card(row));
-      item.version = row.version;
+      item.version = version;
     }
     if (row.status) continue;
     item.querySelector(".clock").textContent = run.queued ? "" : seconds(now() - (row.sampled_s || 0));
