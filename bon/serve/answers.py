@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-import orjson
-
-from bon.serve.failures import ApiError, bad
+from bon.data.sink import to_json
+from bon.serve.failures import ApiError, bad, public
 from bon.serve.plan import Plan
 from bon.similarity import matched_words, missed_words
 from bon.task import canonical_calls
@@ -81,7 +80,7 @@ class Answer:
                 calls = [{"index": i, **call} for i, call in enumerate(pick.tool_calls)]
                 yield self._chunk({"tool_calls": calls}, place)
             if self._chat and pick is None:
-                yield self._chunk({"refusal": result.selection.reason}, place)
+                yield self._chunk({"refusal": public(result.selection.reason or "")}, place)
             evidence = {"best_of_n": self._evidence(result, picks, queue_s)} if place == len(picks) - 1 else {}
             yield self._chunk({}, place, _ended(pick), self._logprobs(pick), **evidence)
         if self._plan.request.stream_options and self._plan.request.stream_options.include_usage:
@@ -112,7 +111,7 @@ class Answer:
         choice = {"index": place, "logprobs": self._logprobs(pick), "finish_reason": _ended(pick)}
         if not self._chat:
             return {**choice, "text": pick.text if pick else ""}
-        refusal = None if pick else result.selection.reason
+        refusal = None if pick else public(result.selection.reason or "")
         calls = {"tool_calls": list(pick.tool_calls)} if pick and pick.tool_calls else {}
         return {**choice, "message": {"role": "assistant", "content": _content(pick), "refusal": refusal, **calls}}
 
@@ -151,7 +150,7 @@ class Answer:
             "best": result.best,
             "reward": result.reward,
             "mean_reward": sum(rewards) / len(rewards) if rewards else None,
-            "reason": result.selection.reason or passed,
+            "reason": public(result.selection.reason) if result.selection.reason else passed,
             "warnings": list(result.warnings),
             "deadline_passed": late,
             "statuses": result.counts,
@@ -180,13 +179,13 @@ class Answer:
             "precision",
             "recall",
             "upper_bound",
-            "reason",
             "same_as",
         )
         inferred = known.get("inferred")
         return {
             "index": score.candidate,
             **{name: known.get(name) for name in names},
+            "reason": None if score.reason is None else public(score.reason),
             "matched": matched_words(inferred, self._plan.task.instruction) if inferred else [],
             "missed": missed_words(inferred, self._plan.task.instruction) if inferred else [],
             "scored_s": (score.started, score.finished) if score.finished else None,
@@ -239,7 +238,7 @@ def _sampled(candidate: Candidate) -> dict[str, Any]:
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+    return b"data: " + to_json(body) + b"\n\n"
 
 
 def _spoken(pick: Candidate, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:

@@ -15,8 +15,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from bon.serve.failures import ApiError, bad
 from bon.task import Message
@@ -33,8 +42,29 @@ _NEUTRAL = {
 POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity")
 
 
+# Entries of a list or an object, as OpenAI has it: a body of 4 MB could bring a million, each with work of its own.
+MOST = 2048
+# A list that is left at its first error, as a client is told of one.
+FirstError = Field(fail_fast=True, max_length=MOST)
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.keys() <= cls.__pydantic_fields__.keys():
+            first = next(name for name in data if name not in cls.__pydantic_fields__)
+            told = InitErrorDetails(type="extra_forbidden", loc=(first,), input=None)
+            raise ValidationError.from_exception_data(cls.__name__, [told])
+        return data
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, Mapping) and len(value) > MOST:
+        raise PydanticCustomError("too_long", "must have at most {max_length} items", {"max_length": MOST})
+    return value
 
 
 def _text_part(part: Any) -> Any:
@@ -101,10 +131,11 @@ class ChatMessage(_Body):
     """One turn of the conversation. What is about tools is for a policy behind HTTP."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: Annotated[list[ToolCall] | None, _belongs("assistant")] = None
+    tool_calls: Annotated[Annotated[list[ToolCall], FirstError] | None, _belongs("assistant")] = None
     tool_call_id: Annotated[str | None, _belongs("tool")] = None
     content: Annotated[
-        str | list[Annotated[TextPart, BeforeValidator(_text_part)]] | None, BeforeValidator(_not_missing)
+        str | Annotated[list[Annotated[TextPart, BeforeValidator(_text_part)]], FirstError] | None,
+        BeforeValidator(_not_missing),
     ] = Field(default=None, validate_default=True)
     name: str | None = None
     refusal: Nothing = None
@@ -154,15 +185,17 @@ class _Common(_Body):
     top_k: int | None = Field(default=None, ge=0)
     min_p: float | None = Field(default=None, ge=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], FirstError] | None
+    ) = None
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_few)] = None
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = None
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
@@ -205,11 +238,11 @@ class _Common(_Body):
 class ChatRequest(_Common):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FirstError] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: Zero | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], FirstError] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -217,7 +250,7 @@ class ChatRequest(_Common):
     verbosity: str | None = None
     store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FirstError] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
