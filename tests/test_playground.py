@@ -15,6 +15,7 @@ from serving import served, until
 playwright = pytest.importorskip("playwright.sync_api")
 
 from bon import BestOfN, Score, Scorer, StopAt  # noqa: E402
+from bon.engines.http.engine import HTTPEngine  # noqa: E402
 from bon.engines.http.wire import RequestRefusedError  # noqa: E402
 from bon.engines.scripted import ScriptedEngine  # noqa: E402
 from bon.mini.tasks import FAMILIES, knows  # noqa: E402
@@ -426,6 +427,17 @@ def test_the_embedded_model_says_what_it_knows_and_other_models_do_not(site, ope
     assert page.is_hidden("#embedded")
     page.click("#examples button:text-is('haiku')")
     assert page.input_value("#prompt").startswith("Write a haiku")
+
+
+def test_the_page_waits_for_a_server_behind_this_one_and_shows_what_it_calls_its_model(open_page):
+    with FakeServer() as upstream:
+        upstream.die()
+        with served(BestOfN(HTTPEngine(upstream.url, retries=0), "consensus", n=1)) as site:
+            page = open_page(site, wait=False)
+            page.wait_for_selector("#status:text-matches('has not answered yet')")
+            upstream.listen()
+            page.wait_for_selector("#status:text-is('Ready.')")
+            assert page.locator("#model").inner_text() == "fake-model"
 
 
 def test_likelihood_is_offered_only_where_the_model_can_read(open_page):
