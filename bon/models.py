@@ -348,9 +348,11 @@ def choose_engine(name: str) -> str:
 
 @cache
 def _local_engine() -> str:
-    """What runs models on this machine."""
+    """What runs models on this machine; where there is no choice, nothing is said."""
     if find_spec("vllm") is None:
-        name, reason = "torch", "vLLM is not installed"
+        if not _has_cuda():
+            return "torch"
+        name, reason = "torch", "vLLM is not installed, which is faster on a CUDA GPU (pip install 'bon[vllm]')"
     elif not _has_cuda():
         name, reason = "torch", "vLLM is installed, and there is no CUDA GPU; engine=vllm takes its CPU build"
     else:

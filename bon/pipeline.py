@@ -22,6 +22,7 @@ from bon.engines.base import Completion, Generates, Keep, Prompt, Request, Wante
 from bon.errors import BonError, EngineError, InputError, several, user_error
 from bon.group import Group
 from bon.models import ModelPool
+from bon.remarks import of_sampling, of_task
 from bon.scorers.base import Pending, Scorer
 from bon.selectors import Selector, only_the_best_counts
 from bon.task import Conversation, Task
@@ -65,6 +66,7 @@ class Pipeline:
     async def run(self, groups: Sequence[Group], deadline: float | None = None) -> None:
         """Sample and score groups until their budgets want no more, or until ``deadline`` seconds have passed."""
         for group in groups:
+            group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
             if self.scorer.needs.reference and group.task.reference is None:
                 name = self.scorer.name
                 group.fail(InputError(f"the scorer {name!r} compares with a reference, and the task has none."))
@@ -144,6 +146,7 @@ class Pipeline:
             try:
                 if more := min(_whole(self.budget.more(group)), max(0, most - group.asked)):
                     prompt = Prompt.of(group.task.messages)
+                    group.warnings += of_sampling(sampling, group.asked + more) if not group.asked else ()
                     asked.append((group, Request(prompt, sampling, more, group.ask(more))))
             except Exception as error:
                 group.fail(user_error("the budget", error))
@@ -273,6 +276,8 @@ class _Round:
             groups[i].fail(EngineError(f"{self._policy.name} returned {got} of {groups[i].asked} completions."))
 
     def _keep(self, groups: Sequence[Group]) -> Keep | None:
+        if any(group.followed for group in groups):
+            return lambda partial: groups[partial.request_index].follow(partial)
         if all(group.stop_at is None for group in groups):
             return None
 

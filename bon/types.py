@@ -17,8 +17,10 @@ from bon.errors import BonError, InputError, UnknownNameError
 from bon.task import Task
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
+ScoreStatus = Literal["ok", "repaired", "fallback", "echo", "failed", "empty", "pruned", "late"]
 _STATUSES: tuple[ScoreStatus, ...] = get_args(ScoreStatus)
+REWARDED = _STATUSES[:4]
+"""Statuses of a score that has a reward, from the best to the worst."""
 _SHOWN = 80  # characters of a text in a repr
 
 
@@ -197,9 +199,9 @@ class Score:
 
     Args:
         reward: the reward, comparable within one task only; None when there is none, and then ``reason`` says why.
-        status: "ok"; "repaired" and "fallback" when the scorer's answer had to be salvaged; "failed" when it could not
-            be parsed or had; "empty" when the candidate has no text; "pruned" when it provably could not win; "late"
-            when a deadline passed first.
+        status: "ok"; "repaired" and "fallback" when the scorer's answer had to be salvaged; "echo" when it repeats the
+            response, so that the reward means nothing; "failed" when it could not be parsed or had; "empty" when the
+            candidate has no text; "pruned" when it provably could not win; "late" when a deadline passed first.
         reason: why there is no reward, or what is to be said about it.
         explanation: what a reader is shown beside the reward: FLIP's inferred instruction, a judge's verdict.
         parts: rewards that this one is made of, by name.
@@ -237,7 +239,7 @@ class Score:
         if self.status not in _STATUSES:
             raise UnknownNameError("status of a score", self.status, _STATUSES)
         if self.reward is not None:
-            if self.status not in ("ok", "repaired", "fallback"):
+            if self.status not in REWARDED:
                 raise InputError(f"a score of the status {self.status!r} has no reward, got {self.reward!r}.")
             if type(self.reward) is not float:
                 object.__setattr__(self, "reward", as_reward(self.reward))  # a number of numpy's or torch's, say
@@ -379,7 +381,8 @@ class Saved:
 class Result:
     """The best candidate of one task, with all the evidence.
 
-    ``candidates`` and ``scores`` are aligned: ``scores[i]`` is about ``candidates[i]``.
+    ``candidates`` and ``scores`` are aligned: ``scores[i]`` is about ``candidates[i]``. ``warnings`` are sentences that
+    a reader must know before relying on it: rewards that say nothing, a winner that was cut off (``bon.remarks``).
     """
 
     task: Task
@@ -388,6 +391,7 @@ class Result:
     selection: Selection
     timing: Timing
     usage: Usage
+    warnings: tuple[str, ...] = ()
 
     @property
     def best(self) -> int | None:
@@ -441,7 +445,7 @@ class Result:
         return table(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything a reader of JSON needs: text, reward, best, candidates, scores, timing, usage, saved."""
+        """Everything a reader of JSON needs: text, reward, best, warnings, candidates, scores, timing, usage, saved."""
         return {
             "text": self.text,
             "reward": self.reward,
@@ -449,6 +453,7 @@ class Result:
             "ranking": list(self.selection.ranking),
             "picked": list(self.selection.picked),
             "reason": self.selection.reason,
+            "warnings": list(self.warnings),
             "instruction": self.task.instruction,
             "candidates": [_drop(dataclasses.asdict(c), "tokens", "logprobs") for c in self.candidates],
             "scores": [score.to_dict() for score in self.scores],

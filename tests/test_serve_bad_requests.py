@@ -295,3 +295,21 @@ def test_logprobs_that_the_policy_does_not_tell_are_refused():
 def test_an_error_that_comes_at_once_is_no_stream_even_when_a_stream_was_asked_for(site):
     complains(site.chat(TOO_LONG, stream=True), "messages")
     complains(site.chat(stream=True, tools=[{"type": "function"}]), "tools")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"temperature": "hot"}, 'temperature: must be a number, got "hot".'),
+        ({"n": 0}, "n: must be at least 1, got 0."),
+        ({"best_of_n": {"n": [1]}}, "best_of_n.n: must be a whole number or text, got [1]."),
+        ({"messages": [{"role": "usr"}]}, "messages[0].role: must be 'system', 'developer', 'user', 'assistant'"),
+        ({"messages": 5}, "messages: must be a list, got 5."),
+        ({"stream_options": 5}, "stream_options: must be an object, got 5."),
+    ],
+)
+def test_what_is_wanted_is_said_in_the_words_of_json(fields, said):
+    """It was "input should be a valid dictionary or instance of StreamOptions"."""
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, json.dumps({"messages": OK, **fields}).encode())
+    assert refused.value.message.startswith(said)

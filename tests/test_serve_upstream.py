@@ -257,3 +257,16 @@ def test_a_client_that_leaves_is_gone_upstream_as_well(upstream):
         with pytest.raises(openai.APITimeoutError):
             site.openai().with_options(timeout=0.5).chat.completions.create(model=engine.name, messages=MESSAGES)
         until(lambda: len(upstream.posts) == 3 and all(seen.aborted.is_set() for seen in upstream.posts))
+
+
+def test_a_client_that_sees_all_candidates_sees_their_texts_as_the_upstream_streams_them(upstream):
+    upstream.text, upstream.pace = lambda seen, draw: f"draw {draw} goes on and on", 0.05
+    with served(BestOfN(upstream.url, lambda prompt, texts: [1.0, 0.0], n=2), status_s=0) as site:
+        chunks = site.events("Hello", best_of_n={"return_candidates": True})
+        pieces = [c["best_of_n"] for c in chunks if c.get("best_of_n", {}).get("event") == "text"]
+        assert {p["index"] for p in pieces} == {0, 1}
+        assert len(pieces) > 2
+        assert all(seen.body["stream"] for seen in upstream.posts)
+        before = len(upstream.posts)
+        site.events("Hello")
+        assert not any(seen.body.get("stream") for seen in upstream.posts[before:]), "nobody reads them there"

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from bon import portal
 from bon.cli.options import Files, embedded, loaded, threads_for
-from bon.cli.terminal import StoppedError, said_of, say, say_off_world, sentence
+from bon.cli.show import show
+from bon.cli.terminal import StoppedError, one_line, said_of, say, say_off_world, sentence
 from bon.config import Config
 from bon.data.formats import read_file
 from bon.data.rows import BadRow, Key, Outcomes, Row, output_row, rank_rows, read_rows, row_of, run_rows
@@ -130,7 +131,12 @@ class Job:
     def finish(self, row: Row, result: Result) -> None:
         """Write a result and count it."""
         everything = self.files.everything
-        self.output.write(output_row(row, result, run=self.run, everything=everything, several=self.several))
+        if row.candidates and self.files.output is None and not everything and sys.stdout.isatty():
+            print(f"{self.name}:{row.line}: {one_line(result.task.instruction)}")
+            show(result)
+            self.output.written += 1
+        else:
+            self.output.write(output_row(row, result, run=self.run, everything=everything, several=self.several))
         self.candidates += len(result.candidates)
         self.lost += sum(score.status == "failed" or score.error is not None for score in result.scores)
         self.without += result.text is None

@@ -210,7 +210,8 @@ def output_row(
         row: what came in.
         result: what came out.
         run: which settings made it; ``--resume`` looks at it.
-        everything: write all candidates and scores and not just the winner.
+        everything: write all candidates and scores and not just the winner (and, where the row brought candidates,
+            their rewards and their indices, best first).
         several: list what the selector picked, best first: for one that may pick more than the winner.
     """
     own = result.to_dict()
@@ -218,6 +219,8 @@ def output_row(
         winner = None if result.best is None else result.scores[result.best]
         own = {name: own[name] for name in ("text", "reward", "best", "reason")}
         own |= {"status": winner and winner.status, "inferred": winner and winner.explanation}
+        if row.candidates:
+            own |= {"ranking": list(result.selection.ranking), "rewards": [score.reward for score in result.scores]}
         if several:
             own["picked"] = [{"text": c.text, "reward": result.scores[c.index].reward} for c in result.picked]
     elif row.candidates:

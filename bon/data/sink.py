@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -17,14 +18,19 @@ from bon.data.formats import parse_object
 from bon.data.rows import Key, Read, row_of
 from bon.errors import InputError
 
+# UTF-8 of control characters beyond ASCII's first 32, and of the marks that reorder a line.
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xd8\x9c|\xe2\x80[\x8e\x8f\xa8-\xae]|\xe2\x81[\xa6-\xa9]")
+
 
 def to_json(value: Any) -> bytes:
-    """JSON in UTF-8, on one line; what orjson cannot write (lone surrogates, very long integers) json escapes.
+    """JSON in UTF-8, on one line, with nothing in it that could move a terminal's cursor or reorder its text.
 
-    A value that JSON has no form for (bytes or a decimal number of Parquet) is written as text.
+    What orjson cannot write (lone surrogates, very long integers) json escapes. A value that JSON has no form for (bytes
+    or a decimal number of Parquet) is written as text.
     """
     try:
-        return orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
+        line = orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
+        return _CONTROLS.sub(lambda match: b"\\u%04x" % ord(match[0].decode()), line)
     except TypeError:
         return json.dumps(value, default=str).encode()
 

@@ -167,7 +167,9 @@ class BestOfNOptions(_Body):
     stop_at: float | None = Field(default=None, description="Stop everything once a candidate has this reward.")
     min_reward: float | None = Field(default=None, description="Refuse to answer when the best reward is below this.")
     scorer: str | None = Field(default=None, description="Which of the server's scorers; GET /v1/models lists them.")
-    return_candidates: bool = Field(default=False, description="Return, or stream, every candidate with its score.")
+    return_candidates: bool = Field(
+        default=False, description="Return every candidate with its score; a stream has their texts as they grow."
+    )
     deadline_s: float | None = Field(default=None, gt=0, description="Seconds after which the best so far is returned.")
     instruction: str | None = Field(
         default=None, min_length=1, description="The part of the last user message that is the instruction proper."
@@ -338,8 +340,36 @@ def _failure(kind: type[_Common], errors: list[ErrorDetails], data: dict[str, An
         return bad(name, f"there is no such field, or it cannot be honoured.{hint}", "unknown_parameter")
     if worst["type"] == "unsupported_content":
         return bad(name, f"{worst['msg']}.", worst["type"])
-    wanted = " or ".join(dict.fromkeys(error["msg"] for where, error in found if where == path))
-    return bad(name, f"{wanted[:1].lower()}{wanted[1:]}.")
+    first, *others = dict.fromkeys(_wanted(error) for where, error in found if where == path)
+    got = f", got {json.dumps(worst['input'], default=str):.60}" if first.startswith("must ") else ""
+    return bad(name, f"{' or '.join([first, *(other.removeprefix('must be ') for other in others)])}{got}.")
+
+
+# pydantic's types of errors, in the words of JSON.
+_WANTED = {
+    "missing": "is missing",
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "must not be empty",
+    "too_long": "must have at most {max_length} items",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+}
+
+
+def _wanted(error: ErrorDetails) -> str:
+    kind = error["type"]
+    return _WANTED[kind].format(**error.get("ctx", {})) if kind in _WANTED else error["msg"]
 
 
 def _path(error: ErrorDetails, data: Any) -> tuple[str | int, ...]:
