@@ -18,6 +18,7 @@ from dataclasses import replace
 from time import perf_counter, time
 from typing import Any
 
+from bon.engines.base import Partial
 from bon.errors import BonError, EngineError, InputError, user_error
 from bon.remarks import of_result
 from bon.scorers.base import Pending
@@ -26,6 +27,7 @@ from bon.task import Conversation, Task
 from bon.types import REWARDED, Candidate, Result, Score, Timing, Usage
 
 Callback = Callable[[Candidate | Score], None]
+Follow = Callable[[Partial], None]
 
 _PATIENCE = 4  # samples in a row that may fail before no more are asked for
 
@@ -39,6 +41,7 @@ class Group:
         stop_at: a reward that is good enough: once reached, what is unfinished is given up. None asks for all.
         whole: whether the scorer sees all candidates at once, so that copies are scored like any other.
         callback: told of every candidate and every score the moment it is there.
+        follow: told how far each candidate is, every few tokens, perhaps from an engine's thread.
 
     Attributes:
         asked: samples that were asked for so far.
@@ -56,6 +59,7 @@ class Group:
         stop_at: float | None = None,
         whole: bool = False,
         callback: Callback | None = None,
+        follow: Follow | None = None,
     ) -> None:
         self.task, self.prune, self.stop_at, self.whole = task, prune, stop_at, whole
         self.asked = 0
@@ -63,7 +67,7 @@ class Group:
         self.best_reward: float | None = None
         self.usage = Usage()
         self.warnings: list[str] = []
-        self._callback = callback
+        self._callback, self._follow = callback, follow
         self._candidates: dict[int, Candidate] = {}
         self._scores: dict[int, Score] = {}
         self._waiting: list[int] = []  # candidates that need a score of their own
@@ -131,6 +135,11 @@ class Group:
         return self._callback is not None
 
     @property
+    def followed(self) -> bool:
+        """Whether somebody is told of texts while they grow."""
+        return self._follow is not None
+
+    @property
     def over(self) -> bool:
         """Whether nothing more is to be done for this task."""
         return self.error is not None or self.reached
@@ -145,6 +154,16 @@ class Group:
         """Whether a candidate that can reach ``upper_bound`` at most may be given up."""
         best = self.best_reward  # asked of every reconstruction every few tokens
         return self.error is not None or (best is not None and ((self.prune and upper_bound < best) or self.reached))
+
+    def follow(self, partial: Partial) -> bool:
+        """Tell how far a candidate is; whether it is still wanted."""
+        try:
+            if self._follow is not None:
+                self._follow(partial)
+        except Exception as error:
+            self._follow = None
+            self.fail(user_error("the callback", error))
+        return not self.over
 
     def ask(self, more: int) -> int:
         """Note that so many more samples are asked for; returns the index of the first."""

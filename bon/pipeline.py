@@ -276,6 +276,8 @@ class _Round:
             groups[i].fail(EngineError(f"{self._policy.name} returned {got} of {groups[i].asked} completions."))
 
     def _keep(self, groups: Sequence[Group]) -> Keep | None:
+        if any(group.followed for group in groups):
+            return lambda partial: groups[partial.request_index].follow(partial)
         if all(group.stop_at is None for group in groups):
             return None
 

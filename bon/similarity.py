@@ -440,13 +440,23 @@ def matched_words(inferred: str, instruction: str) -> list[tuple[int, int]]:
         unmatched words of the instruction (as a multiset); articles match nothing and are not listed. Where the
         instruction is compared by characters, its characters are parts too, and spans that touch are joined.
     """
+    return _spans(inferred, instruction, instruction, matched=True)
+
+
+def missed_words(inferred: str, instruction: str) -> list[tuple[int, int]]:
+    """Find the parts of the instruction that ``inferred`` lacks: spans as those of ``matched_words``."""
+    return _spans(instruction, inferred, instruction, matched=False)
+
+
+def _spans(text: str, other: str, instruction: str, *, matched: bool) -> list[tuple[int, int]]:
     split, compared = _tokenizer(instruction, words)
-    left = Counter(split(instruction))
+    left = Counter(split(other))
     spans: list[tuple[int, int]] = []
-    for part in (_PART if compared == "characters" else _WORD).finditer(inferred):
+    for part in (_PART if compared == "characters" else _WORD).finditer(text):
         wanted = Counter(split(part.group()))
-        if wanted and wanted <= left:
-            left -= wanted
+        if found := all(left[word] >= count for word, count in wanted.items()):
+            left.subtract(wanted)  # unlike <= and -=, no look at the whole text for each part
+        if wanted and found == matched:
             start = spans.pop()[0] if spans and spans[-1][1] == part.start() else part.start()
             spans.append((start, part.end()))
     return spans

@@ -301,6 +301,18 @@ def test_a_callback_sees_every_candidate_and_score_copies_and_empty_ones_too():
     assert sum(s.same_as is not None for s in result.scores) == 2
 
 
+def test_who_follows_sees_the_text_of_each_sample_grow():
+    grown = {0: [], 1: []}
+    bon = BestOfN(ScriptedEngine(["one two three", "four five six"]), lambda prompt, texts: [1.0, 0.0], n=2)
+    asyncio.run(bon.run(PROMPT, follow=lambda partial: grown[partial.sample_index].append(partial.text)))
+    assert grown == {0: ["one", "one two", "one two three"], 1: ["four", "four five", "four five six"]}
+
+
+def test_who_follows_and_raises_ends_the_call():
+    with pytest.raises(UserCodeError, match="the callback raised KeyError"):
+        asyncio.run(BestOfN(ScriptedEngine(["one two three"]), "flip", n=2).run(PROMPT, follow=lambda partial: {}[0]))
+
+
 def test_an_async_callback_is_refused():
     """Nobody awaited it: it was never run, and nothing said so."""
 

@@ -487,6 +487,21 @@ def test_a_stream_with_candidates_tells_each_as_it_comes_and_what_matched(site):
     assert len(chunks[-1]["best_of_n"]["candidates"]) == 4
 
 
+def test_a_stream_with_candidates_brings_their_texts_while_they_are_written():
+    texts = ["the quick red fox jumps over", "\u00e9t\u00e9 \U0001f98a the lazy dog sleeps"]
+    with served(BestOfN(ScriptedEngine(texts, step_seconds=0.05), "flip", n=2), status_s=0) as site:
+        told = [c["best_of_n"] for c in site.events("x", best_of_n={"return_candidates": True}) if "best_of_n" in c]
+        for index, whole in enumerate(texts):
+            about = [t for t in told if t.get("index") == index]
+            ended = [t.get("event") for t in about].index("candidate")
+            pieces = [t["more"] for t in about if t.get("event") == "text"]
+            assert len(pieces) > 1
+            assert whole.startswith("".join(pieces))
+            assert all(t.get("event") != "text" for t in about[ended:])
+        events = {c["best_of_n"].get("event") for c in site.events("x") if "best_of_n" in c}
+        assert "text" not in events, "only where they are asked for"
+
+
 def test_copies_and_empty_candidates_count_in_the_progress():
     """They were never reported, so a stream ended at '2 of 4 sampled'."""
     with served(

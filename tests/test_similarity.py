@@ -24,6 +24,7 @@ from bon.similarity import (
     characters,
     matched_words,
     mean_bound,
+    missed_words,
     unicode_words,
     upper_bound,
     words,
@@ -290,6 +291,14 @@ def test_matched_characters_are_spans_too_and_those_that_touch_are_one():
     inferred = "请写一首诗，Hello 写 World"
     spans = matched_words(inferred, "写一首诗 hello")
     assert [inferred[start:end] for start, end in spans] == ["写一首诗", "Hello"]
+
+
+def test_missed_words_are_spans_of_the_instruction_and_no_article_is_among_them():
+    instruction = "Write the haiku about fog, fog and rain"
+    spans = missed_words("Write a Haiku (about) fog", instruction)
+    assert [instruction[start:end] for start, end in spans] == ["fog", "and", "rain"]
+    instruction = "写一首诗 hello"
+    assert [instruction[start:end] for start, end in missed_words("写诗 Hello", instruction)] == ["一首"]
 
 
 @given(texts, texts)

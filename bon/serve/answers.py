@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +17,7 @@ import orjson
 
 from bon.serve.failures import ApiError, bad
 from bon.serve.plan import Plan
-from bon.similarity import matched_words
+from bon.similarity import matched_words, missed_words
 from bon.task import canonical_calls
 from bon.types import Candidate, Result, Score, Usage
 
@@ -36,6 +36,7 @@ class Answer:
         self._plan, self._chat, self._options = plan, plan.chat, plan.request.options
         self.id = ("chatcmpl-" if plan.chat else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
+        self._shown: dict[int, int] = {}  # characters of each candidate that the client has
 
     def whole(self, result: Result, queue_s: float) -> dict[str, Any]:
         """The response in one piece."""
@@ -60,6 +61,13 @@ class Answer:
         if isinstance(event, Candidate):
             return {"event": "candidate", **_sampled(event)}
         return {"event": "score", **self._scored(event)}
+
+    def growth(self, texts: Mapping[int, str]) -> Iterator[dict[str, Any]]:
+        """What was added to the texts of candidates since the last time."""
+        for index, text in list(texts.items()):
+            if more := text[self._shown.get(index, 0) :]:
+                self._shown[index] = len(text)
+                yield {"event": "text", "index": index, "more": more}
 
     def closing(self, result: Result, queue_s: float) -> Iterator[bytes]:
         """The winner's chunks, the evidence, the usage, the end."""
@@ -144,6 +152,7 @@ class Answer:
             "reward": result.reward,
             "mean_reward": sum(rewards) / len(rewards) if rewards else None,
             "reason": result.selection.reason or passed,
+            "warnings": list(result.warnings),
             "deadline_passed": late,
             "statuses": result.counts,
             "choices": [self._about(pick, result, "text") for pick in picks if pick],
@@ -179,6 +188,7 @@ class Answer:
             "index": score.candidate,
             **{name: known.get(name) for name in names},
             "matched": matched_words(inferred, self._plan.task.instruction) if inferred else [],
+            "missed": missed_words(inferred, self._plan.task.instruction) if inferred else [],
             "scored_s": (score.started, score.finished) if score.finished else None,
         }
 

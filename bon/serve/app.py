@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from bon import __version__
 from bon.best_of_n import BestOfN
+from bon.mini.tasks import FAMILIES, instruction, sample_tasks
 from bon.models import MINI
 from bon.serve.admission import Admission
 from bon.serve.answers import Answer, usage_body
@@ -126,7 +127,9 @@ class Server:
 
     def _model(self, name: str) -> dict[str, Any]:
         names = list(self.planner.scorers)
-        about = {"n": self.bon.n, "max_n": self.planner.max_n, "scorers": names, "scorer": names[0]}
+        about: dict[str, Any] = {"n": self.bon.n, "max_n": self.planner.max_n, "scorers": names, "scorer": names[0]}
+        if self.bon.policy.name == MINI:
+            about["kinds"] = {task.family: instruction(task) for task in sample_tasks(len(FAMILIES))}
         return {"id": name, "object": "model", "created": self.started, "owned_by": "bon", "best_of_n": about}
 
     async def alive(self) -> Response:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bon.best_of_n import BestOfN
 from bon.budget import Budget, Fixed, StopAt, as_budget
+from bon.engines.base import Rates
 from bon.engines.function import FunctionEngine
 from bon.errors import InputError
 from bon.scorers.base import ModelScorer, Scorer
@@ -172,6 +173,7 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
                 own = name
             elif isinstance(kind, type) and issubclass(kind, ModelScorer):
                 able = [engine for engine in engines if isinstance(engine, kind.ability)]
+                able = [engine for engine in able if kind.ability is not Rates or getattr(engine, "rates", True)]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
         except Exception as error:  # of another package, whose code may raise anything
             log.warning("the scorer %r is not offered: %s", name, error)

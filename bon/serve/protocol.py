@@ -136,7 +136,9 @@ class BestOfNOptions(_Body):
     stop_at: float | None = Field(default=None, description="Stop everything once a candidate has this reward.")
     min_reward: float | None = Field(default=None, description="Refuse to answer when the best reward is below this.")
     scorer: str | None = Field(default=None, description="Which of the server's scorers; GET /v1/models lists them.")
-    return_candidates: bool = Field(default=False, description="Return, or stream, every candidate with its score.")
+    return_candidates: bool = Field(
+        default=False, description="Return every candidate with its score; a stream has their texts as they grow."
+    )
     deadline_s: float | None = Field(default=None, gt=0, description="Seconds after which the best so far is returned.")
     instruction: str | None = Field(
         default=None, min_length=1, description="The part of the last user message that is the instruction proper."

@@ -135,6 +135,11 @@ class HTTPEngine:
         """What the servers said; None before the first request, and for those that do not say."""
         return self._model.max_model_len
 
+    @property
+    def rates(self) -> bool:
+        """Whether ``loglikelihood`` may work: it needs the model's tokenizer."""
+        return self._tokenizer is not None
+
     def __repr__(self) -> str:
         return f"HTTPEngine({self.name!r} at {', '.join(e.url for e in self.endpoints.all)})"
 
