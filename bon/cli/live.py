@@ -27,7 +27,9 @@ class View:
 
     def __init__(self, n: int | None, texts: bool) -> None:
         self._n, self._texts, self._started = n, texts, monotonic()
-        self._written: dict[int, tuple[int, str]] = {}  # candidate -> its tokens and the end of its text, while it grows
+        self._written: dict[
+            int, tuple[int, str]
+        ] = {}  # candidate -> its tokens and the end of its text, while it grows
         self._tokens = self._sampled = self._scored = 0
 
     def heard(self, event: Candidate | Score) -> None:
@@ -51,8 +53,8 @@ class View:
         of = "" if self._n is None else f" of {self._n}"
         line = f"{minutes}:{seconds:02d}  {self._sampled}{of} sampled, {self._scored} scored, {tokens} tokens"
         shown = [f"{index}: {one_line(text)}" for index, (_, text) in sorted(growing.items())] if self._texts else []
-        console = Console(stderr=True)
-        width, height = console.width - 1, console.height - 2
+        width, height = Console(stderr=True).size
+        width, height = width - 1, height - 2
         cut = [text if len(text) <= width else f"{text[: text.index(':')]}: ...{text[-width + 8 :]}" for text in shown]
         return Text("\n".join([*cut[:height], line]), style="dim", no_wrap=True, overflow="ellipsis")
 
