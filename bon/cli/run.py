@@ -23,6 +23,7 @@ from bon.cli.options import (
     configured,
     embedded,
     grouped,
+    starting,
     threads_for,
 )
 from bon.errors import InputError
@@ -138,7 +139,9 @@ def _run_prompt(
     with nullcontext() if trace is None else Trace(trace) as traced:
         if sys.stderr.isatty() and not embedded(config):
             say(f"loading {config.policy}" + (f" and {config.scorer}" if config.scorer else ""))
-        with config.changed(threads=threads_for(config)).build() as bon:
+        with starting():
+            built = config.changed(threads=threads_for(config)).build()
+        with built as bon:
             if embedded(config):
                 from bon.mini.tasks import knows
 
