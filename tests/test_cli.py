@@ -204,6 +204,32 @@ def test_rerank_shows_each_rows_ranking_on_a_terminal_and_writes_it_elsewhere(tm
     assert (row["ranking"], row["rewards"], row["best"]) == ([1, 2, 0], [6.0, 21.0, 11.0], 1)
 
 
+SLOW = ("--policy", "scripted,step_seconds=0.05", "-n", 2)
+
+
+def test_one_prompt_on_a_terminal_says_what_goes_on_and_leaves_nothing_behind(tmp_path):
+    """There was nothing to see for 4 min 42 s."""
+    out = in_a_terminal("run", PROMPT, *SLOW, cwd=tmp_path)
+    assert "bon: loading scripted,step_seconds=0.05" in out
+    assert re.search(r"0:0\d  \d of 2 sampled, \d scored, \d+ tokens", out)
+    assert out.rindex("sampled") < out.index("Best of 2")
+    assert not re.search(r"\d: Write a", out)
+
+
+def test_stream_shows_candidates_while_they_are_written(tmp_path):
+    out = in_a_terminal("run", PROMPT, *SLOW, "--stream", cwd=tmp_path)
+    shown = re.findall(r"0: ([^\x1b]*)\x1b", out[: out.index("Best of 2")])
+    assert len({*shown}) > 1
+    assert all(PROMPT.startswith(text) for text in shown)
+
+
+def test_stream_is_refused_where_it_would_show_nothing(run, tmp_path):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say it"}])
+    for prompt, said in (("Say it", "standard error is none"), ("in.jsonl", "--stream is for a single prompt")):
+        code, _, err = run("run", prompt, "--stream", *SCRIPTED)
+        assert (code, said in err) == (2, True)
+
+
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -254,6 +255,21 @@ def loaded(config: Config, *, ranked: bool = False) -> Iterator[tuple[Any, Rewar
         yield (None, pool.scorer(config.scorer)) if ranked else pool.both(config.policy, config.scorer)
     finally:
         portal.run(pool.aclose())
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Meanwhile collect no garbage: among the 2,500 modules of torch and transformers there is none to find.
+
+    They are never looked at afterwards either. Of 6.8 CPU seconds of a prompt on the embedded model it saves 0.5; the
+    others are those libraries' imports.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def threads_for(config: Config, *, ranked: bool = False) -> int | None:

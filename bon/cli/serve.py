@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 from bon.cli.options import Choice, Number, Policy, Setup, configured, grouped, option, threads_for
 from bon.errors import InputError, MissingExtraError
+
+log = logging.getLogger("bon.serve")
 
 _SERVER, _LIMITS = "Server", "Limits"
 
@@ -92,6 +95,7 @@ def serve(
         ) from error
     log_json()  # first, so that whatever is said of settings and models is a line of the log
     config = configured(setup, number, choice, policy=model if policy is None else policy)
+    log.info("loading %s", " and ".join(filter(None, [config.policy or "the embedded model", config.scorer])))
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
         raise InputError(f"--port must be from 0 to 65535, got {port}.")

@@ -25,8 +25,8 @@ _CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xd8\x9c|\xe2\x80[\x8e\x8f\xa8-\x
 def to_json(value: Any) -> bytes:
     """JSON in UTF-8, on one line, with nothing in it that could move a terminal's cursor or reorder its text.
 
-    What orjson cannot write (lone surrogates, very long integers) json escapes. A value that JSON has no form for (bytes
-    or a decimal number of Parquet) is written as text.
+    What orjson cannot write (lone surrogates, very long integers) json escapes. A value that JSON has no form for
+    (bytes or a decimal number of Parquet) is written as text.
     """
     try:
         line = orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
