@@ -240,17 +240,18 @@ class TorchEngine:
         """
         most, positions = self._pass
         batch: list[int] = []
+        real = longest = asked = 0  # tokens in sum, of the longest, and of the longest continuation
         for i in order:
-            together = [*batch, i]
-            real = sum(own[j] for j in together)
+            real, longest, asked = real + own[i], max(longest, lengths[i]), max(asked, wanted[i])
             large = real > min(self.max_batch_tokens, _RATED_PASSES * most)
             if pads:
-                tokens = len(together) * max(lengths[j] for j in together)
+                rows = len(batch) + 1
+                tokens = rows * longest
                 large = tokens > min(most, self.max_batch_tokens) or tokens - real > _PADDING * tokens
-                large |= len(together) * max(wanted[j] for j in together) > positions
+                large |= rows * asked > positions
             if batch and large:
                 yield batch
-                batch = []
+                batch, real, longest, asked = [], own[i], lengths[i], wanted[i]
             batch.append(i)
         if batch:
             yield batch
