@@ -52,6 +52,23 @@ def test_ordinary_conversations_get_the_ids_of_apply_chat_template(kind: str, te
     assert list(renderer(kind).render(Prompt.of(messages))) == template_ids(kind, messages)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("begun", ["Dear Anna,", "12 + 30 is\n\n4"])
+def test_a_last_message_of_the_assistant_gets_the_ids_of_continue_final_message(kind: str, begun: str) -> None:
+    messages = [*conversation(["Hi", "Hello", "Write to Anna"]), Message("assistant", begun)]
+    plain = [m.to_dict() for m in messages]
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    expected = cached_tokenizer(kind).apply_chat_template(plain, tokenize=True, return_dict=False, **options)
+    assert list(renderer(kind).render(Prompt.of(messages))) == expected
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bare"])
+def test_a_continued_message_ends_as_it_was_given(kind: str) -> None:
+    """A template that trims contents would otherwise glue what comes next to it, or part it twice."""
+    messages = [Message("user", "Write to Anna"), Message("assistant", "Dear ")]
+    assert renderer(kind).decode(renderer(kind).render(Prompt.of(messages))).endswith("Dear ")
+
+
 @pytest.mark.parametrize("kind", ["chatml", "llama3"])
 def test_a_system_message_gets_the_ids_of_apply_chat_template(kind: str) -> None:
     messages = [Message("system", "You are a helpful assistant."), Message("user", "Hi")]

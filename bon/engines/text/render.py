@@ -5,7 +5,7 @@ hold control tokens (``<|im_end|>``, ``<think>``, ...); whatever comes from user
 of the tokenizer that knows none of them, so the same characters inside a message are plain characters. For ordinary
 conversations the ids are those of ``tokenizer.apply_chat_template(..., tokenize=True)``.
 
-It does not continue an unfinished assistant turn, and knows no tools and no images.
+An assistant's turn at the end is continued: nothing of the template comes behind it. It knows no tools and no images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Renderer:
         self.end_ids: frozenset[int] = frozenset((*eos_ids, *own, *(() if self.end_id is None else (self.end_id,))))
 
     def render(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the assistant's answer starts.
+        """Token ids of a conversation, up to where the assistant's answer starts or goes on.
 
         Every piece of a turn is encoded by itself; a ``Tokens`` piece of the same vocabulary is taken as it is, unless
         it holds control tokens or the template trims it.
@@ -194,7 +194,10 @@ class Renderer:
         key = (roles, *((name, repr(value)) for name, value in sorted(arguments.items())))
         if key not in self._skeletons:
             self._check_arguments(arguments)
-            parts = self._split(self._apply(roles, {**self._kwargs, **arguments}, generation=True))
+            continued = roles[-1] == "assistant"
+            parts = self._split(self._apply(roles, {**self._kwargs, **arguments}, generation=not continued))
+            if continued:
+                parts = _up_to(len(roles) - 1, parts)
             if missing := set(range(len(roles))) - {p.turn for p in parts if isinstance(p, _Slot)}:
                 raise _RefusedError(f"it leaves out the {roles[min(missing)]} message")
             if not self.tokenizer.chat_template:
@@ -290,6 +293,13 @@ def _fold_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...] | None:
         return None
     rest[first] = Turn("user", (*system, *rest[first].pieces))
     return tuple(rest)
+
+
+def _up_to(turn: int, parts: list[_Part]) -> list[_Part]:
+    """The parts up to a turn's content, whose end is as it is given: a completion goes on from it."""
+    at = max((i for i, part in enumerate(parts) if isinstance(part, _Slot) and part.turn == turn), default=-1)
+    last = parts[at]
+    return [*parts[:at], replace(last, trim_right=False)] if isinstance(last, _Slot) else parts
 
 
 def _trimmed(pieces: Sequence[Piece], slot: _Slot) -> Sequence[Piece]:
