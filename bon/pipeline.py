@@ -423,6 +423,8 @@ def _candidate(completion: Completion) -> Candidate:
         completion_tokens=completion.completion_tokens or None,
         error=None if completion.error is None else str(completion.error),
         tool_calls=completion.tool_calls,
+        reasoning=completion.reasoning,
+        refusal=completion.refusal,
     )
 
 

@@ -12,7 +12,7 @@ from bon.errors import EngineError, PromptTooLongError
 from bon.scorers.base import Pending
 from bon.scorers.parsing import Parsed, Parser
 from bon.similarity import Bound, Match, Similarity, mean_bound
-from bon.types import Score, ScoreStatus, Usage
+from bon.types import Score, ScoreStatus, Usage, without_text
 
 _WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
 
@@ -107,6 +107,9 @@ class Reconstruction:
                 self.too_long = str(completion.error)
         elif completion.finish_reason != "abort":
             parsed = self.parser.parse(completion.text, completion.finish_reason)
+            if parsed.status == "failed" and not completion.text.strip():
+                reason = without_text(completion.refusal, completion.reasoning, completion.finish_reason)
+                parsed = Parsed("failed", None, reason)
             if parsed.instruction is not None:
                 match = self.similarity(parsed.instruction, self.pending.task.instruction)
         with self.lock:
