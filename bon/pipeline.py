@@ -425,6 +425,7 @@ def _candidate(completion: Completion) -> Candidate:
         tool_calls=completion.tool_calls,
         reasoning=completion.reasoning,
         refusal=completion.refusal,
+        top_logprobs=completion.top_logprobs,
     )
 
 

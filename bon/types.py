@@ -151,6 +151,7 @@ class Candidate:
         tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
         reasoning, refusal: what the model thought, and why it will not answer, where its server says so apart from the
             text.
+        top_logprobs: the likeliest tokens at each place, in OpenAI's format, where the policy was asked for them.
     """
 
     index: int
@@ -166,6 +167,7 @@ class Candidate:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     reasoning: str = ""
     refusal: str = ""
+    top_logprobs: tuple[Sequence[Mapping[str, Any]], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):

@@ -192,6 +192,7 @@ class Completion:
         tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
         reasoning: what the model thought, where a server separates it from the text.
         refusal: why the model will not answer, where a server says that apart from the text.
+        top_logprobs: the likeliest tokens at each place, in OpenAI's format, where a server was asked for them.
     """
 
     request_index: int
@@ -210,6 +211,7 @@ class Completion:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     reasoning: str = ""
     refusal: str = ""
+    top_logprobs: tuple[Sequence[Mapping[str, Any]], ...] = ()
 
     @classmethod
     def failed(cls, request_index: int, sample_index: int, error: BonError) -> Completion:

@@ -21,7 +21,7 @@ from yarl import URL
 from bon.engines.http.wire import BadAnswerError, StatusError
 from bon.errors import InputError
 
-MOST_BODY, MOST_ERROR, MOST_LINE = 64 << 20, 1 << 20, 8 << 20  # bytes of an answer, of an error, of a stream's line
+MOST_BODY, MOST_LIST, MOST_ERROR = 64 << 20, 8 << 20, 1 << 20  # bytes of an answer, of a list of models, of an error
 MOST_FIXED, BYTES_PER_TOKEN = 1 << 20, 4 << 10  # of an answer: with 20 other likely tokens a token is 2 KiB of JSON
 LONGEST_COOLDOWN_S = 60.0
 
@@ -91,7 +91,7 @@ class Link:
         endpoint = self.endpoint
         return endpoint.aside_until <= monotonic() and (not endpoint.failures or not self.outstanding)
 
-    async def fetch(self, path: str, body: bytes | None = None, *, most: int = MOST_LINE) -> dict[str, Any]:
+    async def fetch(self, path: str, body: bytes | None = None, *, most: int = MOST_LIST) -> dict[str, Any]:
         """Send a request, a GET where there is no body, and wait for the JSON object that answers it."""
         response = await self.open(path, body)
         try:
@@ -151,8 +151,8 @@ async def events(response: aiohttp.ClientResponse, most: int) -> AsyncGenerator[
                     return
                 yield _json_object(event)
         scanned = len(buffer)
-        if scanned > MOST_LINE or size > most:
-            raise BadAnswerError(f"sent a stream with a line above {MOST_LINE} or a whole above {most} bytes.")
+        if size > most:
+            raise BadAnswerError(f"sent a stream of more than {most} bytes.")
 
 
 async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:

@@ -302,6 +302,7 @@ def _read_choice(choice: Mapping[str, Any], as_tokens: AsTokens | None) -> dict[
         "tool_calls": calls,
         "reasoning": reasoning,
         "refusal": refusal,
+        "top_logprobs": top_logprobs(choice.get("logprobs")),
     }
 
 
@@ -340,6 +341,17 @@ def read_logprobs(logprobs: object) -> tuple[tuple[float, ...] | None, tuple[str
         return None, None
     known = isinstance(texts, list) and len(texts) == len(values) and all(isinstance(t, str) for t in texts)
     return tuple(map(float, values)), tuple(texts or ()) if known else None
+
+
+def top_logprobs(logprobs: object) -> tuple[Sequence[Mapping[str, Any]], ...]:
+    """The likeliest tokens at each place of a chat answer, as the server gave them; () where it gave none."""
+    content = logprobs.get("content") if isinstance(logprobs, Mapping) else None
+    likely = [item.get("top_logprobs") or [] for item in content or () if isinstance(item, Mapping)]
+    if not any(likely) or not all(
+        isinstance(t, Mapping) and _is_logprob(t.get("logprob")) for ts in likely for t in ts
+    ):
+        return ()
+    return tuple(likely)
 
 
 def read_usage(usage: object) -> tuple[int, int, int]:
