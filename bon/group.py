@@ -22,7 +22,7 @@ from bon.errors import BonError, EngineError, InputError, user_error
 from bon.scorers.base import Pending
 from bon.selectors import Selector, select
 from bon.task import Conversation, Task
-from bon.types import Candidate, Result, Score, Timing, Usage
+from bon.types import Candidate, Result, Score, Timing, Usage, without_text
 
 Callback = Callable[[Candidate | Score], None]
 
@@ -181,7 +181,8 @@ class Group:
         elif candidate.finish_reason == "error":
             self._record(index, Score(None, "failed", reason=f"not sampled: {candidate.error}"))
         elif not candidate.text.strip():
-            self._record(index, Score(None, "empty", reason="no text"))
+            reason = without_text(candidate.refusal, candidate.reasoning, candidate.finish_reason)
+            self._record(index, Score(None, "empty", reason=reason))
         elif self.whole or candidate.text not in self._copies:
             self._copies.setdefault(candidate.text, [index])
             self._waiting.append(index)

@@ -425,6 +425,9 @@ def _candidate(completion: Completion, prefill: str) -> Candidate:
         completion_tokens=completion.completion_tokens or None,
         error=None if completion.error is None else str(completion.error),
         tool_calls=completion.tool_calls,
+        reasoning=completion.reasoning,
+        refusal=completion.refusal,
+        top_logprobs=completion.top_logprobs,
     )
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from bon.errors import BonError, InputError, UnknownNameError
 from bon.task import Task
@@ -23,9 +23,21 @@ NO_LIMIT = 2**31 - 1  # tokens
 _SHOWN = 80  # characters of a text in a repr
 
 
+class Drawing(NamedTuple):
+    """How one token is drawn, for engines that draw tokens themselves; the defaults change nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How completions are sampled; the names and meanings are vLLM's.
+
+    Of temperature, top_p, top_k and min_p None means "not said": a server behind HTTP is sent nothing and applies its
+    own defaults, and an engine in this process takes those of ``Drawing``.
 
     Args:
         temperature: 0 decodes greedily.
@@ -41,10 +53,10 @@ class Sampling:
         extra: options of one engine under that engine's own names; an engine refuses those it does not know.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     max_tokens: int = 1024
     stop: tuple[str, ...] = ()
     seed: int | None = None
@@ -55,17 +67,21 @@ class Sampling:
         for name, meant in _MINUS_ONE.items():
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, meant)
-        _require("temperature", self.temperature, float, lambda v: v >= 0, "a number >= 0")
-        _require("top_p", self.top_p, float, lambda v: 0 < v <= 1, "a number in (0, 1]")
-        _require("top_k", self.top_k, int, lambda v: v >= 0, "a whole number >= 0 (0 keeps every token)")
-        _require("min_p", self.min_p, float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        _require("temperature", self.temperature, float, lambda v: v >= 0, "a number >= 0", or_none=True)
+        _require("top_p", self.top_p, float, lambda v: 0 < v <= 1, "a number in (0, 1]", or_none=True)
+        _require("top_k", self.top_k, int, lambda v: v >= 0, "a whole number >= 0 (0 keeps every token)", or_none=True)
+        _require("min_p", self.min_p, float, lambda v: 0 <= v <= 1, "a number in [0, 1]", or_none=True)
         _require("max_tokens", self.max_tokens, int, lambda v: v >= 1, "a whole number >= 1")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise InputError(f"stop must be one or several texts that are not empty, got {self.stop!r}.")
-        if self.seed is not None:
-            _require("seed", self.seed, int, lambda v: v >= 0, "a whole number >= 0")
+        _require("seed", self.seed, int, lambda v: v >= 0, "a whole number >= 0", or_none=True)
         if not isinstance(self.logprobs, bool):
             raise InputError(f"logprobs must be True or False, got {self.logprobs!r}.")
+
+    @property
+    def drawing(self) -> Drawing:
+        """How tokens are drawn where the model has no defaults of its own."""
+        return Drawing(*(d if (said := getattr(self, f)) is None else said for f, d in Drawing()._asdict().items()))
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | Sampling | None) -> Sampling:
@@ -102,7 +118,9 @@ class Sampling:
 _MINUS_ONE = {"seed": None, "top_k": 0, "max_tokens": NO_LIMIT}
 
 
-def _require(name: str, value: Any, kind: type, holds: Any, expected: str) -> None:
+def _require(name: str, value: Any, kind: type, holds: Any, expected: str, *, or_none: bool = False) -> None:
+    if value is None and or_none:
+        return
     numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not numeric or not math.isfinite(value) or not holds(value):
         raise InputError(f"{name} must be {expected}, got {value!r}.")
@@ -139,6 +157,9 @@ class Candidate:
         started, finished: seconds since the run began.
         error: what went wrong, for "error".
         tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
+        reasoning, refusal: what the model thought, and why it will not answer, where its server says so apart from the
+            text.
+        top_logprobs: the likeliest tokens at each place, in OpenAI's format, where the policy was asked for them.
     """
 
     index: int
@@ -152,10 +173,23 @@ class Candidate:
     finished: float = 0.0
     error: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    reasoning: str = ""
+    refusal: str = ""
+    top_logprobs: tuple[Sequence[Mapping[str, Any]], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise InputError(f"the text of candidate {self.index} must be text, not {type(self.text).__name__}.")
+
+
+def without_text(refusal: str, reasoning: str, finish_reason: FinishReason) -> str:
+    """Why a completion has no text, and what helps."""
+    if refusal:
+        return f"the model refused: {refusal}"
+    if finish_reason == "length":
+        where = "all its tokens went into thinking" if reasoning else "it was cut off before there was any"
+        return f"no text: {where}; raise max_tokens"
+    return "no text"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from bon.engines.torch.pack import PackedLinear
 from bon.engines.torch.sampling import Uniforms, choose, row_key
 from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.task import Message
-from bon.types import Sampling
+from bon.types import Drawing, Sampling
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX")
 TEXTS = ("Hello", "Write a haiku about the autumn rain, please.", "Dear Anna,\nwhat is 12 + 30? " * 4, "x")
@@ -269,7 +269,7 @@ def test_keep_is_called_in_the_event_loop_and_aborts(llama: TorchEngine) -> None
 def draws(logits: torch.Tensor, count: int, **sampling: Any) -> Counter[int]:
     keys = np.stack([row_key(0, (1, 2, 3), i) for i in range(count)])
     uniforms = torch.from_numpy(Uniforms(keys).next())
-    tokens, _ = choose(logits.expand(count, -1), Sampling(**sampling), uniforms)
+    tokens, _ = choose(logits.expand(count, -1), Drawing(**sampling), uniforms)
     return Counter(tokens.tolist())
 
 
@@ -283,7 +283,7 @@ def chi_square(counts: Counter[int], probabilities: torch.Tensor) -> float:
 def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float, filters: dict[str, Any]) -> None:
     """Divided by 1e-300 all logits were infinite, the draw an index out of range, and a server not ready any more."""
     logits = torch.tensor([[9.0, -80.0, 3.0, 8.5], [-5.0, 0.0, 55.0, -1e4]])
-    tokens, logprobs = choose(logits, Sampling(temperature=temperature, **filters), torch.tensor([0.999, 0.0]))
+    tokens, logprobs = choose(logits, Drawing(temperature, **filters), torch.tensor([0.999, 0.0]))
     assert tokens.tolist() == [0, 2]
     assert logprobs.tolist() == pytest.approx(logits.log_softmax(-1)[[0, 1], [0, 2]].tolist())
 
@@ -329,10 +329,10 @@ def test_draws_do_not_depend_on_the_other_rows() -> None:
     logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
     logits[3:] *= 10  # peaked rows and flat rows take different paths through the nucleus
     uniforms = torch.rand(8, generator=torch.Generator().manual_seed(1))
-    for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(top_k=50, top_p=0.9), Sampling(min_p=0.05)):
-        together, _ = choose(logits, sampling, uniforms)
+    for drawing in (Drawing(), Drawing(top_p=0.9), Drawing(top_k=50, top_p=0.9), Drawing(min_p=0.05)):
+        together, _ = choose(logits, drawing, uniforms)
         for row in range(8):
-            alone, _ = choose(logits[row : row + 1], sampling, uniforms[row : row + 1])
+            alone, _ = choose(logits[row : row + 1], drawing, uniforms[row : row + 1])
             assert int(alone) == int(together[row])
 
 
@@ -340,7 +340,7 @@ def test_a_draw_never_lands_on_a_token_without_probability() -> None:
     logits = torch.full((2, 50), -math.inf)
     logits[:, 7] = 0.0
     for uniform in (0.0, 1.0 - 2**-53):
-        tokens, logprobs = choose(logits, Sampling(), torch.tensor([uniform, uniform], dtype=torch.float64))
+        tokens, logprobs = choose(logits, Drawing(), torch.tensor([uniform, uniform], dtype=torch.float64))
         assert tokens.tolist() == [7, 7]
         assert logprobs.tolist() == [0.0, 0.0]
 

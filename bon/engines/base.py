@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from bon.errors import BonError, InputError, PromptTooLongError
@@ -47,6 +47,22 @@ class Turn:
     def to_dict(self) -> dict[str, Any]:
         """The turn as a message in OpenAI's format."""
         return openai_message(self.role, self.text, self.about_tools)
+
+
+def developer_as_system(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns for a model that knows no developers."""
+    return tuple(replace(turn, role="system") if turn.role == "developer" else turn for turn in turns)
+
+
+def fold_system(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
+    """Put the system text in front of the first user turn; None where there is nothing to fold."""
+    system: tuple[Piece, ...] = tuple(p for t in turns if t.role == "system" for p in (*t.pieces, "\n\n"))
+    rest = [t for t in turns if t.role != "system"]
+    first = next((i for i, t in enumerate(rest) if t.role == "user"), None)
+    if not system or first is None:
+        return None
+    rest[first] = replace(rest[first], pieces=(*system, *rest[first].pieces))
+    return tuple(rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +204,9 @@ class Completion:
         drafted_tokens: of the completion tokens, those that were read from the prompt's draft and not decoded.
         error: what went wrong; None unless finish_reason is "error".
         tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
+        reasoning: what the model thought, where a server separates it from the text.
+        refusal: why the model will not answer, where a server says that apart from the text.
+        top_logprobs: the likeliest tokens at each place, in OpenAI's format, where a server was asked for them.
     """
 
     request_index: int
@@ -204,6 +223,9 @@ class Completion:
     drafted_tokens: int = 0
     error: BonError | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    reasoning: str = ""
+    refusal: str = ""
+    top_logprobs: tuple[Sequence[Mapping[str, Any]], ...] = ()
 
     @classmethod
     def failed(cls, request_index: int, sample_index: int, error: BonError) -> Completion:

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any
 
 import orjson
@@ -69,11 +69,11 @@ class Answer:
                 yield self._chunk({"role": "assistant", "content": ""}, place)
             for piece in _PIECE.findall(self._content(pick) or ""):
                 yield self._chunk({"content": piece}, place)
-            if self._chat and pick and pick.tool_calls:
-                calls = [{"index": i, **call} for i, call in enumerate(pick.tool_calls)]
-                yield self._chunk({"tool_calls": calls}, place)
-            if self._chat and pick is None:
-                yield self._chunk({"refusal": result.selection.reason}, place)
+            apart = _apart(pick, result) if self._chat else {}
+            if calls := apart.get("tool_calls"):
+                apart["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+            if any(apart.values()):
+                yield self._chunk(apart, place)
             evidence = {"best_of_n": self._evidence(result, picks, queue_s)} if place == len(picks) - 1 else {}
             yield self._chunk({}, place, _ended(pick), self._logprobs(pick), **evidence)
         if self._plan.request.stream_options and self._plan.request.stream_options.include_usage:
@@ -104,9 +104,7 @@ class Answer:
         choice = {"index": place, "logprobs": self._logprobs(pick), "finish_reason": _ended(pick)}
         if not self._chat:
             return {**choice, "text": self._content(pick) or ""}
-        refusal = None if pick else result.selection.reason
-        calls = {"tool_calls": list(pick.tool_calls)} if pick and pick.tool_calls else {}
-        return {**choice, "message": {"role": "assistant", "content": self._content(pick), "refusal": refusal, **calls}}
+        return {**choice, "message": {"role": "assistant", "content": self._content(pick), **_apart(pick, result)}}
 
     def _content(self, pick: Candidate | None) -> str | None:
         """What the policy wrote: no prefill, nor the canonical form of tool calls, which is there to be scored."""
@@ -129,8 +127,12 @@ class Answer:
             raise bad("logprobs", "the policy does not have them.", "unsupported_parameter")
         spoken = _spoken(self._content(pick) or "", pick.logprobs)
         if self._chat:
-            known = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
-            return {"content": [{**token, "top_logprobs": []} for token in known], "refusal": None}
+            likely = [top for (piece, _), top in zip(pick.logprobs, pick.top_logprobs, strict=False) if piece]
+            tokens = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
+            content = [
+                {**token, "top_logprobs": top} for token, top in zip(tokens, likely or cycle([()]), strict=False)
+            ]
+            return {"content": content, "refusal": None}
         return {
             "tokens": [piece for piece, _ in spoken],
             "token_logprobs": [logprob for _, logprob in spoken],
@@ -268,6 +270,15 @@ def _spoken(text: str, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str,
 def _bytes(piece: str) -> list[int] | None:
     """UTF-8 of a token; None for one that holds a part of a character."""
     return None if "\ufffd" in piece else list(piece.encode())
+
+
+def _apart(pick: Candidate | None, result: Result) -> dict[str, Any]:
+    """What a message holds beside its content."""
+    if pick is None:
+        return {"refusal": result.selection.reason}
+    calls = {"tool_calls": list(pick.tool_calls)} if pick.tool_calls else {}
+    thought = {"reasoning_content": pick.reasoning} if pick.reasoning else {}
+    return {"refusal": pick.refusal or None, **thought, **calls}
 
 
 def _ended(pick: Candidate | None) -> str:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from bon.serve.admission import Ticket
-from bon.serve.failures import ApiError, ClientGone
+from bon.serve.failures import ApiError, ClientGone, bad
 from bon.serve.plan import Plan
 from bon.types import Candidate, Result, Score
 
@@ -63,6 +63,10 @@ class Job:
     def _tell(self, event: Candidate | Score) -> None:
         if isinstance(event, Candidate):
             self._sampled.add(event.index)
+            if (
+                self.plan.bon.sampling.logprobs and event.text and event.logprobs is None
+            ):  # nor will the others have any
+                self.stop(bad("logprobs", "the policy does not have them.", "unsupported_parameter"))
         else:
             self._scored.add(event.candidate)
             if event.reward is not None and (self._best is None or event.reward > self._best):

@@ -27,10 +27,11 @@ _NEUTRAL = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
+    "top_logprobs": 0,
     **{"repetition_penalty": 1, "ignore_eos": False, "min_tokens": 0},  # vLLM's, which its own clients send
 }
 # Handed to the policy's engine when they change anything.
-POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity")
+POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity", "chat_template_kwargs")
 
 
 class _Body(BaseModel):
@@ -150,7 +151,8 @@ class ChatRequest(_Common):
     add_generation_prompt: bool | None = None
     max_completion_tokens: Length | None = None
     logprobs: bool | None = None
-    top_logprobs: Zero | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="For a policy behind HTTP.")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="For a policy behind HTTP.")
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

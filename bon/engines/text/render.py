@@ -22,7 +22,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from bon.engines.base import Piece, Prompt, Turn
+from bon.engines.base import Piece, Prompt, Turn, developer_as_system, fold_system
 from bon.engines.text.vocabulary import PlainEncoder
 from bon.errors import InputError, UnknownNameError
 from bon.types import Tokens
@@ -169,7 +169,7 @@ class Renderer:
         try:
             return turns, self._parts(tuple(t.role for t in turns), prompt.template)
         except _RefusedError as refusal:
-            folded = _fold_system(turns)
+            folded = fold_system(turns)
             if folded is None:
                 raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
         try:
@@ -180,7 +180,7 @@ class Renderer:
     def _known_roles(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         if "developer" in str(self.tokenizer.chat_template):
             return turns
-        return tuple(Turn("system", t.pieces) if t.role == "developer" else t for t in turns)
+        return developer_as_system(turns)
 
     def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
         template = self.tokenizer.chat_template or ""
@@ -282,17 +282,6 @@ class TextStream:
 
 class _RefusedError(Exception):
     """The chat template refused a sequence of roles."""
-
-
-def _fold_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...] | None:
-    """Put the system text in front of the first user turn; None where there is nothing to fold."""
-    system: tuple[Piece, ...] = tuple(p for t in turns if t.role == "system" for p in (*t.pieces, "\n\n"))
-    rest = [t for t in turns if t.role != "system"]
-    first = next((i for i, t in enumerate(rest) if t.role == "user"), None)
-    if not system or first is None:
-        return None
-    rest[first] = Turn("user", (*system, *rest[first].pieces))
-    return tuple(rest)
 
 
 def _up_to(turn: int, parts: list[_Part]) -> list[_Part]:

@@ -38,6 +38,7 @@ from bon.engines.torch.threads import choose_threads
 from bon.engines.torch.worker import Call, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
 from bon.mini import shown_name
+from bon.types import Drawing
 
 _MEMORY_SHARE = 0.25  # of the memory that is free once the weights are there, for keys and values
 _MOST_ON_CPU = 3 << 27  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
@@ -180,22 +181,20 @@ class TorchEngine:
         for i, error in errors.items():
             for sample in requests[i].samples:
                 call.emit(Completion.failed(i, sample, error))
-        groups: dict[tuple[float, ...], list[int]] = {}
+        groups: dict[Drawing, list[int]] = {}
         for i, request in enumerate(requests):
             if i not in errors:
-                s = request.sampling
-                groups.setdefault((s.temperature, s.top_p, s.top_k, s.min_p), []).append(i)
+                groups.setdefault(request.sampling.drawing, []).append(i)
         counted: set[int] = set()
-        for group in groups.values():
-            sampling = requests[group[0]].sampling
-            drafts = sampling.temperature == 0 and all(requests[i].n == 1 for i in group)
+        for drawing, group in groups.items():
+            drafts = drawing.temperature == 0 and all(requests[i].n == 1 for i in group)
             jobs = [self._job(i, requests[i], rendered[i], drafts) for i in group]
             path = self._paths.choose(
                 [job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs), call.check
             )
             for batch in batches([jobs[at] for at in path.order], self.max_batch_tokens, path.cost):
                 asked = None if keep is None else _in_event_loop(keep, call)
-                Batch(path.rows(), batch, self.renderer, sampling, asked, counted).run(call.emit)
+                Batch(path.rows(), batch, self.renderer, drawing, asked, counted).run(call.emit)
 
     def _job(self, index: int, request: Request, ids: tuple[int, ...], drafts: bool) -> Job:
         sampling = request.sampling

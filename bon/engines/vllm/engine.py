@@ -219,7 +219,7 @@ class VLLMEngine:
         vLLM makes logits of the whole prompt to rate its end.
         """
         sampling = request.sampling
-        if not request.prompt.draft or request.n > 1 or sampling.temperature > 0 or sampling.stop or sampling.extra:
+        if not request.prompt.draft or request.n > 1 or sampling.temperature != 0 or sampling.stop or sampling.extra:
             return ()
         most = min(MOST_DRAFT, sampling.max_tokens - 1, self.max_model_len - len(ids) - 1)
         draft = self.renderer.encode(request.prompt.draft)[:most]
@@ -276,10 +276,7 @@ class VLLMEngine:
                 refuse_unknown("kind of structured output", extra["structured_outputs"], known)
                 extra["structured_outputs"] = StructuredOutputsParams(**extra["structured_outputs"])
             return SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
+                **sampling.drawing._asdict(),
                 max_tokens=max(1, min(sampling.max_tokens, self.max_model_len - len(ids))),
                 seed=None if sampling.seed is None else _seed(sampling.seed, ids, sample),
                 logprobs=0 if sampling.logprobs else None,

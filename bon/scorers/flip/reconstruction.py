@@ -12,7 +12,7 @@ from bon.errors import EngineError, PromptTooLongError
 from bon.scorers.base import Pending
 from bon.scorers.parsing import Parsed, Parser
 from bon.similarity import Bound, Match, Similarity, mean_bound
-from bon.types import Score, ScoreStatus, Usage
+from bon.types import Score, ScoreStatus, Usage, without_text
 
 _LOOK_AGAIN = 16  # a text is read again when it has grown by this part of its length
 _WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
@@ -113,6 +113,9 @@ class Reconstruction:
                 self.too_long = str(completion.error)
         elif completion.finish_reason != "abort":
             parsed = self.parser.parse(completion.text, completion.finish_reason)
+            if parsed.status == "failed" and not completion.text.strip():
+                reason = without_text(completion.refusal, completion.reasoning, completion.finish_reason)
+                parsed = Parsed("failed", None, reason)
             if parsed.instruction is not None:
                 match = self.similarity(parsed.instruction, self.pending.task.instruction)
         with self.lock:
