@@ -37,7 +37,7 @@ class Sampling:
     """How completions are sampled; the names and meanings are vLLM's.
 
     Of temperature, top_p, top_k and min_p None means "not said": a server behind HTTP is sent nothing and applies its
-    own defaults, and an engine in this process takes those of ``Drawing``.
+    own defaults, and an engine in this process takes those of the model's generation_config.json, or of ``Drawing``.
 
     Args:
         temperature: 0 decodes greedily.
@@ -81,7 +81,11 @@ class Sampling:
     @property
     def drawing(self) -> Drawing:
         """How tokens are drawn where the model has no defaults of its own."""
-        return Drawing(*(d if (said := getattr(self, f)) is None else said for f, d in Drawing()._asdict().items()))
+        return self.drawing_on(Drawing())
+
+    def drawing_on(self, own: Drawing) -> Drawing:
+        """How tokens are drawn by a model with defaults of its own, which hold where nothing is said."""
+        return Drawing(*(d if (said := getattr(self, f)) is None else said for f, d in own._asdict().items()))
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | Sampling | None) -> Sampling:

@@ -27,6 +27,7 @@ from bon.engines.base import (
     check_pairs,
     too_long,
 )
+from bon.engines.defaults import own_drawing
 from bon.engines.loading import load
 from bon.engines.memory import available_bytes, give_back, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
@@ -112,6 +113,7 @@ class TorchEngine:
         self.renderer = Renderer(
             tokenizer, chat_template_kwargs, chat_template=chat_template, eos_ids=_eos_ids(self._model)
         )
+        self._drawing, _ = own_drawing(self.name, _generation_config(self._model), penalises=False)
         self.max_model_len = _context(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
         pack(self._model)
@@ -184,7 +186,7 @@ class TorchEngine:
         groups: dict[Drawing, list[int]] = {}
         for i, request in enumerate(requests):
             if i not in errors:
-                groups.setdefault(request.sampling.drawing, []).append(i)
+                groups.setdefault(request.sampling.drawing_on(self._drawing), []).append(i)
         counted: set[int] = set()
         for drawing, group in groups.items():
             drafts = drawing.temperature == 0 and all(requests[i].n == 1 for i in group)
@@ -265,9 +267,15 @@ def _in_event_loop(keep: Keep, call: Call) -> KeepAll:
     return ask
 
 
+def _generation_config(model: Any) -> dict[str, Any]:
+    """What a model's generation_config.json says."""
+    config = getattr(model, "generation_config", None)
+    return {} if config is None else dict(config.to_diff_dict())
+
+
 def _eos_ids(model: Any) -> tuple[int, ...]:
     """End tokens of the generation config, which may name none, one or several."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    eos = _generation_config(model).get("eos_token_id")
     return tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
 
 
