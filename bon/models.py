@@ -325,7 +325,8 @@ def _weights(model: Model) -> str:
             f"{model.name!r} is neither a folder nor a model on this machine, and it is no object of yours: there is "
             f"no module {model.name.partition(':')[0]!r}."
         )
-    configs = [folder / name for name in ("config.json", "params.json")]  # vLLM reads Mistral's format as well
+    # vLLM reads Mistral's format as well, and a LoRA adapter names its base.
+    configs = [folder / name for name in ("config.json", "params.json", "adapter_config.json")]
     held = gguf_file(model.name) or any(path.is_file() for path in configs)
     if model.runs_on in ("torch", "vllm") and folder.is_dir() and not held:
         raise ModelNotFoundError(
