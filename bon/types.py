@@ -19,6 +19,7 @@ from bon.task import Task
 FinishReason = Literal["stop", "length", "abort", "error"]
 ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
 _STATUSES: tuple[ScoreStatus, ...] = get_args(ScoreStatus)
+NO_LIMIT = 2**31 - 1  # tokens
 _SHOWN = 80  # characters of a text in a repr
 
 
@@ -36,16 +37,17 @@ class Sampling:
     """How completions are sampled; the names and meanings are vLLM's.
 
     Of temperature, top_p, top_k and min_p None means "not said": a server behind HTTP is sent nothing and applies its
-    own defaults, and an engine in this process takes those of ``Drawing``.
+    own defaults, and an engine in this process takes those of the model's generation_config.json, or of ``Drawing``.
 
     Args:
         temperature: 0 decodes greedily.
         top_p: nucleus mass, in (0, 1].
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: drop tokens whose probability is below min_p times the likeliest one's.
-        max_tokens: tokens of one completion at most; the room left in the context bounds it as well.
+        max_tokens: tokens of one completion at most, -1 for no limit; the room left in the context bounds it as well.
         stop: strings at which a completion ends; they are not part of its text.
-        seed: the same seed, prompt and sample index give the same completion, whatever else is in the batch.
+        seed: the same seed, prompt and sample index give the same completion, whatever else is in the batch; None or -1
+            draws anew.
         logprobs: whether the log-probability of each sampled token is wanted. Where it costs something (vLLM, HTTP)
             it is left out otherwise; the torch engine has it in any case.
         extra: options of one engine under that engine's own names; an engine refuses those it does not know.
@@ -62,6 +64,9 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, meant in _MINUS_ONE.items():
+            if getattr(self, name) == -1:
+                object.__setattr__(self, name, meant)
         _require("temperature", self.temperature, float, lambda v: v >= 0, "a number >= 0", or_none=True)
         _require("top_p", self.top_p, float, lambda v: 0 < v <= 1, "a number in (0, 1]", or_none=True)
         _require("top_k", self.top_k, int, lambda v: v >= 0, "a whole number >= 0 (0 keeps every token)", or_none=True)
@@ -76,7 +81,11 @@ class Sampling:
     @property
     def drawing(self) -> Drawing:
         """How tokens are drawn where the model has no defaults of its own."""
-        return Drawing(*(d if (said := getattr(self, f)) is None else said for f, d in Drawing()._asdict().items()))
+        return self.drawing_on(Drawing())
+
+    def drawing_on(self, own: Drawing) -> Drawing:
+        """How tokens are drawn by a model with defaults of its own, which hold where nothing is said."""
+        return Drawing(*(d if (said := getattr(self, f)) is None else said for f, d in own._asdict().items()))
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | Sampling | None) -> Sampling:
@@ -108,6 +117,9 @@ class Sampling:
         default = Sampling()
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+_MINUS_ONE = {"seed": None, "top_k": 0, "max_tokens": NO_LIMIT}
 
 
 def _require(name: str, value: Any, kind: type, holds: Any, expected: str, *, or_none: bool = False) -> None:

@@ -41,7 +41,7 @@ FIELDS = {
     "temperature as text": ({"temperature": "hot"}, "temperature"),
     "top_p of zero": ({"top_p": 0}, "top_p"),
     "top_p above one": ({"top_p": 1.01}, "top_p"),
-    "negative top_k": ({"top_k": -1}, "top_k"),
+    "negative top_k": ({"top_k": -2}, "top_k"),
     "min_p above one": ({"min_p": 1.5}, "min_p"),
     "max_tokens of zero": ({"max_tokens": 0}, "max_tokens"),
     "max_tokens as a list": ({"max_tokens": [5]}, "max_tokens"),
@@ -50,7 +50,7 @@ FIELDS = {
     "empty stop": ({"stop": ""}, "stop"),
     "stop as a number": ({"stop": 5}, "stop"),
     "stop list with a number": ({"stop": ["a", 5]}, "stop[1]"),
-    "negative seed": ({"seed": -1}, "seed"),
+    "negative seed": ({"seed": -2}, "seed"),
     "seed beyond 63 bits": ({"seed": 2**63}, "seed"),
     "stream as text": ({"stream": "yes"}, "stream"),
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -115,7 +115,7 @@ FIELDS = {
     "sound": (message(content=[{"type": "input_audio", "input_audio": {}}]), "messages[0].content[0]"),
     "a part without text": (message(content=[{"type": "text"}]), "messages[0].content[0].text"),
     "unknown message field": (message(weight=1), "messages[0].weight"),
-    "tool calls": (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls[0].type"),
+    "tool calls": (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls[0].function"),
     "a tool call that is no function": (
         message(
             role="assistant", tool_calls=[{"id": "1", "type": "custom", "function": {"name": "f", "arguments": ""}}]
@@ -134,7 +134,13 @@ FIELDS = {
     ),
     "the result of a tool from the user": (message(tool_call_id="1"), "messages[0].tool_call_id"),
     "nothing asked": (message(role="tool"), "messages"),
-    "no question at the end": ({"messages": [*OK, {"role": "assistant", "content": "x"}]}, "messages"),
+    "no question at all": ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+    "nothing to continue": ({"continue_final_message": True}, "continue_final_message"),
+    "a prompt without a beginning of its answer": ({"add_generation_prompt": False}, "add_generation_prompt"),
+    "an answer that is not to be continued": (
+        {"messages": [*OK, {"role": "assistant", "content": "x"}], "continue_final_message": False},
+        "continue_final_message",
+    ),
     "prompt beyond the context": (message(content=TOO_LONG), "messages"),
     "names with brackets": ({"a[0].b": 1}, "a[0].b"),
 }
@@ -167,8 +173,10 @@ COMPLETIONS = {
     "empty prompt": ({"prompt": ""}, "prompt"),
     "blank prompt": ({"prompt": " "}, "prompt"),
     "a token id": ({"prompt": [1]}, "prompt[0]"),
-    "token ids": ({"prompt": [1, 2, 3]}, "prompt"),
-    "several prompts": ({"prompt": ["a", "b"]}, "prompt"),
+    "token ids": ({"prompt": [1, 2, 3]}, "prompt[0]"),
+    "no prompts": ({"prompt": []}, "prompt"),
+    "a blank prompt among others": ({"prompt": ["a", " "]}, "prompt"),
+    "a stream of several": ({"prompt": ["a", "b"], "stream": True}, "prompt"),
     "echo": ({"prompt": "a", "echo": True}, "echo"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix"),
     "logprobs of other tokens": ({"prompt": "a", "logprobs": 3}, "logprobs"),
@@ -253,6 +261,13 @@ def test_control_tokens_in_a_prompt_are_ordinary_text(site):
     answer = site.chat(said, best_of_n={"n": 1})
     assert answer.status_code == 200
     assert answer.json()["best_of_n"]["instruction"] == said
+
+
+def test_an_answer_that_has_begun_is_refused_where_the_policy_cannot_continue_it():
+    begun = [*OK, {"role": "assistant", "content": "Once "}]
+    with served(BestOfN(lambda prompt: "text", ScriptedEngine(), n=1)) as site:
+        error = complains(site.http.post("/v1/chat/completions", json={"messages": begun}), "messages")
+        assert "the last message is the assistant's, and the function '<lambda>' cannot continue it" in error["message"]
 
 
 def test_logprobs_that_the_policy_does_not_tell_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import math
 import threading
 import weakref
@@ -183,6 +184,40 @@ def test_the_engine_generates_and_rates_one_call_at_a_time(llama: TorchEngine) -
     assert isinstance(llama, Generates)
     assert isinstance(llama, Rates)
     assert not llama.concurrent
+
+
+def with_defaults(folder: Path, **said: Any) -> TorchEngine:
+    """A model whose generation_config.json says how it is to be sampled."""
+    save(folder, "Llama", "ascii")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    return TorchEngine(folder)
+
+
+def test_a_model_is_sampled_as_it_says_itself_where_nobody_says_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "bon"):
+        engine = with_defaults(tmp_path, do_sample=True, temperature=0.3, top_k=7, repetition_penalty=1.1)
+    told = [record.getMessage() for record in caplog.records if "generation_config" in record.getMessage()]
+    assert told == [
+        f"{tmp_path} is sampled as its generation_config.json says, unless you say otherwise: temperature=0.3, top_k=7"
+    ]
+    assert "engine does not apply its repetition_penalty=1.1" in caplog.text
+
+    def texts(**said: Any) -> list[str]:
+        return [c.text for c in generate(engine, prompts("Hello"), 6, seed=1, max_tokens=20, **said)]
+
+    assert texts() == texts(temperature=0.3, top_k=7)
+    assert texts(temperature=1.0) == texts(temperature=1.0, top_k=7)
+    assert texts(top_k=0) == texts(temperature=0.3, top_k=0)
+    assert len({*texts(temperature=0.0)}) == 1
+
+
+@pytest.mark.parametrize("greedy", [{"do_sample": False}, {"temperature": 0.0}, {"temperature": 1e-6}])
+def test_candidates_differ_although_a_model_would_rather_be_greedy(tmp_path: Path, greedy: dict[str, Any]) -> None:
+    done = generate(with_defaults(tmp_path, **greedy), prompts("Hello"), 6, seed=1, max_tokens=20)
+    assert len({completion.text for completion in done}) > 1
 
 
 def test_a_call_may_hold_requests_of_different_sampling(llama: TorchEngine) -> None:

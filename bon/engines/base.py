@@ -70,7 +70,7 @@ class Prompt:
     """What an engine continues.
 
     Args:
-        turns: the conversation so far.
+        turns: the conversation so far; a last one of the assistant is continued.
         template: variables for the chat template, such as ``{"enable_thinking": False}``; they take precedence over
             those that the engine was built with, so that one engine can think as a policy and not as a scorer.
         draft: a guess at the completion. At temperature 0 an engine may read it along with the prompt, keep the tokens
@@ -87,6 +87,20 @@ class Prompt:
     def of(cls, messages: Sequence[Message]) -> Prompt:
         """Messages as a prompt, each content one piece."""
         return cls(tuple(Turn(m.role, (m.content,), m.about_tools) for m in messages))
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the completion goes on from a turn of the assistant that is there already."""
+        return self.turns[-1].role == "assistant"
+
+    def refuse_prefill(self, name: str) -> None:
+        """Raise an InputError where the assistant's turn has begun; for engines that cannot go on from there."""
+        if self.prefilled:
+            raise InputError(
+                f"the last message is the assistant's, and {name} cannot continue it; engines that run the model here "
+                "can, and one behind HTTP whose tokenizer=... is named.",
+                "messages",
+            )
 
     def refuse_tools(self, name: str) -> None:
         """Raise an InputError where a turn calls tools or is the result of a call; for engines that read only text."""

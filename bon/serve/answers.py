@@ -67,7 +67,7 @@ class Answer:
         for place, pick in enumerate(picks):
             if self._chat and place:
                 yield self._chunk({"role": "assistant", "content": ""}, place)
-            for piece in _PIECE.findall(_content(pick) or ""):
+            for piece in _PIECE.findall(self._content(pick) or ""):
                 yield self._chunk({"content": piece}, place)
             apart = _apart(pick, result) if self._chat else {}
             if calls := apart.get("tool_calls"):
@@ -103,8 +103,17 @@ class Answer:
     def _choice(self, place: int, pick: Candidate | None, result: Result) -> dict[str, Any]:
         choice = {"index": place, "logprobs": self._logprobs(pick), "finish_reason": _ended(pick)}
         if not self._chat:
-            return {**choice, "text": pick.text if pick else ""}
-        return {**choice, "message": {"role": "assistant", "content": _content(pick), **_apart(pick, result)}}
+            return {**choice, "text": self._content(pick) or ""}
+        return {**choice, "message": {"role": "assistant", "content": self._content(pick), **_apart(pick, result)}}
+
+    def _content(self, pick: Candidate | None) -> str | None:
+        """What the policy wrote: no prefill, nor the canonical form of tool calls, which is there to be scored."""
+        if pick is None:
+            return None
+        text = pick.text.removeprefix(self._plan.task.prefill)
+        if not pick.tool_calls:
+            return text
+        return text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
 
     def _logprobs(self, pick: Candidate | None) -> dict[str, Any] | None:
         """The answer's tokens with their log-probabilities; in a stream they come with the end of the answer.
@@ -116,7 +125,7 @@ class Answer:
             return None
         if pick.logprobs is None:
             raise bad("logprobs", "the policy does not have them.", "unsupported_parameter")
-        spoken = _spoken(pick, pick.logprobs)
+        spoken = _spoken(self._content(pick) or "", pick.logprobs)
         if self._chat:
             likely = [top for (piece, _), top in zip(pick.logprobs, pick.top_logprobs, strict=False) if piece]
             tokens = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
@@ -199,6 +208,19 @@ class Answer:
         return _event({**self._head(self._kind), "choices": [choice], **more})
 
 
+def joined(answers: Sequence[dict[str, Any]], results: Sequence[Result]) -> dict[str, Any]:
+    """The answers to several prompts as one: choices in order, the sum of what they cost, evidence of each."""
+    if len(answers) == 1:
+        return answers[0]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    return {
+        **answers[0],
+        "choices": [{**choice, "index": place} for place, choice in enumerate(choices)],
+        "usage": usage_body(sum((result.usage for result in results), Usage())),
+        "best_of_n": [answer["best_of_n"] for answer in answers],
+    }
+
+
 def failure(error: ApiError) -> bytes:
     """An error inside a stream that is already open."""
     return _event(error.body)
@@ -234,12 +256,12 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
-def _spoken(pick: Candidate, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+def _spoken(text: str, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """The tokens of the answer's text: no special ones, and none past a stop string."""
     spoken = [(piece, logprob) for piece, logprob in logprobs if piece]
     said = "".join(piece for piece, _ in spoken)
-    if said.startswith(pick.text):
-        surplus = len(said) - len(pick.text)
+    if said.startswith(text):
+        surplus = len(said) - len(text)
         while spoken and len(spoken[-1][0]) <= surplus:
             surplus -= len(spoken.pop()[0])
     return spoken
@@ -248,13 +270,6 @@ def _spoken(pick: Candidate, logprobs: Sequence[tuple[str, float]]) -> list[tupl
 def _bytes(piece: str) -> list[int] | None:
     """UTF-8 of a token; None for one that holds a part of a character."""
     return None if "\ufffd" in piece else list(piece.encode())
-
-
-def _content(pick: Candidate | None) -> str | None:
-    """The text without the canonical form of its tool calls, which is there to be scored."""
-    if pick is None or not pick.tool_calls:
-        return pick.text if pick else None
-    return pick.text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
 
 
 def _apart(pick: Candidate | None, result: Result) -> dict[str, Any]:

@@ -81,6 +81,8 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
         headers = {"retry-after": str(math.ceil(RETRY_AFTER_S if wait is None else max(wait, 1)))}
         return ApiError(503, f"a model of this server failed{about}", "engine_error", headers=headers)
     if isinstance(error, errors.InputError) and not isinstance(error, errors.UserCodeError):
+        if error.field is not None:
+            return bad(error.field, str(error))
         name = str(error.name) if isinstance(error, errors.UnknownNameError) else None
         if passed:
             name = name if name in passed else next(iter(passed))

@@ -288,17 +288,19 @@ class HTTPEngine:
         """The token ids of each prompt, None where its messages are sent, and what is wrong with some of them."""
         rows: list[tuple[int, ...] | None] = [None] * len(requests)
         errors: dict[int, BonError] = {}
-        if self._tokenizer is None:
-            return rows, errors
-        renderer = self.renderer
+        renderer = None if self._tokenizer is None else self.renderer
         for index, request in enumerate(requests):
             options = request.sampling.extra.keys() | self._model.extra_body.keys()
-            if wire.TOOLS & options or any(turn.about_tools for turn in request.prompt.turns):
-                continue  # only the chat endpoint knows how its model sees tools
+            tools = wire.TOOLS & options or any(turn.about_tools for turn in request.prompt.turns)
             try:
-                rows[index] = renderer.render(request.prompt)
+                if renderer is None or tools:  # only the chat endpoint knows how its model sees tools
+                    request.prompt.refuse_prefill(f"the server of {self.name!r}")
+                else:
+                    rows[index] = renderer.render(request.prompt)
             except InputError as error:
                 errors[index] = error
+        if renderer is None:
+            return rows, errors
         return rows, await self._too_long([len(row or ()) for row in rows], "prompt", until) | errors
 
     async def _too_long(self, lengths: Sequence[int], what: str, until: float | None) -> dict[int, BonError]:

@@ -12,6 +12,7 @@ from bon.engines.http import wire
 from bon.engines.http.link import Link, events, room
 from bon.engines.http.model import Model
 from bon.errors import PromptTooLongError
+from bon.types import NO_LIMIT
 
 BATCH = "batch"
 PIECES_PER_TOKEN = 8  # some servers send each letter by itself
@@ -131,7 +132,7 @@ class Job:
         sampling, varying = self.request.sampling, dict[str, int]()
         if path == wire.PLAIN and self._ids is not None and max_model_len is not None:
             varying["max_tokens"] = min(sampling.max_tokens, max_model_len - len(self._ids))
-        elif max_model_len is None or sampling.max_tokens < max_model_len:
+        elif sampling.max_tokens < (max_model_len or NO_LIMIT):
             varying["max_tokens"] = sampling.max_tokens  # else: whatever room the context has
         if len(samples) > 1:
             varying["n"] = len(samples)

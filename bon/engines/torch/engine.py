@@ -27,6 +27,7 @@ from bon.engines.base import (
     check_pairs,
     too_long,
 )
+from bon.engines.defaults import own_drawing
 from bon.engines.loading import load
 from bon.engines.memory import available_bytes, give_back, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
@@ -112,6 +113,7 @@ class TorchEngine:
         self.renderer = Renderer(
             tokenizer, chat_template_kwargs, chat_template=chat_template, eos_ids=_eos_ids(self._model)
         )
+        self._drawing, _ = own_drawing(self.name, _generation_config(self._model), penalises=False)
         self.max_model_len = _context(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
         pack(self._model)
@@ -184,7 +186,7 @@ class TorchEngine:
         groups: dict[Drawing, list[int]] = {}
         for i, request in enumerate(requests):
             if i not in errors:
-                groups.setdefault(request.sampling.drawing, []).append(i)
+                groups.setdefault(request.sampling.drawing_on(self._drawing), []).append(i)
         counted: set[int] = set()
         for drawing, group in groups.items():
             drafts = drawing.temperature == 0 and all(requests[i].n == 1 for i in group)
@@ -239,17 +241,18 @@ class TorchEngine:
         """
         most, positions = self._pass
         batch: list[int] = []
+        real = longest = asked = 0  # tokens in sum, of the longest, and of the longest continuation
         for i in order:
-            together = [*batch, i]
-            real = sum(own[j] for j in together)
+            real, longest, asked = real + own[i], max(longest, lengths[i]), max(asked, wanted[i])
             large = real > min(self.max_batch_tokens, _RATED_PASSES * most)
             if pads:
-                tokens = len(together) * max(lengths[j] for j in together)
+                rows = len(batch) + 1
+                tokens = rows * longest
                 large = tokens > min(most, self.max_batch_tokens) or tokens - real > _PADDING * tokens
-                large |= len(together) * max(wanted[j] for j in together) > positions
+                large |= rows * asked > positions
             if batch and large:
                 yield batch
-                batch = []
+                batch, real, longest, asked = [], own[i], lengths[i], wanted[i]
             batch.append(i)
         if batch:
             yield batch
@@ -264,9 +267,15 @@ def _in_event_loop(keep: Keep, call: Call) -> KeepAll:
     return ask
 
 
+def _generation_config(model: Any) -> dict[str, Any]:
+    """What a model's generation_config.json says."""
+    config = getattr(model, "generation_config", None)
+    return {} if config is None else dict(config.to_diff_dict())
+
+
 def _eos_ids(model: Any) -> tuple[int, ...]:
     """End tokens of the generation config, which may name none, one or several."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    eos = _generation_config(model).get("eos_token_id")
     return tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
 
 

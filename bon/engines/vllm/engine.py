@@ -21,6 +21,7 @@ from typing import Any
 
 from bon import portal
 from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt, Request, check_pairs, too_long
+from bon.engines.defaults import PENALTY, own_drawing
 from bon.engines.text.render import Renderer
 from bon.engines.text.watch import KEEP_EVERY
 from bon.engines.vllm.running import Running, SharedPrompt, last
@@ -97,7 +98,9 @@ class VLLMEngine:
             tokenizer = llm.renderer.tokenizer
             if tokenizer is None:
                 raise InputError(f"{self.name!r} has no tokenizer here; name one with tokenizer=...")
-            eos = (llm.model_config.try_get_generation_config() or {}).get("eos_token_id")
+            config = llm.model_config.try_get_generation_config() or {}
+            self._drawing, self._penalty = own_drawing(self.name, config, penalises=True)
+            eos = config.get("eos_token_id")
             ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
             self.renderer = Renderer(tokenizer, chat_template_kwargs, chat_template=chat_template, eos_ids=ends)
             self.max_model_len = int(llm.model_config.max_model_len)
@@ -260,6 +263,9 @@ class VLLMEngine:
     def _params(self, request: Request, ids: Sequence[int], sample: int, keep: Keep | None) -> Any:
         """vLLM's sampling parameters of one sample."""
         sampling, extra = request.sampling, dict(request.sampling.extra)
+        drawing = sampling.drawing_on(self._drawing)
+        if self._penalty is not None and drawing.temperature > 0:
+            extra.setdefault(PENALTY, self._penalty)
         refuse_unknown("sampling option of the vllm engine", extra, EXTRA)
         ends = [] if extra.get("ignore_eos") else sorted(self.renderer.end_ids)
         extra["stop_token_ids"] = [*ends, *extra.get("stop_token_ids", ())]
@@ -276,7 +282,7 @@ class VLLMEngine:
                 refuse_unknown("kind of structured output", extra["structured_outputs"], known)
                 extra["structured_outputs"] = StructuredOutputsParams(**extra["structured_outputs"])
             return SamplingParams(
-                **sampling.drawing._asdict(),
+                **drawing._asdict(),
                 max_tokens=max(1, min(sampling.max_tokens, self.max_model_len - len(ids))),
                 seed=None if sampling.seed is None else _seed(sampling.seed, ids, sample),
                 logprobs=0 if sampling.logprobs else None,

@@ -14,6 +14,7 @@ from bon.scorers.parsing import Parsed, Parser
 from bon.similarity import Bound, Match, Similarity, mean_bound
 from bon.types import Score, ScoreStatus, Usage, without_text
 
+_LOOK_AGAIN = 16  # a text is read again when it has grown by this part of its length
 _WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
 
 
@@ -56,6 +57,7 @@ class Reconstruction:
     matches: dict[int, Match] = field(default_factory=dict)
     bounds: list[float] = field(default_factory=list)
     counters: list[Bound | None] = field(default_factory=list)
+    next_look: list[int] = field(default_factory=list)
     spent: Usage = field(default_factory=Usage)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -63,6 +65,7 @@ class Reconstruction:
         instruction = self.pending.task.instruction
         self.counters = [self.similarity.bound(instruction) for _ in range(self.samples)]
         self.bounds = [self.similarity.maximum] * self.samples
+        self.next_look = [0] * self.samples
 
     def restarted(self) -> Reconstruction:
         """Another try with further samples, which remembers what was spent."""
@@ -90,8 +93,11 @@ class Reconstruction:
     def keep(self, partial: Partial, stop: Iterable[str] = ()) -> bool:
         """Tighten the bound with what a sample has written so far; False when the candidate cannot win."""
         sample = partial.sample_index - self.first_sample
-        counter = self.counters[sample]
-        settled = self.parser.settled(before_stop(partial.text, stop))
+        counter, length = self.counters[sample], len(partial.text)
+        settled = None
+        if counter is not None and length >= self.next_look[sample]:
+            self.next_look[sample] = length + length // _LOOK_AGAIN
+            settled = self.parser.settled(before_stop(partial.text, stop))
         with self.lock:
             if counter is not None and settled is not None:
                 self.bounds[sample] = counter.update(settled)
