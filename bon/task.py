@@ -21,6 +21,7 @@ _UNUSED = frozenset(  # of no meaning to a model that reads text; what servers s
     {"name", "annotations", "reasoning", "reasoning_content", "reasoning_details", "thinking_blocks"}
     | {"provider_specific_fields", "parsed"}
 )
+IMAGE = "image_url"  # a part of a content that a policy behind HTTP may see
 _NULL = frozenset({"audio", "function_call"})  # accepted where they say nothing
 
 
@@ -33,12 +34,14 @@ class Message:
         content: its text; an assistant that only called tools has none.
         tool_calls: an assistant's calls of tools, in OpenAI's format.
         tool_call_id: for the role "tool", which call this is the result of.
+        parts: the whole content, in OpenAI's format, where it holds images.
     """
 
     role: str
     content: str
     tool_calls: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     tool_call_id: str | None = None
+    parts: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -53,9 +56,9 @@ class Message:
 
     @property
     def about_tools(self) -> dict[str, Any]:
-        """The fields beyond role and content, in OpenAI's format; empty for an ordinary message."""
-        calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
-        return calls if self.tool_call_id is None else {**calls, "tool_call_id": self.tool_call_id}
+        """The fields beyond role and text, in OpenAI's format; empty for an ordinary message."""
+        fields = {"tool_calls": list(self.tool_calls), "tool_call_id": self.tool_call_id, "content": list(self.parts)}
+        return {name: value for name, value in fields.items() if value not in ([], None)}
 
     @property
     def text(self) -> str:
@@ -117,7 +120,7 @@ def _message(message: Any, where: str) -> Message:
         raise InputError(f"{where}.tool_call_id must be text, not {identity!r:.80}.", f"{where}.tool_call_id")
     content = _content(message, f"{where}.content")
     try:
-        return Message(message.get("role", ""), content, tuple(calls), identity)
+        return Message(message.get("role", ""), content, tuple(calls), identity, _images(message.get("content")))
     except InputError as error:
         field = f"{where}.{error.field or 'role'}"
         raise InputError(f"{field}: {error}", field) from error
@@ -137,10 +140,17 @@ def _content(message: Mapping[str, Any], where: str) -> str:
     return content
 
 
+def _images(content: Any) -> tuple[Mapping[str, Any], ...]:
+    """The parts of a checked content where some of them are images."""
+    return tuple(content) if isinstance(content, list | tuple) and any(p["type"] == IMAGE for p in content) else ()
+
+
 def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == IMAGE:
+        return ""
     if kind not in ("text", "refusal"):
-        raise InputError(f"{where}: only text parts can be honoured, not {kind or part!r:.80}.", where)
+        raise InputError(f"{where}: only text and image_url can be honoured, not {kind or part!r:.80}.", where)
     if unknown := part.keys() - {"type", kind, "cache_control"}:
         field = f"{where}.{min(map(str, unknown)):.100}"
         raise InputError(f"{field}: there is no such field, or it cannot be honoured.", field)

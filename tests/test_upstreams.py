@@ -256,6 +256,31 @@ def test_template_variables_and_likely_tokens_are_honoured(server, http):
     assert answer.json()["choices"][0]["logprobs"] == {**known, "refusal": None}
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+SEEN = [{"role": "user", "content": [{"type": "text", "text": "What is on this?"}, IMAGE]}]
+
+
+def test_images_reach_a_policy_behind_http_and_the_scorer_reads_the_text_beside_them(server, http):
+    with served(BestOfN(http, ScriptedEngine(), n=1), model_names=("m",)) as site:
+        answer = site.openai().chat.completions.create(model="m", messages=SEEN)
+    assert server.posts[0].body["messages"] == SEEN
+    assert answer.best_of_n["instruction"] == "What is on this?"
+
+
+def test_a_system_message_that_is_merged_stands_before_the_images(server):
+    server.refuse = lambda seen: error(400, "no system role") if len(seen.body["messages"]) > 1 else None
+    bodies, _ = asked_twice(server, [BY_SYSTEM[0], *SEEN])
+    [merged] = bodies[-1]["messages"]
+    assert merged["content"] == [{"type": "text", "text": "Be brief.\n\n"}, *SEEN[0]["content"]]
+
+
+def test_an_engine_in_this_process_says_that_it_sees_no_images():
+    with served(BestOfN(ScriptedEngine(), ScriptedEngine(), n=1), model_names=("m",)) as site:
+        answer = site.http.post("/v1/chat/completions", json={"messages": SEEN})
+    assert answer.status_code == 400
+    assert "has images, and" in answer.json()["error"]["message"]
+
+
 def test_template_variables_of_the_client_are_never_left_out(server):
     said = "Unrecognized request argument supplied: chat_template_kwargs"
     server.refuse = lambda seen: error(400, said) if "chat_template_kwargs" in seen.body else None
@@ -265,7 +290,7 @@ def test_template_variables_of_the_client_are_never_left_out(server):
 
 def test_a_policy_without_log_probabilities_is_noticed_by_its_first_candidate(server, http):
     """Everything was sampled and scored, and then refused."""
-    server.refuse = lambda seen: "hang" if len(server.posts) > 1 else chat("A fox.")
+    server.refuse = lambda seen: chat("A fox.") if seen is server.posts[0] else "hang"
     scorer = ScriptedEngine()
     with served(BestOfN(http, scorer, n=4), model_names=("m",)) as site:
         answer = site.chat(logprobs=True)

@@ -32,7 +32,8 @@ class Turn:
     Args:
         role: whose message it is.
         pieces: its content.
-        about_tools: calls of tools, or whose result it is, in OpenAI's format; for engines that send messages on.
+        about_tools: calls of tools, whose result it is, or a content with images, in OpenAI's format; for engines that
+            send messages on.
     """
 
     role: str
@@ -61,8 +62,12 @@ def fold_system(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
     first = next((i for i, t in enumerate(rest) if t.role == "user"), None)
     if not system or first is None:
         return None
-    rest[first] = replace(rest[first], pieces=(*system, *rest[first].pieces))
-    return tuple(rest)
+    user = rest[first]
+    merged = replace(user, pieces=(*system, *user.pieces))
+    if images := user.about_tools.get("content"):
+        text = {"type": "text", "text": Turn("system", system).text}
+        merged = replace(merged, about_tools={**user.about_tools, "content": [text, *images]})
+    return (*rest[:first], merged, *rest[first + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +108,13 @@ class Prompt:
             )
 
     def refuse_tools(self, name: str) -> None:
-        """Raise an InputError where a turn calls tools or is the result of a call; for engines that read only text."""
+        """Raise an InputError where a turn has calls of tools, their results or images; for engines that read text."""
         for index, turn in enumerate(self.turns):
             if turn.about_tools:
+                names = ["images" if field == "content" else field for field in turn.about_tools]
                 raise InputError(
-                    f"message {index} has {', '.join(turn.about_tools)}, and {name} knows no tools; "
-                    "a policy behind HTTP does (policy='http://...')."
+                    f"message {index} has {', '.join(names)}, and {name} reads only text; a policy behind HTTP may "
+                    "read them (policy='http://...')."
                 )
 
 

@@ -50,7 +50,7 @@ Zero = Annotated[int, AfterValidator(_refuse_others), WithJsonSchema({"type": "i
 Prompt = Annotated[str, Field(min_length=1)]
 Length = Literal[-1] | Annotated[int, Field(ge=1, le=NO_LIMIT)]  # -1 is no limit, as in other servers
 # ``bon.task`` reads messages, here as in files and in Python; this is what it takes, less what it does not use.
-_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}}}
+_PART = {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["text", "image_url"]}}}
 _MESSAGE = {
     "type": "object",
     "required": ["role", "content"],
