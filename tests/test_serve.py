@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -14,9 +15,9 @@ from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 from bon.serve import Settings
 from bon.serve.answers import usage_body
-from bon.serve.app import public_name
+from bon.serve.failures import public
 from bon.serve.logs import JsonFormatter
-from bon.serve.plan import offered_scorers
+from bon.serve.plan import offered_scorers, public_name
 from bon.serve.protocol import ChatRequest, CompletionRequest
 from bon.spec import SCORERS, SELECTORS
 from bon.types import Usage
@@ -306,6 +307,10 @@ def test_a_server_that_ends_closes_what_its_best_of_n_loaded_and_nothing_of_the_
 def test_clients_never_see_where_a_model_lies(tmp_path):
     assert public_name(str(tmp_path / "my-model")) == "my-model"
     assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert public_name("./models/mine") == "mine"
+    assert public("cannot read /srv/models/mine/config.json of 10.0.0.1:80, 1/2 and/or https://a/b") == (
+        "cannot read config.json of the model's server, 1/2 and/or the model's server"
+    )
     with served(BestOfN(n=1)) as site:
         assert site.http.get("/v1/models").json()["data"][0]["id"] == "bon-mini"
 
@@ -563,6 +568,17 @@ def test_a_candidate_that_nobody_scored_is_better_than_none_at_a_deadline():
         assert "late" in answer["best_of_n"]["reason"]
 
 
+def test_half_a_character_reaches_the_client_and_the_log():
+    """A policy's text that UTF-8 cannot hold was a 500, and in a stream a cut."""
+    half = "half \ud83d"
+    with served(BestOfN(lambda prompt: half, lambda prompt, responses: [1.0] * len(responses), n=1)) as site:
+        assert site.chat().json()["choices"][0]["message"]["content"] == half
+        chunks = site.events()
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == half
+    record = logging.makeLogRecord({"msg": half, "fields": {5: half}})
+    assert json.loads(JsonFormatter().format(record))["message"] == half
+
+
 def test_keys_are_needed_when_there_are_any():
     with served(BestOfN(ScriptedEngine(), "flip", n=1), api_keys=("secret-1", "secret-2")) as site:
         for key in ("secret-1", "secret-2"):
@@ -595,6 +611,23 @@ def test_cors_is_for_the_origins_that_were_named():
         assert ours.headers["access-control-allow-origin"] == "https://ours.example"
         theirs = site.http.get("/v1/models", headers={"origin": "https://theirs.example"})
         assert "access-control-allow-origin" not in theirs.headers
+
+
+def test_a_page_may_call_a_server_that_wants_a_key():
+    """A browser asks first, without the key, and was refused."""
+    origin = {"origin": "https://ours.example"}
+    with served(
+        BestOfN(ScriptedEngine(), "flip", n=1), cors_origins=("https://ours.example",), api_keys=("k",)
+    ) as site:
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        told = site.http.options("/v1/chat/completions", headers=origin | asks)
+        assert told.status_code == 200
+        assert told.headers["access-control-allow-origin"] == origin["origin"]
+        assert "authorization" in told.headers["access-control-allow-headers"]
+        refused = site.http.get("/v1/models", headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == origin["origin"], "the page may read why"
+        assert site.http.get("/v1/models", headers=origin | {"authorization": "Bearer k"}).status_code == 200
 
 
 def test_on_loopback_foreign_host_names_are_not_answered(site):

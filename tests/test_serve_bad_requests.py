@@ -8,6 +8,8 @@ from serving import served
 
 from bon import BestOfN
 from bon.engines.scripted import ScriptedEngine
+from bon.serve.failures import ApiError
+from bon.serve.protocol import ChatRequest, parse
 
 OK = [{"role": "user", "content": "Write about a fox"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -166,6 +168,33 @@ def test_a_bad_field_is_named(site, fields, param):
     status = 404 if param == "model" and isinstance(fields.get("model"), str) else 400
     complains(site.http.post("/v1/chat/completions", json=body), param, status)
     assert site.server.admission.running == site.server.admission.waiting == 0
+
+
+MANY = 2000
+UNKNOWN = {f"k{i}": 1 for i in range(MANY)}
+FLOODS = {
+    "messages that are none": ({"messages": [1] * MANY}, "messages[0]"),
+    "messages without a role": ({"messages": [{}] * MANY}, "messages[0].role"),
+    "unknown fields": ({"messages": OK} | UNKNOWN, "k0"),
+    "unknown fields of a message": (message(**UNKNOWN), "messages[0].k0"),
+    "unknown fields of the extension": ({"messages": OK, "best_of_n": UNKNOWN}, "best_of_n.k0"),
+    "parts that are none": (message(content=[1] * MANY), "messages[0].content[0]"),
+    "calls that are none": (message(role="assistant", tool_calls=[1] * MANY), "messages[0].tool_calls[0]"),
+    "tools that are none": ({"messages": OK, "tools": [1] * MANY}, "tools[0]"),
+    "stops that are none": ({"messages": OK, "stop": [1] * MANY}, "stop[0]"),
+    "sounds": ({"messages": OK, "modalities": ["audio"] * MANY}, "modalities[0]"),
+    "metadata": ({"messages": OK, "metadata": UNKNOWN}, "metadata"),
+    "biases": ({"messages": OK, "logit_bias": {f"k{i}": "a" for i in range(MANY)}}, "logit_bias"),
+}
+
+
+@pytest.mark.parametrize(("body", "param"), FLOODS.values(), ids=FLOODS)
+def test_of_a_flood_of_errors_the_first_is_told_and_no_other_is_made(body, param):
+    """20,000 of them held up everybody for half a minute, as an error was made and looked up for each."""
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, json.dumps(body).encode())
+    assert refused.value.param == param
+    assert refused.value.__cause__.error_count() <= 3, "one for each member of a union"
 
 
 COMPLETIONS = {

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, cycle
 from typing import Any
 
-import orjson
-
-from bon.serve.failures import ApiError, bad
+from bon.data.sink import to_json
+from bon.serve.failures import ApiError, bad, public
 from bon.serve.plan import Plan
 from bon.similarity import matched_words
 from bon.task import canonical_calls
@@ -154,7 +153,7 @@ class Answer:
             "best": result.best,
             "reward": result.reward,
             "mean_reward": sum(rewards) / len(rewards) if rewards else None,
-            "reason": result.selection.reason or passed,
+            "reason": public(result.selection.reason) if result.selection.reason else passed,
             "deadline_passed": late,
             "statuses": result.counts,
             "choices": [self._about(pick, result, "text") for pick in picks if pick],
@@ -182,13 +181,13 @@ class Answer:
             "precision",
             "recall",
             "upper_bound",
-            "reason",
             "same_as",
         )
         inferred = known.get("inferred")
         return {
             "index": score.candidate,
             **{name: known.get(name) for name in names},
+            "reason": None if score.reason is None else public(score.reason),
             "matched": matched_words(inferred, self._plan.task.instruction) if inferred else [],
             "scored_s": (score.started, score.finished) if score.finished else None,
         }
@@ -253,7 +252,7 @@ def _sampled(candidate: Candidate) -> dict[str, Any]:
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+    return b"data: " + to_json(body) + b"\n\n"
 
 
 def _spoken(text: str, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -275,7 +274,7 @@ def _bytes(piece: str) -> list[int] | None:
 def _apart(pick: Candidate | None, result: Result) -> dict[str, Any]:
     """What a message holds beside its content."""
     if pick is None:
-        return {"refusal": result.selection.reason}
+        return {"refusal": public(result.selection.reason or "")}
     calls = {"tool_calls": list(pick.tool_calls)} if pick.tool_calls else {}
     thought = {"reasoning_content": pick.reasoning} if pick.reasoning else {}
     return {"refusal": pick.refusal or None, **thought, **calls}

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from bon.serve.failures import ApiError, bad
 from bon.task import ROLES
@@ -34,8 +34,30 @@ _NEUTRAL = {
 POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity", "chat_template_kwargs")
 
 
+# A list is left at its first error: a body of 4 MB may hold a million, and a client is told of one.
+FirstError = Field(fail_fast=True)
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.keys() <= cls.__pydantic_fields__.keys():
+            first = next(name for name in data if name not in cls.__pydantic_fields__)
+            told = InitErrorDetails(type="extra_forbidden", loc=(first,), input=None)
+            raise ValidationError.from_exception_data(cls.__name__, [told])
+        return data
+
+
+_MOST_ENTRIES = 1024
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MOST_ENTRIES:
+        raise PydanticCustomError("too_long", "may have at most {most} entries", {"most": _MOST_ENTRIES})
+    return value
 
 
 def _refuse_others(value: Any) -> Any:
@@ -47,7 +69,7 @@ def _refuse_others(value: Any) -> Any:
 No = Annotated[bool, AfterValidator(_refuse_others), WithJsonSchema({"const": False})]
 # Log-probabilities are known of the chosen tokens only.
 Zero = Annotated[int, AfterValidator(_refuse_others), WithJsonSchema({"type": "integer", "const": 0})]
-Prompt = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
 Length = Literal[-1] | Annotated[int, Field(ge=1, le=NO_LIMIT)]  # -1 is no limit, as in other servers
 # ``bon.task`` reads messages, here as in files and in Python; this is what it takes, less what it does not use.
 _PART = {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["text", "image_url"]}}}
@@ -95,15 +117,15 @@ class _Common(_Body):
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     max_tokens: Length | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Text | Annotated[list[Text], FirstError] | None = None
     seed: int | None = Field(default=None, ge=-1, le=2**63 - 1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_few)] = None
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = None
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
@@ -153,7 +175,7 @@ class ChatRequest(_Common):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="For a policy behind HTTP.")
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="For a policy behind HTTP.")
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], FirstError] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -161,7 +183,7 @@ class ChatRequest(_Common):
     verbosity: str | None = None
     store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FirstError] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -186,7 +208,7 @@ class ChatRequest(_Common):
 class CompletionRequest(_Common):
     """Body of ``POST /v1/completions``; each prompt is taken as a user's message."""
 
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], FirstError, Field(min_length=1)]
     best_of: int | None = Field(default=None, ge=1, le=128, description="Candidates to sample, as best_of_n.n.")
     echo: No | None = None
     logprobs: Zero | None = None

@@ -129,13 +129,18 @@ class HTTPEngine:
     @property
     def name(self) -> str:
         """The model's name, or where it is while that is not known."""
-        first = self.endpoints.all[0]
-        return self._model.name or first.model or first.url
+        asked = next((endpoint.model for endpoint in self.endpoints.all if endpoint.model), None)
+        return self._model.name or asked or self.endpoints.all[0].url
 
     @property
     def max_model_len(self) -> int | None:
         """What the servers said; None before the first request, and for those that do not say."""
         return self._model.max_model_len
+
+    @property
+    def rates(self) -> bool:
+        """Whether ``loglikelihood`` may work: it needs the model's tokenizer."""
+        return self._tokenizer is not None
 
     def __repr__(self) -> str:
         return f"HTTPEngine({self.name!r} at {', '.join(e.url for e in self.endpoints.all)})"
@@ -260,6 +265,14 @@ class HTTPEngine:
             return await asyncio.gather(*rating)
         finally:
             await _cancel(rating)
+
+    async def check(self) -> None:
+        """Ask whether a server is there and takes the key, and what it calls its model.
+
+        Raises:
+            BonError: what is wrong.
+        """
+        await self.endpoints.call(partial(self._model.name_at, ask=True))
 
     async def aclose(self) -> None:
         """Close the connections."""

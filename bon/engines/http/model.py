@@ -34,8 +34,8 @@ class Model:
         """Tokens of prompt and completion together, as the servers said; None while they did not."""
         return min((e.max_model_len for e in self.endpoints.all if e.max_model_len is not None), default=None)
 
-    async def name_at(self, link: Link) -> str:
-        """The name to send: the one that was given, else the only one that the server has.
+    async def name_at(self, link: Link, *, ask: bool = False) -> str:
+        """The name to send: the one that was given, unless the server is to be asked, else the only one that it has.
 
         Raises:
             ModelNotFoundError: the server has none, or several.
@@ -43,7 +43,7 @@ class Model:
         endpoint = link.endpoint
         if endpoint.model is not None:
             return endpoint.model
-        if self.name is not None and not self._measured:
+        if self.name is not None and not self._measured and not ask:
             return self.name
         async with link.asking_for_model:
             if endpoint.model is None:
