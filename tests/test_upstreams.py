@@ -343,10 +343,10 @@ def test_a_list_of_models_without_end_is_given_up(server, monkeypatch):
 
 
 ODD = {
-    "a reason that is no UTF-8": Raw(b"HTTP/1.1 400 \xff\xfe\r\nContent-Length: 0\r\n\r\n"),
+    "a reason that is no UTF-8": Raw(b"HTTP/1.1 400 \xff\xfe\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"),
     "no HTTP": Raw(b"SSH-2.0-OpenSSH_9.6\r\n"),
     "a head without end": Raw(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 100_000),
-    "a status of its own": Raw(b"HTTP/1.1 999 Oops\r\nContent-Length: 0\r\n\r\n"),
+    "a status of its own": Raw(b"HTTP/1.1 999 Oops\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"),
     "another protocol": Raw(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nabc"),
     "a teapot": error(418, "I am a teapot"),
     "somewhere else": Reply(302, b"", {"Location": "http://127.0.0.1:9/login"}),
