@@ -139,6 +139,7 @@ def test_an_unexplained_refusal_of_token_ids_changes_no_later_call(server):
     assert [post.path for post in server.posts] == [plain, plain, chat, plain]
 
 
+@pytest.mark.parametrize("status", [400, 422, 500])
 @pytest.mark.parametrize(
     "said",
     [
@@ -149,8 +150,8 @@ def test_an_unexplained_refusal_of_token_ids_changes_no_later_call(server):
         "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
     ],
 )
-def test_a_system_message_is_merged_where_the_role_is_refused_as_the_local_renderer_does(server, said):
-    server.refuse = lambda seen: error(400, said) if seen.body["messages"][0]["role"] == "system" else None
+def test_a_system_message_is_merged_where_the_role_is_refused_as_the_local_renderer_does(server, said, status):
+    server.refuse = lambda seen: error(status, said) if seen.body["messages"][0]["role"] == "system" else None
     bodies, ended = asked_twice(server, BY_SYSTEM)
     assert ended == ["stop", "stop"]
     assert [body["messages"] for body in bodies] == [BY_SYSTEM, MERGED, MERGED]
