@@ -37,7 +37,9 @@ def matrices(modules: dict[str, tuple[int, int]] = MODULES) -> dict[str, torch.T
 def write(folder: Path, base: Any, weights: dict[str, torch.Tensor], **more: Any) -> Path:
     """An adapter as PEFT writes it."""
     folder.mkdir()
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": RANK, "lora_alpha": ALPHA, **more}
+    targets = ["q_proj", "o_proj", "down_proj"]
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": targets}
+    config |= {"r": RANK, "lora_alpha": ALPHA, **more}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
