@@ -417,7 +417,7 @@ def _candidate(completion: Completion, prefill: str) -> Candidate:
     known = pieces is not None and logprobs is not None and len(pieces) == len(logprobs)
     return Candidate(
         index=completion.sample_index,
-        text=completion.text if completion.error is not None else prefill + completion.text,
+        text=prefill + completion.text if prefill and completion.error is None else completion.text,
         finish_reason=completion.finish_reason,
         tokens=None if prefill else completion.tokens,
         cumulative_logprob=completion.cumulative_logprob,

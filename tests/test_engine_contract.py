@@ -417,7 +417,7 @@ def test_an_engine_that_runs_a_model_here_refuses_tools_by_name(engine: Any) -> 
     tools = Prompt.of([Message("user", "x"), Message("assistant", "", (call,)), Message("tool", "y", (), "1")])
     if over_http(engine):
         return
-    with pytest.raises(InputError, match=r"message 1 has tool_calls.* knows no tools"):
+    with pytest.raises(InputError, match=r"message 1 has tool_calls.* reads only text"):
         collect(engine, [Request(tools)])
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 
+import orjson
 import pytest
 from command import rows_of, write_rows
 from fake_openai import FakeServer, Raw, Reply, Stream, error
@@ -138,6 +139,7 @@ def test_an_unexplained_refusal_of_token_ids_changes_no_later_call(server):
     assert [post.path for post in server.posts] == [plain, plain, chat, plain]
 
 
+@pytest.mark.parametrize("status", [400, 422, 500])
 @pytest.mark.parametrize(
     "said",
     [
@@ -148,8 +150,8 @@ def test_an_unexplained_refusal_of_token_ids_changes_no_later_call(server):
         "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
     ],
 )
-def test_a_system_message_is_merged_where_the_role_is_refused_as_the_local_renderer_does(server, said):
-    server.refuse = lambda seen: error(400, said) if seen.body["messages"][0]["role"] == "system" else None
+def test_a_system_message_is_merged_where_the_role_is_refused_as_the_local_renderer_does(server, said, status):
+    server.refuse = lambda seen: error(status, said) if seen.body["messages"][0]["role"] == "system" else None
     bodies, ended = asked_twice(server, BY_SYSTEM)
     assert ended == ["stop", "stop"]
     assert [body["messages"] for body in bodies] == [BY_SYSTEM, MERGED, MERGED]
@@ -342,10 +344,10 @@ def test_a_list_of_models_without_end_is_given_up(server, monkeypatch):
 
 
 ODD = {
-    "a reason that is no UTF-8": Raw(b"HTTP/1.1 400 \xff\xfe\r\nContent-Length: 0\r\n\r\n"),
+    "a reason that is no UTF-8": Raw(b"HTTP/1.1 400 \xff\xfe\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"),
     "no HTTP": Raw(b"SSH-2.0-OpenSSH_9.6\r\n"),
     "a head without end": Raw(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 100_000),
-    "a status of its own": Raw(b"HTTP/1.1 999 Oops\r\nContent-Length: 0\r\n\r\n"),
+    "a status of its own": Raw(b"HTTP/1.1 999 Oops\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"),
     "another protocol": Raw(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nabc"),
     "a teapot": error(418, "I am a teapot"),
     "somewhere else": Reply(302, b"", {"Location": "http://127.0.0.1:9/login"}),
@@ -363,6 +365,56 @@ def test_whatever_answers_one_sample_fails_that_one_only(server, http, odd):
     result = BestOfN(policy, Flip(http), n=3, prune=False)("Write about a fox")
     assert [score.status for score in result.scores] == ["ok", "failed", "ok"]
     assert server.url in result.scores[1].reason
+
+
+TOKEN = {"token": "A", "logprob": -0.5, "bytes": [65], "top_logprobs": [{"token": "A", "logprob": -0.5}]}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+SAID = {"role": "assistant", "content": "A", "tool_calls": [CALL], "refusal": None, "reasoning_content": "hm"}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
+CHOICE = {"index": 0, "finish_reason": "stop", "token_ids": [1], "logprobs": {"content": [TOKEN]}}
+WEIRD = (None, True, -1, 1.5, 10**30, "", "\x00\u202e", [], {}, [None], [5], {"a": [{}]})
+
+
+def spoilt(answer):
+    """The answer with each of its parts replaced by everything that does not belong there."""
+    yield from WEIRD
+    inner = answer.items() if isinstance(answer, dict) else enumerate(answer) if isinstance(answer, list) else ()
+    for place, part in inner:
+        for odd in spoilt(part):
+            copy = answer.copy()
+            copy[place] = odd
+            yield copy
+
+
+def test_no_part_of_an_answer_can_be_such_that_more_than_its_candidate_fails(server):
+    answers = [*spoilt({"choices": [{**CHOICE, "message": SAID}], "usage": USAGE})]
+    server.faults += [json.dumps(answer).encode() for answer in answers]
+    sampling = {"logprobs": True, "extra": {"top_logprobs": 1}}
+    policy = HTTPEngine(server.url, retries=0, n_per_request=1)
+    try:
+        result = BestOfN(policy, "consensus", n=len(answers), sampling=sampling)("Write about a fox")
+    finally:
+        run(policy.aclose())
+    assert len(answers) > 300
+    assert len(result.candidates) == len(answers)
+    assert {c.finish_reason for c in result.candidates} == {"stop", "error"}
+    assert all(c.error for c in result.candidates if c.finish_reason == "error")
+    assert orjson.dumps(result.to_dict())
+    assert result.usage.total_tokens < 10 * len(answers)
+
+
+def test_no_part_of_an_event_can_be_such_that_more_than_its_candidate_fails(server):
+    ending = b'{"choices": [{"delta": {}, "finish_reason": "stop"}]}'
+    for event in spoilt({"choices": [{**CHOICE, "delta": {"content": "A", "reasoning": "hm"}}], "usage": USAGE}):
+        server.faults.append(Stream([json.dumps(event).encode(), ending, b"[DONE]"]))
+    count, engine = len(server.faults), HTTPEngine(server.url, retries=0)
+
+    async def collect():
+        return [one async for one in engine.generate([Request(PROMPT, n=count)], keep=lambda partial: True)]
+
+    done = asyncio.run(collect())
+    assert len(done) == count > 200
+    assert {one.finish_reason for one in done} == {"stop", "error"}
 
 
 def test_half_a_surrogate_pair_in_each_of_two_events_costs_one_candidate(server):

@@ -11,6 +11,9 @@ Tokens are streamed only where ``keep`` reads them; a completion that it gives u
 that prefixes match exactly, text never becomes a control token, and ``loglikelihood`` works; else they go to the chat
 endpoint and the server renders them.
 
+What the caller did not say is not sent, so that a server's own defaults apply. A field or a role that a server names as
+refused is left out there from then on, with a line in the log; options of the user's own are not, but for temperature.
+
 What it does not do: it does not count the tokens of a prompt beforehand without a tokenizer, so a prompt that is too
 long is noticed when the server says so.
 """

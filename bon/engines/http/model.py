@@ -102,7 +102,7 @@ class Model:
             try:
                 answer = await send(path, body.encode(name, varying, dropped))
             except wire.StatusError as error:
-                if error.status not in (400, 403, 413, 422):
+                if error.status not in (400, 403, 413, 422, 500):  # llama.cpp: 500 where its template refuses a role
                     raise
                 if sizes := wire.overflow(error):
                     tokens, limit = sizes
@@ -116,7 +116,7 @@ class Model:
                 left = body.optional(varying, dropped) & optional
                 if field := wire.refused_field(error, left, {*body.fields, *varying} - dropped):
                     named[field] = error.message
-                elif error.status != 403 and left & wire.GUESSED:
+                elif error.status in (400, 413, 422) and left & wire.GUESSED:
                     guessed |= left & wire.GUESSED
                 else:
                     raise
