@@ -11,8 +11,9 @@ from serving import served, until
 playwright = pytest.importorskip("playwright.sync_api")
 
 from bon import BestOfN, Score, Scorer, StopAt  # noqa: E402
+from bon.engines.http.wire import RequestRefusedError  # noqa: E402
 from bon.engines.scripted import ScriptedEngine  # noqa: E402
-from bon.errors import EngineError  # noqa: E402
+from bon.serve.failures import public  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -139,7 +140,7 @@ def test_what_models_say_is_never_interpreted(open_page, where, payload):
 
     class Failing(ScriptedEngine):
         def generate(self, *args, **kwargs):
-            raise EngineError(payload)
+            raise RequestRefusedError(payload)
 
     engine = Failing() if where == "error" else ScriptedEngine(script)
     with served(BestOfN(engine, "flip", n=2)) as site:
@@ -148,7 +149,8 @@ def test_what_models_say_is_never_interpreted(open_page, where, payload):
         page.click("#run")
         page.wait_for_selector("body[data-state=done], body[data-state=failed]", timeout=20_000)
         shown = {"candidate": "#winner .text", "inferred": "#winner .inferred", "error": "#alert"}[where]
-        assert " ".join(payload.split()) in " ".join(page.locator(shown).text_content().split())
+        said = public(payload) if where == "error" else payload
+        assert " ".join(said.split()) in " ".join(page.locator(shown).text_content().split())
         page.wait_for_timeout(50)
         assert page.evaluate("window.hacked") is None
         assert (
@@ -159,7 +161,7 @@ def test_what_models_say_is_never_interpreted(open_page, where, payload):
         )
         assert page.is_visible("#prompt")
         assert page.foreign == []
-        assert [p for p in page.problems if "503" not in p] == [], "the browser's policy had nothing to block either"
+        assert [p for p in page.problems if "502" not in p] == [], "the browser's policy had nothing to block either"
 
 
 def test_the_policy_of_the_page_stops_a_script_that_got_in_anyway(site, open_page):

@@ -175,8 +175,8 @@ def test_a_bad_field_is_named(site, fields, param):
     assert site.server.admission.running == site.server.admission.waiting == 0
 
 
-MANY = 2000
-UNKNOWN = {f"k{i}": 1 for i in range(MANY)}
+MANY, TOO_MANY = 2000, 2049
+UNKNOWN = {f"k{i}": 1 for i in range(TOO_MANY)}
 FLOODS = {
     "unknown fields": ({"messages": OK} | UNKNOWN, "k0"),
     "unknown fields of the extension": ({"messages": OK, "best_of_n": UNKNOWN}, "best_of_n.k0"),
@@ -184,7 +184,10 @@ FLOODS = {
     "stops that are none": ({"messages": OK, "stop": [1] * MANY}, "stop[0]"),
     "sounds": ({"messages": OK, "modalities": ["audio"] * MANY}, "modalities[0]"),
     "metadata": ({"messages": OK, "metadata": UNKNOWN}, "metadata"),
-    "biases": ({"messages": OK, "logit_bias": {f"k{i}": "a" for i in range(MANY)}}, "logit_bias"),
+    "biases": ({"messages": OK, "logit_bias": dict.fromkeys(UNKNOWN, "a")}, "logit_bias"),
+    "too many messages": ({"messages": OK * TOO_MANY}, "messages"),
+    "too many parts": (message(content=[{"type": "text", "text": "x"}] * TOO_MANY), "messages[0].content"),
+    "too many stops": ({"messages": OK, "stop": ["x"] * TOO_MANY}, "stop"),
 }
 
 

@@ -34,8 +34,10 @@ _NEUTRAL = {
 POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity", "chat_template_kwargs")
 
 
-# A list is left at its first error: a body of 4 MB may hold a million, and a client is told of one.
-FirstError = Field(fail_fast=True)
+# Entries of a list or an object, as OpenAI has it: a body of 4 MB could bring a million, each with work of its own.
+MOST = 2048
+# A list that is left at its first error, as a client is told of one.
+FirstError = Field(fail_fast=True, max_length=MOST)
 
 
 class _Body(BaseModel):
@@ -51,12 +53,9 @@ class _Body(BaseModel):
         return data
 
 
-_MOST_ENTRIES = 1024
-
-
 def _few(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > _MOST_ENTRIES:
-        raise PydanticCustomError("too_long", "may have at most {most} entries", {"most": _MOST_ENTRIES})
+    if isinstance(value, dict) and len(value) > MOST:
+        raise PydanticCustomError("too_long", "must have at most {max_length} items", {"max_length": MOST})
     return value
 
 
@@ -168,7 +167,7 @@ class _Common(_Body):
 class ChatRequest(_Common):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[Annotated[Any, WithJsonSchema(_MESSAGE)]] = Field(min_length=1)
+    messages: Annotated[list[Annotated[Any, WithJsonSchema(_MESSAGE)]], FirstError] = Field(min_length=1)
     continue_final_message: bool | None = Field(default=None, description="A last message of the assistant is, always.")
     add_generation_prompt: bool | None = None
     max_completion_tokens: Length | None = None
