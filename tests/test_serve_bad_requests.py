@@ -186,7 +186,6 @@ FLOODS = {
     "metadata": ({"messages": OK, "metadata": UNKNOWN}, "metadata"),
     "biases": ({"messages": OK, "logit_bias": dict.fromkeys(UNKNOWN, "a")}, "logit_bias"),
     "too many messages": ({"messages": OK * TOO_MANY}, "messages"),
-    "too many parts": (message(content=[{"type": "text", "text": "x"}] * TOO_MANY), "messages[0].content"),
     "too many stops": ({"messages": OK, "stop": ["x"] * TOO_MANY}, "stop"),
 }
 
