@@ -29,7 +29,16 @@ class BonError(Exception):
 
 
 class InputError(BonError):
-    """What the caller passed is wrong; the message names the value, the place and the remedy."""
+    """What the caller passed is wrong; the message names the value, the place and the remedy.
+
+    Args:
+        message: see above.
+        field: where in a request it is, as a path ("messages[0].content"), where that is known.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownNameError(InputError):

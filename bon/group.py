@@ -24,7 +24,7 @@ from bon.remarks import of_result
 from bon.scorers.base import Pending
 from bon.selectors import Selector, select
 from bon.task import Conversation, Task
-from bon.types import REWARDED, Candidate, Result, Score, Timing, Usage
+from bon.types import REWARDED, Candidate, Result, Score, Timing, Usage, without_text
 
 Callback = Callable[[Candidate | Score], None]
 Follow = Callable[[Partial], None]
@@ -201,7 +201,8 @@ class Group:
         elif candidate.finish_reason == "error":
             self._record(index, Score(None, "failed", reason=f"not sampled: {candidate.error}"))
         elif not candidate.text.strip():
-            self._record(index, Score(None, "empty", reason="no text"))
+            reason = without_text(candidate.refusal, candidate.reasoning, candidate.finish_reason)
+            self._record(index, Score(None, "empty", reason=reason))
         elif self.whole or candidate.text not in self._copies:
             self._copies.setdefault(candidate.text, [index])
             self._waiting.append(index)

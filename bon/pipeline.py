@@ -256,7 +256,8 @@ class _Round:
                     if place not in missing:
                         name = self._policy.name
                         raise EngineError(f"{name} returned sample {place[1]} of a prompt twice or unasked.")
-                    group, candidate = groups[place[0]], _candidate(completion)
+                    group = groups[place[0]]
+                    candidate = _candidate(completion, group.task.prefill)
                     if group.admit(candidate, _usage(completion), error=completion.error) and not group.whole:
                         self._sampled.put_nowait(Pending(group, candidate))
                     missing.remove(place)
@@ -416,19 +417,23 @@ async def _closing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
             await close()
 
 
-def _candidate(completion: Completion) -> Candidate:
+def _candidate(completion: Completion, prefill: str) -> Candidate:
+    """A completion as the whole answer, which begins with the prefill."""
     pieces, logprobs = completion.pieces, completion.logprobs
     known = pieces is not None and logprobs is not None and len(pieces) == len(logprobs)
     return Candidate(
         index=completion.sample_index,
-        text=completion.text,
+        text=prefill + completion.text if prefill and completion.error is None else completion.text,
         finish_reason=completion.finish_reason,
-        tokens=completion.tokens,
+        tokens=None if prefill else completion.tokens,
         cumulative_logprob=completion.cumulative_logprob,
         logprobs=tuple(zip(pieces or (), logprobs or (), strict=True)) if known else None,
         completion_tokens=completion.completion_tokens or None,
         error=None if completion.error is None else str(completion.error),
         tool_calls=completion.tool_calls,
+        reasoning=completion.reasoning,
+        refusal=completion.refusal,
+        top_logprobs=completion.top_logprobs,
     )
 
 

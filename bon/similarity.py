@@ -358,13 +358,14 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
     Not rapidfuzz's: it takes words of equal hash for equal, and is 12 MB.
     """
-    where: dict[str, int] = {}
+    where = dict.fromkeys(a, 0)  # nothing for other words of b, which may be many: each would have |b| bits
     for i, word in enumerate(b):
-        where[word] = where.get(word, 0) | 1 << i
+        if word in where:
+            where[word] |= 1 << i
     full = (1 << len(b)) - 1
     rows = full
     for word in a:
-        hits = rows & where.get(word, 0)
+        hits = rows & where[word]
         rows = ((rows + hits) | (rows - hits)) & full
     return len(b) - rows.bit_count()
 

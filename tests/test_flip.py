@@ -363,7 +363,7 @@ def test_sampling_may_be_a_mapping_of_what_differs_from_the_usual():
     assert Flip(answers(X), sampling={}).sampling == Flip(answers(X)).sampling
     assert Flip(answers(X), sampling={"max_tokens": 9}).sampling == Sampling(0, max_tokens=9, logprobs=True)
     assert Flip(answers(X), samples=2, sampling={"top_p": 0.5}).sampling.temperature == 1.0
-    assert Flip(answers(X), sampling=Sampling(max_tokens=9)).sampling.temperature == 1.0
+    assert Flip(answers(X), sampling=Sampling(max_tokens=9)).sampling.temperature is None
     with pytest.raises(UnknownNameError, match="Did you mean 'temperature'"):
         Flip(answers(X), sampling={"temprature": 0.5})
 

@@ -315,6 +315,45 @@ def test_clients_never_see_where_a_model_lies(tmp_path):
         assert site.http.get("/v1/models").json()["data"][0]["id"] == "bon-mini"
 
 
+def test_several_prompts_get_their_choices_in_one_answer(site):
+    prompts = ["Write about a quick red fox", "Write about token7"]
+    answer = site.openai().completions.create(model="bon-mini", prompt=prompts, n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text == "a quick red fox"
+    assert answer.choices[2].text.endswith("token7")
+    assert [evidence["instruction"] for evidence in answer.best_of_n] == prompts
+    one = site.openai().completions.create(model="bon-mini", prompt=prompts[:1], n=2)
+    assert one.best_of_n["instruction"] == prompts[0]
+    assert answer.usage.completion_tokens > one.usage.completion_tokens > 0
+
+
+def test_minus_one_is_what_it_is_elsewhere(site):
+    for length in ("max_tokens", "max_completion_tokens"):
+        answer = site.chat("Write about a quick red fox", seed=-1, top_k=-1, **{length: -1})
+        assert answer.json()["choices"][0]["message"]["content"] == "a quick red fox", answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_has_begun_is_continued_and_scored_as_a_whole(stream):
+    """The client gets what comes behind what it sent, as from vLLM; the scorer sees the whole answer."""
+    seen = []
+
+    def reward(prompt, responses):
+        seen.append((prompt, *responses))
+        return [1.0] * len(responses)
+
+    engine = ScriptedEngine(lambda text, draw: f"upon a time {draw}")
+    messages = [*MESSAGES, {"role": "assistant", "content": "Once "}]
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    with served(BestOfN(engine, reward, n=1)) as site:
+        create = site.openai().chat.completions.create
+        answer = create(model="scripted", messages=messages, stream=stream, extra_body=options)
+        chunks = [c.choices[0].delta.content or "" for c in answer if c.choices] if stream else ()
+        text = "".join(chunks) if stream else answer.choices[0].message.content
+    assert text == "upon a time 0"
+    assert seen == [(MESSAGES[0]["content"], "Once upon a time 0")]
+
+
 def test_content_parts_of_text_are_joined(site):
     parts = [{"type": "text", "text": "Write about "}, {"type": "text", "text": "a quick red fox"}]
     assert site.chat(parts).json()["best_of_n"]["instruction"] == "Write about a quick red fox"

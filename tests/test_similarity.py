@@ -3,6 +3,8 @@
 import json
 import re
 import string
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +242,33 @@ def test_a_bound_looks_at_each_character_of_a_growing_word_once(instruction):
         return Counted.looks
 
     assert looks(2048) <= 2 * looks(1024) + 1
+
+
+def test_marking_what_matched_takes_linear_time():
+    """Every part looked at all words of the instruction: 3 s for 4,000 words, in a server's event loop."""
+
+    def steps(size):
+        text, counted = " ".join(f"word{i}" for i in range(size)), [0]
+        sys.setprofile(lambda *_: counted.__setitem__(0, counted[0] + 1))
+        try:
+            spans = matched_words(text, text)
+        finally:
+            sys.setprofile(None)
+        assert len(spans) == size
+        return counted[0]
+
+    assert steps(400) <= 2.1 * steps(200)
+
+
+def test_rouge_l_keeps_nothing_of_words_that_were_not_inferred():
+    """Each word of a long prompt had an integer of as many bits as the prompt has words: a gigabyte for 100,000."""
+    instruction = " ".join(f"word{i}" for i in range(20_000))
+    tracemalloc.start()
+    match = RougeL()("word3 word19999", instruction)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert match.recall == 2 / 20_000
+    assert peak < 20_000 * 1_000  # 50 MB before, of which 2 MB are the words themselves
 
 
 def plain_lcs(a, b):

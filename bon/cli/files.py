@@ -255,7 +255,7 @@ def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
     from bon.mini.tasks import knows
 
     for row in rows:
-        job.off_world += not knows(row.task.messages[-1].content)
+        job.off_world += not knows(row.task.instruction)
         yield row
 
 

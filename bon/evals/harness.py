@@ -66,7 +66,7 @@ def evaluate(
         limit: rows at most; None leaves it to the dataset.
         seed: of the choice of rows, of the sampling and of the intervals.
         max_words: candidates with more words are left out, and rows that then have fewer than two.
-        sampling: of the candidates; temperature 1 and the dataset's ``max_tokens`` where it says nothing.
+        sampling: of the candidates; the model's defaults and the dataset's ``max_tokens`` where it says nothing.
         store: a file that keeps the scores of scorers that have a spec: what it has is not scored again.
         progress: show progress bars on stderr.
         threads: as in ``BestOfN``.

@@ -63,7 +63,7 @@ class RewardFunction(Scorer):
         for positions in by_group.values():
             responses = [pending[i].candidate.text for i in positions]
             task = pending[positions[0]].task
-            messages = [message.to_dict() for message in task.messages]
+            messages = [message.to_dict() for message in task.asked]
             try:
                 given = await self._call(messages, responses, **({"task": task} if self._takes_task else {}))
                 rewards = self._check(given, len(responses))

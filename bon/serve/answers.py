@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any
 
 from bon.data.sink import to_json
@@ -74,13 +74,13 @@ class Answer:
         for place, pick in enumerate(picks):
             if self._chat and place:
                 yield self._chunk({"role": "assistant", "content": ""}, place)
-            for piece in _PIECE.findall(_content(pick) or ""):
+            for piece in _PIECE.findall(self._content(pick) or ""):
                 yield self._chunk({"content": piece}, place)
-            if self._chat and pick and pick.tool_calls:
-                calls = [{"index": i, **call} for i, call in enumerate(pick.tool_calls)]
-                yield self._chunk({"tool_calls": calls}, place)
-            if self._chat and pick is None:
-                yield self._chunk({"refusal": public(result.selection.reason or "")}, place)
+            apart = _apart(pick, result) if self._chat else {}
+            if calls := apart.get("tool_calls"):
+                apart["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+            if any(apart.values()):
+                yield self._chunk(apart, place)
             evidence = {"best_of_n": self._evidence(result, picks, queue_s)} if place == len(picks) - 1 else {}
             yield self._chunk({}, place, _ended(pick), self._logprobs(pick), **evidence)
         if self._plan.request.stream_options and self._plan.request.stream_options.include_usage:
@@ -110,10 +110,17 @@ class Answer:
     def _choice(self, place: int, pick: Candidate | None, result: Result) -> dict[str, Any]:
         choice = {"index": place, "logprobs": self._logprobs(pick), "finish_reason": _ended(pick)}
         if not self._chat:
-            return {**choice, "text": pick.text if pick else ""}
-        refusal = None if pick else public(result.selection.reason or "")
-        calls = {"tool_calls": list(pick.tool_calls)} if pick and pick.tool_calls else {}
-        return {**choice, "message": {"role": "assistant", "content": _content(pick), "refusal": refusal, **calls}}
+            return {**choice, "text": self._content(pick) or ""}
+        return {**choice, "message": {"role": "assistant", "content": self._content(pick), **_apart(pick, result)}}
+
+    def _content(self, pick: Candidate | None) -> str | None:
+        """What the policy wrote: no prefill, nor the canonical form of tool calls, which is there to be scored."""
+        if pick is None:
+            return None
+        text = pick.text.removeprefix(self._plan.task.prefill)
+        if not pick.tool_calls:
+            return text
+        return text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
 
     def _logprobs(self, pick: Candidate | None) -> dict[str, Any] | None:
         """The answer's tokens with their log-probabilities; in a stream they come with the end of the answer.
@@ -125,10 +132,14 @@ class Answer:
             return None
         if pick.logprobs is None:
             raise bad("logprobs", "the policy does not have them.", "unsupported_parameter")
-        spoken = _spoken(pick, pick.logprobs)
+        spoken = _spoken(self._content(pick) or "", pick.logprobs)
         if self._chat:
-            known = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
-            return {"content": [{**token, "top_logprobs": []} for token in known], "refusal": None}
+            likely = [top for (piece, _), top in zip(pick.logprobs, pick.top_logprobs, strict=False) if piece]
+            tokens = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
+            content = [
+                {**token, "top_logprobs": top} for token, top in zip(tokens, likely or cycle([()]), strict=False)
+            ]
+            return {"content": content, "refusal": None}
         return {
             "tokens": [piece for piece, _ in spoken],
             "token_logprobs": [logprob for _, logprob in spoken],
@@ -206,6 +217,19 @@ class Answer:
         return _event({**self._head(self._kind), "choices": [choice], **more})
 
 
+def joined(answers: Sequence[dict[str, Any]], results: Sequence[Result]) -> dict[str, Any]:
+    """The answers to several prompts as one: choices in order, the sum of what they cost, evidence of each."""
+    if len(answers) == 1:
+        return answers[0]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    return {
+        **answers[0],
+        "choices": [{**choice, "index": place} for place, choice in enumerate(choices)],
+        "usage": usage_body(sum((result.usage for result in results), Usage())),
+        "best_of_n": [answer["best_of_n"] for answer in answers],
+    }
+
+
 def failure(error: ApiError) -> bytes:
     """An error inside a stream that is already open."""
     return _event(error.body)
@@ -241,12 +265,12 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + to_json(body) + b"\n\n"
 
 
-def _spoken(pick: Candidate, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+def _spoken(text: str, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """The tokens of the answer's text: no special ones, and none past a stop string."""
     spoken = [(piece, logprob) for piece, logprob in logprobs if piece]
     said = "".join(piece for piece, _ in spoken)
-    if said.startswith(pick.text):
-        surplus = len(said) - len(pick.text)
+    if said.startswith(text):
+        surplus = len(said) - len(text)
         while spoken and len(spoken[-1][0]) <= surplus:
             surplus -= len(spoken.pop()[0])
     return spoken
@@ -257,11 +281,13 @@ def _bytes(piece: str) -> list[int] | None:
     return None if "\ufffd" in piece else list(piece.encode())
 
 
-def _content(pick: Candidate | None) -> str | None:
-    """The text without the canonical form of its tool calls, which is there to be scored."""
-    if pick is None or not pick.tool_calls:
-        return pick.text if pick else None
-    return pick.text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
+def _apart(pick: Candidate | None, result: Result) -> dict[str, Any]:
+    """What a message holds beside its content."""
+    if pick is None:
+        return {"refusal": public(result.selection.reason or "")}
+    calls = {"tool_calls": list(pick.tool_calls)} if pick.tool_calls else {}
+    thought = {"reasoning_content": pick.reasoning} if pick.reasoning else {}
+    return {"refusal": pick.refusal or None, **thought, **calls}
 
 
 def _ended(pick: Candidate | None) -> str:

@@ -22,7 +22,7 @@ from bon.best_of_n import BestOfN
 from bon.mini.tasks import FAMILIES, instruction, sample_tasks
 from bon.models import MINI
 from bon.serve.admission import Admission
-from bon.serve.answers import Answer, usage_body
+from bon.serve.answers import Answer, joined, usage_body
 from bon.serve.bodies import Bodies
 from bon.serve.edge import Edge
 from bon.serve.failures import ApiError, ClientGone, api_error, json_response
@@ -72,18 +72,23 @@ class Server:
         return await self._complete(CompletionRequest, request)
 
     async def _complete(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Response:
-        plan = self.planner.plan(parse(kind, await self.bodies.read(request)))
-        job = Job(plan, self.admission.ticket(), partial(self._ended, plan, request))
-        self._jobs.add(job)
+        asked, jobs = parse(kind, await self.bodies.read(request)), list[Job]()
         try:
-            if plan.request.stream:
+            for one in asked.each:
+                plan = self.planner.plan(one)
+                jobs.append(Job(plan, self.admission.ticket(), partial(self._ended, plan, request)))
+                self._jobs.add(jobs[-1])
+            if asked.stream:
+                [job] = jobs
                 await asyncio.wait([job.task], timeout=STREAM_OPENS_AFTER_S)
                 if not job.task.done() or job.task.exception() is None:
                     return EventStream(job, self.settings.heartbeat_s, self.settings.status_s)
-            result = await while_connected(request, asyncio.shield(job.task))
-            return json_response(Answer(plan).whole(result, job.ticket.queue_s))
+            results = [await while_connected(request, asyncio.shield(job.task)) for job in jobs]
+            wholes = [Answer(j.plan).whole(r, j.ticket.queue_s) for j, r in zip(jobs, results, strict=True)]
+            return json_response(joined(wholes, results))
         except BaseException as error:
-            await job.abort()
+            for job in jobs:
+                await job.abort()
             if isinstance(error, ApiError) or not isinstance(error, Exception):
                 raise
             raise api_error(error, plan.passed) from error

@@ -85,6 +85,8 @@ def api_error(error: BaseException, passed: Mapping[str, Any] | None = None) -> 
         headers = {"retry-after": str(math.ceil(RETRY_AFTER_S if wait is None else max(wait, 1)))}
         return ApiError(503, _told(error), "engine_error", headers=headers)
     if isinstance(error, errors.InputError) and not isinstance(error, errors.UserCodeError):
+        if error.field is not None:
+            return bad(error.field, public(str(error)))
         name = str(error.name) if isinstance(error, errors.UnknownNameError) else None
         if passed:
             why = "" if name in passed else f" {public(str(error))}"  # what else there is, is the operator's to know

@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from bon.engines.base import Partial
 from bon.serve.admission import Ticket
-from bon.serve.failures import ApiError, ClientGone
+from bon.serve.failures import ApiError, ClientGone, bad
 from bon.serve.plan import Plan
 from bon.types import Candidate, Result, Score
 
@@ -71,6 +71,9 @@ class Job:
         if isinstance(event, Candidate):
             self._sampled.add(event.index)
             self.texts.pop(event.index, None)
+            if self.plan.bon.sampling.logprobs and event.text and event.logprobs is None:
+                # Nor will the others have any.
+                self.stop(bad("logprobs", "the policy does not have them.", "unsupported_parameter"))
         else:
             self._scored.add(event.candidate)
             if event.reward is not None and (self._best is None or event.reward > self._best):

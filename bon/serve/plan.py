@@ -103,9 +103,9 @@ class Planner:
             min_reward=options.min_reward,
             prune=self.bon.prune and request.returned == 1,
         )
-        passed = request.passed | (request.about_tools if isinstance(request, ChatRequest) else {})
-        model = request.model or self.models[0]
-        return Plan(request, self._task(request), bon, name, model, self._deadline(options.deadline_s), passed)
+        task, model = self._task(request), request.model or self.models[0]
+        passed = request.passed | _about_tools(task)
+        return Plan(request, task, bon, name, model, self._deadline(options.deadline_s), passed)
 
     def check_model(self, name: str) -> None:
         """Raise a 404 for a model that is not served."""
@@ -153,9 +153,18 @@ class Planner:
         try:
             task = Task.of(request.conversation)
             name = "best_of_n.instruction"
-            return Task.of(task, request.options.instruction)
+            task = Task.of(task, request.options.instruction)
         except InputError as error:
-            raise bad(name, str(error)) from error
+            raise bad(error.field or name, str(error)) from error
+        if isinstance(request, ChatRequest):
+            for name, wanted in (
+                ("continue_final_message", bool(task.prefill)),
+                ("add_generation_prompt", not task.prefill),
+            ):
+                if getattr(request, name) not in (None, wanted):
+                    said = "a last message of the assistant is continued, and no other"
+                    raise bad(name, f"can only be {str(wanted).lower()} here: {said}.")
+        return task
 
     def _sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
         names = ("temperature", "top_p", "top_k", "min_p", "seed")
@@ -171,6 +180,12 @@ class Planner:
         if asked is not None and most is not None and asked > most:
             raise bad("best_of_n.deadline_s", f"is {asked:g}, and this server allows {most:g} s at most.")
         return most if asked is None else asked
+
+
+def _about_tools(task: Task) -> dict[str, Any]:
+    """Path -> value of what the messages hold that only a policy behind HTTP can read."""
+    turns = enumerate(task.messages)
+    return {f"messages[{i}].{name}": value for i, turn in turns for name, value in turn.about_tools.items()}
 
 
 def public_name(name: str) -> str:

@@ -123,10 +123,11 @@ class ChatResponse(_Response):
 
 
 class CompletionResponse(_Response):
-    """OpenAI's text completion."""
+    """OpenAI's text completion; several prompts have their choices one after the other, and evidence each."""
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
+    best_of_n: BestOfNBody | list[BestOfNBody]  # type: ignore[assignment]
 
 
 class ModelDefaults(BaseModel):

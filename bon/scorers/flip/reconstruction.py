@@ -13,8 +13,9 @@ from bon.scorers.base import Pending
 from bon.scorers.flip.repeats import Repeats
 from bon.scorers.parsing import Parsed, Parser
 from bon.similarity import Bound, Match, Similarity, characters, mean_bound
-from bon.types import REWARDED, Score, ScoreStatus, Usage
+from bon.types import REWARDED, Score, ScoreStatus, Usage, without_text
 
+_LOOK_AGAIN = 16  # a text is read again when it has grown by this part of its length
 _RUN = 4  # words: that many in a row are seldom the same in an instruction and in its answer by chance
 _ECHO = 0.8  # share of such runs of a reconstruction above which it is a piece of the response
 
@@ -60,6 +61,7 @@ class Reconstruction:
     counters: list[Bound | None] = field(default_factory=list)
     repeats: list[Repeats] = field(default_factory=list)
     echoed: bool = False
+    next_look: list[int] = field(default_factory=list)
     spent: Usage = field(default_factory=Usage)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -68,6 +70,7 @@ class Reconstruction:
         self.counters = [self.similarity.bound(instruction) for _ in range(self.samples)]
         self.bounds = [self.similarity.maximum] * self.samples
         self.repeats = [Repeats() for _ in range(self.samples)]
+        self.next_look = [0] * self.samples
 
     def restarted(self) -> Reconstruction:
         """Another try with further samples, which remembers what was spent."""
@@ -97,8 +100,11 @@ class Reconstruction:
         sample = partial.sample_index - self.first_sample
         if self.repeats[sample].end(partial.text) is not None:
             return False  # before the bound sees words that ``finish`` will cut off
-        counter = self.counters[sample]
-        settled = self.parser.settled(before_stop(partial.text, stop))
+        counter, length = self.counters[sample], len(partial.text)
+        settled = None
+        if counter is not None and length >= self.next_look[sample]:
+            self.next_look[sample] = length + length // _LOOK_AGAIN
+            settled = self.parser.settled(before_stop(partial.text, stop))
         with self.lock:
             if counter is not None and settled is not None:
                 self.bounds[sample] = counter.update(settled)
@@ -116,6 +122,9 @@ class Reconstruction:
             parsed = self.parser.parse(completion.text[:end], "length", "the answer repeats itself")
         elif completion.finish_reason != "abort":
             parsed = self.parser.parse(completion.text, completion.finish_reason)
+            if parsed.status == "failed" and not completion.text.strip():
+                reason = without_text(completion.refusal, completion.reasoning, completion.finish_reason)
+                parsed = Parsed("failed", None, reason)
         if parsed is not None and parsed.instruction is not None:
             match = self.similarity(parsed.instruction, self.pending.task.instruction)
             self.echoed |= echoes(parsed.instruction, self.pending.candidate.text)

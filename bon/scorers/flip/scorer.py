@@ -164,7 +164,7 @@ class Flip(ModelScorer):
         """Run all reconstructions as one batch and yield each run when its last one ends."""
         sampling = self._held(self.sampling)
         if attempt:
-            sampling = sampling.replace(temperature=max(sampling.temperature, RETRY_TEMPERATURE))
+            sampling = sampling.replace(temperature=max(sampling.drawing.temperature, RETRY_TEMPERATURE))
         keep = _keep(runs, sampling.stop)
         requests = [
             Request(run.prompt, self._limited(sampling, run), self.samples, run.first_sample, keep is None)
