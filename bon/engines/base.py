@@ -345,6 +345,18 @@ class WritesJSON(Protocol):
 
 
 @runtime_checkable
+class Remote(Protocol):
+    """An engine whose model runs elsewhere and may not be there; its name is an address until it has answered."""
+
+    async def check(self) -> None:
+        """Ask whether the model is there.
+
+        Raises:
+            BonError: what is wrong.
+        """
+
+
+@runtime_checkable
 class Batches(Protocol):
     """An engine that knows how many requests run together."""
 

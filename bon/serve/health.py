@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from bon.best_of_n import BestOfN
-from bon.engines.http.engine import HTTPEngine
+from bon.engines.base import Remote
 from bon.errors import InputError
 from bon.serve.admission import Admission
 from bon.serve.failures import BROKEN, ApiError
@@ -46,7 +46,7 @@ class Health:
 
     async def start(self) -> None:
         """Ask the servers behind this one whether they are there; goes on doing so where they take too long."""
-        remote = [engine for engine in (self._bon.policy, *self._bon.scorer.engines) if isinstance(engine, HTTPEngine)]
+        remote = [engine for engine in (self._bon.policy, *self._bon.scorer.engines) if isinstance(engine, Remote)]
         if remote:
             self.reason = "the model's server has not answered yet"
 

@@ -12,7 +12,7 @@ from bon.best_of_n import BestOfN
 from bon.budget import Budget, Fixed, StopAt, as_budget
 from bon.engines.base import Rates
 from bon.engines.function import FunctionEngine
-from bon.engines.http.engine import HTTPEngine
+from bon.engines.base import Remote
 from bon.errors import InputError
 from bon.models import MINI
 from bon.scorers.base import ModelScorer, Scorer
@@ -76,7 +76,7 @@ class Planner:
             ApiError: 503 while a server behind this one has not said what its model is called.
         """
         name = self.bon.policy.name
-        if not self.settings.model_names and isinstance(self.bon.policy, HTTPEngine) and "://" in name:
+        if not self.settings.model_names and isinstance(self.bon.policy, Remote) and "://" in name:
             raise ApiError(
                 503, "the model's server has not answered yet.", "engine_error", headers={"retry-after": "5"}
             )
