@@ -42,21 +42,30 @@ def http(server):
     run(engine.aclose())
 
 
-def generate(engine, prompt=PROMPT, keep=None, **sampling):
-    """What one sample becomes."""
+def each(engine, *prompts, keep=None, **sampling):
+    """What one sample of each prompt becomes, one after the other; the engine is closed at the end."""
 
     async def collect():
-        return [one async for one in engine.generate([Request(prompt, Sampling(**sampling))], keep=keep)]
+        try:
+            requests = [Request(prompt, Sampling(**sampling)) for prompt in prompts]
+            return [one for request in requests async for one in engine.generate([request], keep=keep)]
+        finally:
+            await engine.aclose()
 
-    [done] = asyncio.run(collect())
+    return asyncio.run(collect())
+
+
+def generate(engine, **options):
+    """What one sample becomes."""
+    [done] = each(engine, PROMPT, **options)
     return done
 
 
 def asked_twice(server, messages="Name a colour.", **sampling):
     """The bodies that a server got for two calls of one engine, and how the calls ended."""
-    engine = HTTPEngine(server.url, retries=0)
-    ended = [generate(engine, Prompt.of(as_messages(messages)), **sampling).finish_reason for _ in range(2)]
-    return [post.body for post in server.posts], ended
+    prompt = Prompt.of(as_messages(messages))
+    ended = each(HTTPEngine(server.url, retries=0), prompt, prompt, **sampling)
+    return [post.body for post in server.posts], [done.finish_reason for done in ended]
 
 
 # --- what they refuse ---
@@ -120,21 +129,18 @@ def test_a_refusal_that_explains_nothing_removes_nothing_for_good(server):
 
 def test_a_field_that_a_refusal_only_happens_to_mention_is_not_learnt(server):
     said = "flagged by moderation: 'What is the temperature of logprobs?'"
-    server.refuse = lambda seen: error(400, said) if len(server.posts) < 5 else None
+    server.refuse = lambda seen: error(400, said) if "flagged" in str(seen.body) else None
     engine = HTTPEngine(server.url, retries=0)
-    failed = generate(engine, temperature=0.0, logprobs=True)
+    failed, _ = each(engine, Prompt.of(as_messages("flagged")), PROMPT, temperature=0.0, logprobs=True)
     assert said in str(failed.error)
     assert not engine.endpoints.all[0].refused
-    server.refuse = lambda seen: None
-    generate(engine, temperature=0.0, logprobs=True)
     assert {"temperature", "logprobs"} < server.posts[-1].body.keys()
 
 
 def test_an_unexplained_refusal_of_token_ids_changes_no_later_call(server):
     engine = HTTPEngine(server.url, tokenizer=str(WEIGHTS), retries=0)
     server.faults += [error(400, "bad request")] * 2
-    generate(engine)
-    generate(engine)
+    each(engine, PROMPT, PROMPT)
     plain, chat = "/v1/completions", "/v1/chat/completions"
     assert [post.path for post in server.posts] == [plain, plain, chat, plain]
 
@@ -410,7 +416,10 @@ def test_no_part_of_an_event_can_be_such_that_more_than_its_candidate_fails(serv
     count, engine = len(server.faults), HTTPEngine(server.url, retries=0)
 
     async def collect():
-        return [one async for one in engine.generate([Request(PROMPT, n=count)], keep=lambda partial: True)]
+        try:
+            return [one async for one in engine.generate([Request(PROMPT, n=count)], keep=lambda partial: True)]
+        finally:
+            await engine.aclose()
 
     done = asyncio.run(collect())
     assert len(done) == count > 200
