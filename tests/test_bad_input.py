@@ -336,7 +336,10 @@ class NeedsArguments:
             "must return a list of 4 texts, but returned 1 as sample 0",
         ),
         (["--policy", "mine:no_list", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 7"),
-        (["--policy", "mine:fine", "--scorer", "mine:raises"], "called with (prompt, responses), and mine:raises takes (prompt)"),
+        (
+            ["--policy", "mine:fine", "--scorer", "mine:raises"],
+            "called with (prompt, responses), and mine:raises takes (prompt)",
+        ),
         (["--policy", "mine:fine", "--scorer", "flip"], "cannot score by itself. Name a model to score with"),
         (["--policy", "mine:number"], "'mine:number' is no function and no engine, but int"),
         (["--policy", "mine:missing"], "the module 'mine' has no 'missing'"),

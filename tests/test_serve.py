@@ -52,7 +52,7 @@ def test_a_deadline_returns_the_best_so_far_and_stops_the_rest(concurrent):
     assert "0.3 s passed before it was finished" in result.scores[3].reason
     assert policy.running == flip.running == 0, "nothing goes on after the deadline"
     if concurrent:
-        assert (result.text, result.counts) == ("red fox", {"late": 2, "ok": 2})
+        assert (result.text, result.counts) == ("red fox", {"echo": 2, "late": 2})
     else:
         assert (result.text, result.counts) == (None, {"late": 4}), "it would have been scored after the last candidate"
         assert result.candidates[0].text == "red fox", "what was sampled is kept"
@@ -61,7 +61,7 @@ def test_a_deadline_returns_the_best_so_far_and_stops_the_rest(concurrent):
 def test_a_deadline_that_does_not_pass_changes_nothing():
     bon = BestOfN(ScriptedEngine(["red fox", "red fox"]), "flip", n=2)
     result = asyncio.run(bon.run(PROMPT, deadline=60))
-    assert result.counts == {"ok": 2}
+    assert result.counts == {"echo": 2}
 
 
 # The API, through the front door: a real uvicorn and the official client.
@@ -148,7 +148,7 @@ def test_n_returns_the_n_best_ranked(site):
     assert [c.index for c in answer.choices] == [0, 1, 2]
     rewards = [c["reward"] for c in answer.best_of_n["choices"]]
     assert rewards == sorted(rewards, reverse=True)
-    assert answer.best_of_n["statuses"] == {"ok": 4}, "the k best need every reward, so nothing is pruned"
+    assert answer.best_of_n["statuses"] == {"echo": 4}, "the k best need every reward, so nothing is pruned"
     more = site.openai().chat.completions.create(model="bon-mini", messages=MESSAGES, n=6)
     assert len(more.choices) == 6, "more than the default number of candidates"
     stream = list(site.openai().chat.completions.create(model="bon-mini", messages=MESSAGES, n=2, stream=True))
@@ -522,7 +522,7 @@ def test_a_deadline_returns_the_best_so_far_and_says_so():
         answer = site.chat("the red fox", best_of_n={"deadline_s": 0.4}).json()
         assert answer["choices"][0]["message"]["content"] == "red fox"
         assert answer["best_of_n"]["deadline_passed"] is True
-        assert answer["best_of_n"]["statuses"] == {"late": 1, "ok": 2}
+        assert answer["best_of_n"]["statuses"] == {"echo": 2, "late": 1}
         assert "deadline of 0.4 s passed" in answer["best_of_n"]["reason"]
         nothing = site.chat("the red fox", best_of_n={"deadline_s": 0.001})
         assert (nothing.status_code, nothing.json()["error"]["code"]) == (408, "deadline_exceeded")
