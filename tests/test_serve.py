@@ -522,7 +522,7 @@ def test_a_deadline_returns_the_best_so_far_and_says_so():
         answer = site.chat("the red fox", best_of_n={"deadline_s": 0.4}).json()
         assert answer["choices"][0]["message"]["content"] == "red fox"
         assert answer["best_of_n"]["deadline_passed"] is True
-        assert answer["best_of_n"]["statuses"] == {"echo": 2, "late": 1}
+        assert answer["best_of_n"]["statuses"] == {"late": 1, "echo": 2}
         assert "deadline of 0.4 s passed" in answer["best_of_n"]["reason"]
         nothing = site.chat("the red fox", best_of_n={"deadline_s": 0.001})
         assert (nothing.status_code, nothing.json()["error"]["code"]) == (408, "deadline_exceeded")
