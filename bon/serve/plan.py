@@ -10,9 +10,8 @@ from typing import Any
 
 from bon.best_of_n import BestOfN
 from bon.budget import Budget, Fixed, StopAt, as_budget
-from bon.engines.base import Rates
+from bon.engines.base import Rates, Remote
 from bon.engines.function import FunctionEngine
-from bon.engines.base import Remote
 from bon.errors import InputError
 from bon.models import MINI
 from bon.scorers.base import ModelScorer, Scorer
