@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from fake_openai import FakeServer, Reply, error
+from tiny import save_classifier
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
@@ -68,28 +69,6 @@ def unigram():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
-def save(folder, family, tokenizer, head="SequenceClassification", **changes):
-    """Write a random model with a classification head and its tokenizer to a folder and return the folder."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.4,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if family == "DebertaV2":
-        sizes |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
-        sizes |= {"type_vocab_size": 0}
-    config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
-    tokenizer.save_pretrained(folder)
-    getattr(transformers, f"{family}For{head}")(config).eval().save_pretrained(folder)
-    return folder
-
-
 def named(*labels):
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
@@ -107,7 +86,7 @@ MODELS = {
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request, tmp_path_factory):
     family, tokenizer, changes = MODELS[request.param]
-    return save(tmp_path_factory.mktemp("model"), family, tokenizer(), num_labels=1, **changes)
+    return save_classifier(tmp_path_factory.mktemp("model"), family, tokenizer(), num_labels=1, **changes)
 
 
 def encoded(tokenizer, task, text):
@@ -167,7 +146,7 @@ def test_text_never_becomes_a_control_token(folder):
 
 
 def test_a_named_label_or_its_place_is_the_reward(tmp_path):
-    folder = save(tmp_path, "Bert", wordpiece(), **named("bad", "fair", "good"))
+    folder = save_classifier(tmp_path, "Bert", wordpiece(), **named("bad", "fair", "good"))
     logits = plain(folder, TASK, TEXTS)
     for label, place in (("good", 2), ("bad", 0), (1, 1)):
         [found] = rewards(f"reward-model:{folder},label={label}", (TASK, TEXTS))
@@ -176,13 +155,13 @@ def test_a_named_label_or_its_place_is_the_reward(tmp_path):
 
 @pytest.mark.parametrize("label", ["great", 3, -1])
 def test_a_label_that_the_model_does_not_have_is_refused_with_those_it_has(tmp_path, label):
-    folder = save(tmp_path, "Bert", wordpiece(), **named("bad", "fair", "good"))
+    folder = save_classifier(tmp_path, "Bert", wordpiece(), **named("bad", "fair", "good"))
     with pytest.raises(UnknownNameError, match=r"label of .*Known: bad, fair, good"):
         scored(f"reward-model:{folder},label={label}", (TASK, TEXTS))
 
 
 def test_a_head_of_several_labels_needs_one_named(tmp_path):
-    folder = save(tmp_path, "Bert", wordpiece(), **named("bad", "good"))
+    folder = save_classifier(tmp_path, "Bert", wordpiece(), **named("bad", "good"))
     with pytest.raises(InputError, match=r"has the labels bad, good: say whose logit is the reward, label=NAME"):
         scored(f"reward-model:{folder}", (TASK, TEXTS))
 
@@ -190,7 +169,7 @@ def test_a_head_of_several_labels_needs_one_named(tmp_path):
 def test_a_model_without_a_classification_head_is_refused(tmp_path):
     tiny.save(tmp_path)
     for model in (tmp_path, "mini"):
-        with pytest.raises(InputError, match="LlamaForCausalLM, which has no classification head, so it is no reward"):
+        with pytest.raises(InputError, match="ForCausalLM, which has no classification head, so it is no reward"):
             scored(f"reward-model:{model}", (TASK, TEXTS))
 
 
@@ -203,9 +182,9 @@ def test_a_head_whose_weights_are_missing_is_refused_and_not_drawn_at_random(tmp
 
 
 def test_the_command_line_refuses_in_one_sentence(tmp_path, capsys):
-    save(tmp_path, "Bert", wordpiece(), **named("bad", "good"))
+    save_classifier(tmp_path, "Bert", wordpiece(), **named("bad", "good"))
     for spec, said in ((f"{tmp_path},label=best", "Known: bad, good"), ("mini", "no classification head")):
-        assert main(["run", "-p", "scripted", "--scorer", f"reward-model:{spec}", "-n", "2", "Hi"]) == 2
+        assert main(["run", "--policy", "scripted", "--scorer", f"reward-model:{spec}", "-n", "2", "Hi"]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
         assert said in captured.err
@@ -218,18 +197,18 @@ def test_what_does_not_fit_fails_in_its_place(folder):
 
 
 def test_the_tokenizers_limit_holds_where_it_is_the_smaller_one(tmp_path):
-    engine = TorchClassifier(save(tmp_path, "Bert", wordpiece(), num_labels=1))
+    engine = TorchClassifier(save_classifier(tmp_path, "Bert", wordpiece(), num_labels=1))
     assert engine.max_model_len == 128
     asyncio.run(engine.aclose())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_logit_that_is_no_number_is_no_reward(tmp_path, bad):
-    engine = TorchClassifier(save(tmp_path, "Bert", wordpiece(), num_labels=1))
+    engine = TorchClassifier(save_classifier(tmp_path, "Bert", wordpiece(), num_labels=1))
     with torch.no_grad():
         engine._model.classifier.bias.fill_(bad)
     [group] = scored(RewardModel(engine), (TASK, TEXTS[:2]))
-    assert group.rewards == [None, None]
+    assert group.rewards == (None, None)
     assert {score.reason for score in group.scores} == {f"the model gives the logit {bad}"}
     asyncio.run(engine.aclose())
 
@@ -263,7 +242,7 @@ STEPS = "First, 12 + 30.\n\nThat is 42.\n \nSo the answer\nis 42."
 @pytest.fixture(scope="module")
 def stepwise(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
-    return save(folder, "Qwen2", tiny.tokenizer("llama3"), "TokenClassification", num_labels=2)
+    return save_classifier(folder, "Qwen2", tiny.tokenizer("llama3"), "TokenClassification", num_labels=2)
 
 
 def step_scores(folder, task, text, separator="\n"):
@@ -285,10 +264,11 @@ def test_each_step_has_its_probability_and_one_number_is_made_of_them(stepwise):
     ways = {"last": lambda v: v[-1], "min": min, "mean": lambda v: sum(v) / len(v), "product": math.prod}
     for way, combined in ways.items():
         [group] = scored(f"reward-model:{stepwise},steps={way}", (TASK, texts))
+        assert group.error is None
         assert group.rewards == pytest.approx([combined(values) for values in expected], abs=1e-5)
-        for score, values in zip(group.scores, expected, strict=True):
-            assert score.details.step_scores == pytest.approx(values, abs=1e-5)
-            assert list(score.to_dict()["step_scores"]) == list(score.details.step_scores)
+        for one, values in zip(group.scores, expected, strict=True):
+            assert one.details.step_scores == pytest.approx(values, abs=1e-5)
+            assert list(one.to_dict()["step_scores"]) == list(one.details.step_scores)
     assert scored(f"reward-model:{stepwise}", (TASK, texts))[0].rewards == pytest.approx(
         [values[-1] for values in expected], abs=1e-5
     )
@@ -301,7 +281,7 @@ def test_the_separator_and_the_label_are_the_models_own(stepwise):
 
 
 def test_steps_are_refused_where_the_model_judges_none(tmp_path):
-    folder = save(tmp_path, "Bert", wordpiece(), num_labels=1)
+    folder = save_classifier(tmp_path, "Bert", wordpiece(), num_labels=1)
     with pytest.raises(InputError, match="judges a response as a whole: leave out steps=min"):
         scored(f"reward-model:{folder},steps=min", (TASK, TEXTS))
     with pytest.raises(UnknownNameError, match="way to combine steps 'least'"):
@@ -347,7 +327,7 @@ def test_a_server_answers_by_whichever_page_it_has(page, answer):
         [group] = scored(f"reward-model:{server.url}", (TASK, TEXTS))
         posts = [seen for seen in server.posts if seen.path == f"/{page}"]
     # A response's own white space is what the model reads.
-    assert group.rewards == [float(len(text)) for text in TEXTS]
+    assert group.rewards == tuple(float(len(text)) for text in TEXTS)
     assert all(seen.body["use_activation"] is False and seen.body["model"] == "fake-model" for seen in posts)
     assert group.scores[0].usage.scorer_prompt_tokens == 7
     if page != "score":
@@ -366,7 +346,7 @@ def test_a_server_with_a_tokenizer_at_hand_gets_token_ids(tmp_path):
 def test_a_servers_labels_are_chosen_by_place(tmp_path):
     with pooling(lambda body: said("probs", [0.1, -2.5]), "classify") as server:
         [group] = scored(f"reward-model:{server.url},label=1", (TASK, TEXTS[:1]))
-        assert group.rewards == [-2.5]
+        assert group.rewards == (-2.5,)
         for label, message in ((",label=good", "Known: 0, 1"), ("", "has the labels 0, 1")):
             [group] = scored(f"reward-model:{server.url}{label}", (TASK, TEXTS[:1]))
             assert message in str(group.error)
@@ -404,7 +384,7 @@ def test_a_server_that_lacks_the_model_is_not_asked_on_another_page():
 def test_what_is_no_logit_is_no_reward(value):
     with pooling(lambda body: said("probs", value), "classify") as server:
         [group] = scored(f"reward-model:{server.url},retries=0", (TASK, TEXTS[:2]))
-    assert group.rewards == [None, None]
+    assert group.rewards == (None, None)
 
 
 def test_a_passing_failure_is_tried_again_and_a_lasting_one_fails_in_place():
