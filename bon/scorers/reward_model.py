@@ -24,6 +24,8 @@ _COMBINED: Mapping[str, Callable[[Sequence[float]], float]] = {
     "mean": fmean,
     "product": math.prod,
 }
+_ENGINES = {None: "classifier", "torch": "classifier", "vllm": "vllm-classifier"}
+"""What runs a classifier where a language model would run on the engine of that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,8 @@ class RewardModel(ModelScorer):
             raise UnknownNameError("way to combine steps", steps, _COMBINED)
         self.label, self.steps = label, steps
         super().__init__(model, options)
-        here = self.model is not None and self.model.engine in (None, "torch")
-        if self.model is not None and here and not self.model.name.startswith(("http://", "https://")):
-            self.model = replace(self.model, engine="classifier")
+        if self.model is not None and not self.model.name.startswith(("http://", "https://")):
+            self.model = replace(self.model, engine=_ENGINES.get(self.model.engine, self.model.engine))
 
     @property
     def name(self) -> str:
