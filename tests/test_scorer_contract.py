@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import get_args
 
 import pytest
+import tiny
 from scoring import Own, scored
 from scoring import group_of as plain_group_of
 
@@ -65,6 +66,7 @@ WAYS = [
     "judge:style=pairwise,pairs=knockout,reasoning=false",
     "judge:style=listwise,times=2,reasoning=false",
     "judge:reasoning=false",
+    "reward-model:TINY",
     'slot:explain=0,labels=["a", "b"]',
     'slot:explain=9,labels=["a", "b"]',
     Judge(ScriptedEngine(rating, max_model_len=2000), expected=False),
@@ -81,9 +83,14 @@ def pool():
     asyncio.run(pool.aclose())
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return tiny.save_classifier(tmp_path_factory.mktemp("classifier"), "Llama", tiny.tokenizer("chatml"), num_labels=1)
+
+
 @pytest.fixture(params=WAYS, ids=lambda way: way if isinstance(way, str) else getattr(way, "__name__", repr(way)))
-def scorer(request, pool):
-    way = request.param
+def scorer(request, pool, classifier):
+    way = request.param.replace("TINY", str(classifier)) if isinstance(request.param, str) else request.param
     return pool.scorer(SCORERS.make(way, {"sampling": {"max_tokens": 24}}) if isinstance(way, str) else way)
 
 

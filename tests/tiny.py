@@ -168,3 +168,28 @@ def save(folder: Any, family: str = "Llama", kind: str = "chatml", **changes: An
     made_tokenizer.save_pretrained(folder)
     model(family, made_tokenizer, **changes).save_pretrained(folder)
     return folder
+
+
+def save_classifier(
+    folder: Any, family: str, tokenizer: Any, head: str = "SequenceClassification", **changes: Any
+) -> Any:
+    """Write a random model with a classification head and its tokenizer to a folder and return the folder."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.4,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if family == "DebertaV2":
+        sizes |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+        sizes |= {"type_vocab_size": 0}
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
+    tokenizer.save_pretrained(folder)
+    getattr(transformers, f"{family}For{head}")(config).eval().save_pretrained(folder)
+    return folder

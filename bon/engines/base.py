@@ -1,8 +1,8 @@
 """The engine contract: what a language model behind bon can do, each ability a small protocol of its own.
 
-An engine has a name, a context and ``aclose``; beyond that ``Generates`` samples completions and ``Rates`` gives
-log-probabilities of given ones. Which of them an engine has is found by ``isinstance``, never by trying. Nothing here
-imports torch, vllm or an HTTP client.
+An engine has a name, a context and ``aclose``; beyond that ``Generates`` samples completions, ``Rates`` gives
+log-probabilities of given ones and ``Classifies`` the logits of a classification head. Which of them an engine has is
+found by ``isinstance``, never by trying. Nothing here imports torch, vllm or an HTTP client.
 """
 
 from __future__ import annotations
@@ -268,6 +268,26 @@ class Loglikelihood:
         return self.total / self.tokens if self.tokens else math.nan
 
 
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """What a model with a classification head says of a conversation.
+
+    Args:
+        logits: raw logits, a row of one for each label: one row for the conversation, or one for each of its steps.
+        prompt_tokens: tokens that were read.
+        error: why it could not be classified (it does not fit the context); None when it was.
+    """
+
+    logits: tuple[tuple[float, ...], ...]
+    prompt_tokens: int = 0
+    error: BonError | None = None
+
+    @classmethod
+    def failed(cls, error: BonError) -> Classification:
+        """A conversation that could not be classified."""
+        return cls((), error=error)
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What every engine has.
@@ -332,6 +352,35 @@ class Rates(Engine, Protocol):
 
         Raises:
             InputError: the two lists differ in length.
+            EngineError: the model failed.
+        """
+
+
+@runtime_checkable
+class Classifies(Engine, Protocol):
+    """An engine whose model has a classification head.
+
+    Attributes:
+        labels: the head's labels in their order; empty where a server keeps them to itself.
+        stepwise: whether it judges each step of a response; None where that shows in the first answer.
+    """
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The head's labels in their order."""
+
+    @property
+    def stepwise(self) -> bool | None:
+        """Whether it judges each step of a response."""
+
+    async def classify(self, conversations: Sequence[Prompt]) -> list[Classification]:
+        """Classify conversations whose last turn is the response, in one call.
+
+        One that does not fit the context, or that the model's template refuses, comes back with an ``error``, and the
+        others are classified.
+
+        Raises:
+            InputError: the model has no classification head.
             EngineError: the model failed.
         """
 

@@ -26,21 +26,34 @@ T = TypeVar("T")
 _TIMEOUT_S = 10.0  # for the one question whether a model can be fetched at all
 
 
+def causal_model(source: str, config: Any, **options: Any) -> Any:
+    """A decoder-only language model.
+
+    Raises:
+        InputError: an encoder-decoder model.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{source!r} is an encoder-decoder model ({config.model_type}); bon needs a decoder-only one.")
+    return AutoModelForCausalLM.from_pretrained(source, config=config, **options)
+
+
 def load(
     model: str | Path,
     *,
+    make: Callable[..., Any] = causal_model,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
+    """Load a model and its tokenizer.
 
     What is already on disk is used without asking the network.
 
     Args:
         model: a folder, a GGUF file, or a name: a Hugging Face one, or one that ``bon fetch`` knows. The folder of a
             LoRA adapter stands for its base with the adapter added.
+        make: what kind of model, from its folder or name, its configuration and options of ``from_pretrained``.
         device: None takes CUDA where there is one, else the CPU.
         dtype: a torch dtype or its name; "auto" takes the checkpoint's; None means float32 on a CPU, bfloat16 on CUDA.
         revision: branch, tag or commit of a Hugging Face name.
@@ -48,7 +61,7 @@ def load(
 
     Raises:
         ModelNotFoundError: neither on disk nor can it be fetched.
-        InputError: not a decoder-only language model, or no such device or dtype.
+        InputError: not a model of that kind, or no such device or dtype.
         MissingExtraError: a GGUF file, and a package that reads those is not installed.
     """
     place, number = _device(device), _dtype(dtype, _device(device))
@@ -57,17 +70,13 @@ def load(
 
     def read(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(source, **options)
-        if getattr(config, "is_encoder_decoder", False):
-            raise InputError(
-                f"{source!r} is an encoder-decoder model ({config.model_type}); bon needs a decoder-only one."
-            )
         # With the configuration given, the metadata of a GGUF file is not parsed again; it takes seconds.
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
         if "gguf_file" in options:
             from transformers import GgufConfig
 
             options = {**options, "quantization_config": GgufConfig(dequantize=True)}
-        return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=number, **options), tokenizer
+        return make(source, config, dtype=number, **options), tokenizer
 
     if adapter is None:
         loaded, tokenizer = _found(model, shared, read, fetch)

@@ -111,7 +111,7 @@ class ModelScorer(Scorer):
 
     Args:
         model: an engine or a function, which stay the caller's; a model's spec or folder; or None for the policy's own.
-        ability: what the engine must be able to do, ``Generates`` or ``Rates``.
+        ability: what the engine must be able to do: ``Generates``, ``Rates`` or ``Classifies``.
         options: of the engine that loads a model given by name.
 
     Raises:
@@ -186,7 +186,11 @@ class ModelScorer(Scorer):
     def _able(self, engine: Engine) -> Engine:
         rates = getattr(engine, "rates", True) or self.ability is not Rates
         if not isinstance(engine, self.ability) or not rates:
-            able = {"Generates": "be sampled", "Rates": "give log-probabilities of a text"}
+            able = {
+                "Generates": "be sampled",
+                "Rates": "give log-probabilities of a text",
+                "Classifies": "classify a text (a reward model)",
+            }
             what = able.get(self.ability.__name__, self.ability.__name__)
             remedy = "" if rates else " Over HTTP it can where its tokenizer is named: tokenizer=NAME."
             raise InputError(

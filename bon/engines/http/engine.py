@@ -30,8 +30,19 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bon.engines.base import Completion, Keep, Loglikelihood, Prompt, Request, Wanted, check_pairs, too_long
+from bon.engines.base import (
+    Classification,
+    Completion,
+    Keep,
+    Loglikelihood,
+    Prompt,
+    Request,
+    Wanted,
+    check_pairs,
+    too_long,
+)
 from bon.engines.http import wire
+from bon.engines.http.classify import ask_head
 from bon.engines.http.endpoints import Endpoints
 from bon.engines.http.link import Endpoint, Link, room
 from bon.engines.http.model import NOTHING, Model
@@ -84,6 +95,8 @@ class HTTPEngine:
     """
 
     concurrent = True
+    labels = ()
+    stepwise: bool | None = None
 
     def __init__(
         self,
@@ -276,6 +289,38 @@ class HTTPEngine:
             BonError: what is wrong.
         """
         await self.endpoints.call(partial(self._model.name_at, ask=True))
+
+    async def classify(self, conversations: Sequence[Prompt]) -> list[Classification]:
+        """Classify conversations; see ``Classifies.classify``. One that fails after all retries has an ``error``.
+
+        With a tokenizer that has a chat template they are sent as token ids.
+
+        Raises:
+            InputError: the server answers none of ``/classify``, ``/pooling`` and ``/score``.
+        """
+        until = self._until()
+
+        async def classify(conversation: Prompt) -> Classification:
+            try:
+                rendered = self._tokenizer is not None and self.renderer.tokenizer.chat_template
+                row = self.renderer.render(conversation, generation=False) if rendered else None
+            except InputError as error:
+                return Classification.failed(error)
+            try:
+                found, self.stepwise = await self.endpoints.call(
+                    partial(ask_head, self._model, conversation, row), until
+                )
+            except BonError as error:
+                if not _concerns_one(error):
+                    raise
+                return Classification.failed(error)
+            return found
+
+        asked = [asyncio.create_task(classify(conversation)) for conversation in conversations]
+        try:
+            return await asyncio.gather(*asked)
+        finally:
+            await _cancel(asked)
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -214,7 +214,7 @@ def overflow(error: StatusError) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Whatever goes wrong while an answer is read is the answer's fault."""
     try:
         yield
@@ -240,7 +240,7 @@ def read_answer(
     read: list[dict[str, Any]] = []
     for (request, sample), choice in zip(places, sorted(choices, key=_position), strict=False):
         try:
-            with _reading():
+            with reading():
                 fields = _read_choice(choice, as_tokens)
                 read.append({"request_index": request, "sample_index": sample, **fields})
         except BadAnswerError as error:
@@ -413,7 +413,7 @@ class Growing:
         if said := error_in(event):
             raise BadAnswerError(f"broke off: {said}")
         self.usage = event.get("usage") or self.usage
-        with _reading():
+        with reading():
             choice = (event.get("choices") or [{}])[0]
             if "message" in choice:  # the server does not stream
                 self.whole = event

@@ -114,11 +114,11 @@ class TorchEngine:
             tokenizer, chat_template_kwargs, chat_template=chat_template, eos_ids=_eos_ids(self._model)
         )
         self._drawing, _ = own_drawing(self.name, _generation_config(self._model), penalises=False)
-        self.max_model_len = _context(config, max_model_len)
+        self.max_model_len = context_of(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
         pack(self._model)
         self.stats = Stats()
-        self._pass = _pass_limits(config, self._model)
+        self._pass = pass_limits(config, self._model)
         self._paths = Paths(Run(self._model, self.stats, *self._pass), share_prefix)
         on_cpu = self._device.type == "cpu"
         wanted = (threads or choose_threads()) if on_cpu else torch.get_num_threads()
@@ -155,26 +155,11 @@ class TorchEngine:
 
     def _stream(self, work: Callable[[Call], None]) -> AsyncGenerator[Any, None]:
         def run(call: Call) -> None:
-            with torch.inference_mode(), self._errors():
+            less = f"max_batch_tokens (now {self.max_batch_tokens}), max_tokens or n"
+            with torch.inference_mode(), torch_errors(self.name, less):
                 work(call)
 
         return self._worker.stream(run)
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turn what torch raises into errors that say what to change."""
-        try:
-            yield
-        except BonError:
-            raise
-        except (MemoryError, RuntimeError) as error:
-            if out_of_memory(error):
-                raise EngineError(
-                    f"{self.name!r} ran out of memory. Lower max_batch_tokens (now {self.max_batch_tokens}), "
-                    "max_tokens or n, or take a smaller model."
-                ) from error
-            text = str(error)
-            raise EngineError(f"{self.name!r} failed: {text.splitlines()[0] if text else error!r}") from error
 
     def _sample(self, requests: Sequence[Request], keep: Keep | None, call: Call) -> None:
         rendered = [self.renderer.render(request.prompt) for request in requests]
@@ -258,6 +243,25 @@ class TorchEngine:
             yield batch
 
 
+@contextlib.contextmanager
+def torch_errors(name: str, less: str) -> Iterator[None]:
+    """Turn what torch raises into errors that say what to change.
+
+    Args:
+        name: of the engine.
+        less: what to lower where memory runs out.
+    """
+    try:
+        yield
+    except BonError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise EngineError(f"{name!r} ran out of memory. Lower {less}, or take a smaller model.") from error
+        text = str(error)
+        raise EngineError(f"{name!r} failed: {text.splitlines()[0] if text else error!r}") from error
+
+
 def _in_event_loop(keep: Keep, call: Call) -> KeepAll:
     """``keep`` for many completions at once, called in the caller's event loop: it needs no lock of its own."""
 
@@ -279,7 +283,8 @@ def _eos_ids(model: Any) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
 
 
-def _context(config: Any, wanted: int | None) -> int | None:
+def context_of(config: Any, wanted: int | None) -> int | None:
+    """Tokens that fit: the model's own limit, or a smaller one that is wanted."""
     own = getattr(config, "max_position_embeddings", None)
     if own is None:
         return wanted
@@ -288,7 +293,7 @@ def _context(config: Any, wanted: int | None) -> int | None:
     return int(wanted or own)
 
 
-def _pass_limits(config: Any, model: Any) -> tuple[int, int]:
+def pass_limits(config: Any, model: Any) -> tuple[int, int]:
     """Tokens of one pass through the model, and positions whose logits it makes."""
     layer_bytes, logit_bytes = _PASS.get(model.device.type, _PASS["cuda"])
     width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
