@@ -81,7 +81,8 @@ class Choice:
 
     scorer: Scorer = None
     selector: Annotated[
-        str | None, option(_SCORING, "--selector", metavar="SELECTOR", help="best, top-k:3, softmax:0.5, vote:REGEX.")
+        str | None,
+        option(_SCORING, "--selector", metavar="SELECTOR", help="best, top-k:3, softmax:0.5, vote:REGEX, lcb:1."),
     ] = None
     min_reward: Annotated[
         float | None,

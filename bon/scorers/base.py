@@ -68,12 +68,14 @@ class Scorer(ABC, Specified):
         range: the least and the largest reward, where there is one; stopping and pruning may rely on it.
         concurrent: whether calls may run at the same time, each candidate scored as it finishes.
         models: the models that it runs and that are still to be loaded; None is the policy's own.
+        version: changes with what decides its rewards and is not in its spec, such as what a file of it holds.
     """
 
     needs: ClassVar[Needs] = Needs()
     range: tuple[float, float] | None = None
     concurrent: bool = False
     models: Sequence[Model | None] = ()
+    version: str = ""
 
     @property
     def name(self) -> str:
@@ -185,7 +187,11 @@ class ModelScorer(Scorer):
 
     def _able(self, engine: Engine) -> Engine:
         if not isinstance(engine, self.ability):
-            able = {"Generates": "be sampled", "Rates": "give log-probabilities of a text"}
+            able = {
+                "Generates": "be sampled",
+                "Rates": "give log-probabilities of a text",
+                "Reads": "show its hidden states (engine=torch)",
+            }
             what = able.get(self.ability.__name__, self.ability.__name__)
             raise InputError(f"{type(self).__name__} needs a model that can {what}, and {engine.name!r} cannot.")
         return engine
