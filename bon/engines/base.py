@@ -236,8 +236,9 @@ class Reading:
     Args:
         pools: shape (layers, width), float32: of each layer that was asked for, the mean hidden state over the
             response's tokens.
-        last: shape (width,), float32: the last layer's hidden state at the last token, the end of the turn where the
-            chat template has one.
+        last: shape (width,), float32: the last layer's hidden state at the response's last token, which is what the
+            model goes on from; at the end of the turn, a token that chat models are not trained to continue, it says
+            little.
         tokens: how many tokens were read, the prompt's among them.
         error: why it could not be read; None when it was.
     """

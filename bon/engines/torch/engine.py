@@ -273,10 +273,9 @@ class TorchEngine:
             yield batch
 
     def _read(self, prompts: Sequence[Prompt], responses: Sequence[str], layers: Sequence[int], call: Call) -> None:
-        last = () if self.renderer.end_id is None else (self.renderer.end_id,)
         contexts = [self.renderer.render(prompt) for prompt in prompts]
         answers = [self.renderer.encode(text) for text in responses]
-        lengths = [len(a) + len(b) + len(last) for a, b in zip(contexts, answers, strict=True)]
+        lengths = [len(a) + len(b) for a, b in zip(contexts, answers, strict=True)]
         errors: dict[int, BonError] = {**too_long(lengths, self.max_model_len, "prompt and response")}
         errors |= {i: InputError("the response has no tokens.") for i, answer in enumerate(answers) if not answer}
         for i, error in errors.items():
@@ -285,9 +284,10 @@ class TorchEngine:
         wanted = {i: length for i, length in enumerate(lengths) if i not in errors}
         for batch in in_batches(wanted, min(self._pass[0], self.max_batch_tokens)):
             call.check()
-            ids = [(*contexts[i], *answers[i], *last) for i in batch]
-            spans = [(len(contexts[i]), len(contexts[i]) + len(answers[i])) for i in batch]
-            for i, reading in zip(batch, read(self._model, ids, spans, layers), strict=True):
+            rows = [(*contexts[i], *answers[i]) for i in batch]
+            for i, reading in zip(
+                batch, read(self._model, rows, [len(contexts[i]) for i in batch], layers), strict=True
+            ):
                 call.emit((i, reading))
 
 

@@ -48,7 +48,7 @@ def in_batches(lengths: Mapping[int, int], most: int) -> Iterator[list[int]]:
         yield batch
 
 
-def read(model: Any, rows: Sequence[Ids], spans: Sequence[tuple[int, int]], layers: Sequence[int]) -> Iterator[Reading]:
+def read(model: Any, rows: Sequence[Ids], starts: Sequence[int], layers: Sequence[int]) -> Iterator[Reading]:
     """Read some rows in one pass.
 
     Rows are padded behind their ends. A causal model never looks ahead, so no token that counts sees the padding, and
@@ -57,7 +57,7 @@ def read(model: Any, rows: Sequence[Ids], spans: Sequence[tuple[int, int]], laye
     Args:
         model: a causal language model of transformers.
         rows: token ids of prompt and response.
-        spans: first token of each response and the one behind its last; these are pooled.
+        starts: index of the first token of each response; from there to the end is pooled.
         layers: whose states are pooled.
     """
     width = max(map(len, rows))
@@ -66,9 +66,9 @@ def read(model: Any, rows: Sequence[Ids], spans: Sequence[tuple[int, int]], laye
     accepted = inspect.signature(model.forward).parameters
     few = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **few).hidden_states
-    for at, (row, (first, end)) in enumerate(zip(rows, spans, strict=True)):
+    for at, (row, first) in enumerate(zip(rows, starts, strict=True)):
         last = states[-1][at, len(row) - 1].float()
-        pools = [states[layer][at, first:end].float().mean(0) for layer in layers]
+        pools = [states[layer][at, first : len(row)].float().mean(0) for layer in layers]
         found = torch.stack([*pools, last]).cpu().numpy()
         if torch.isfinite(torch.from_numpy(found)).all():
             yield Reading(found[:-1], found[-1], len(row))
