@@ -132,7 +132,7 @@ def _train(data: Labelled, steps: int, seed: int, note: Any = None) -> Head:
         head = Head(states.shape[1])
         for buffer, known in zip((head.mean, head.scale), scales(data.states.last), strict=True):
             buffer.copy_(torch.from_numpy(known))
-        optimiser = torch.optim.AdamW(head.parameters(), lr=_RATE, weight_decay=_DECAY)
+        optimiser = torch.optim.AdamW(head.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True)
         for step in range(1, steps + 1):
             factor, shape, weight, weight_shape = head(states)
             scale, weight_scale = scale_of(factor, shape), scale_of(weight, weight_shape)
