@@ -38,14 +38,28 @@ def _section(report: Mapping[str, Any]) -> str:
         *_blocks("own protocol", *_official(rules)),
         *_blocks("rewards", _COSTS, {name: _costs(rule) for name, rule in scorers.items()}),
         *_blocks("inversion", _INVERSION, {name: _inversion(check) for name, check in report["inversion"].items()}),
-        *_blocks(
-            "by subset",
-            {f"{_short(name, 12)} ({part['rows']})": 19 for name, part in report["subsets"].items()},
-            {name: [_number(part["scores"][name]) for part in report["subsets"].values()] for name in rules},
-        ),
+        *(_attacks(report["attacks"]) if "attacks" in report else _subsets(report["subsets"], rules)),
         textwrap.fill(report["diagnosis"], WIDTH),
     ]
     return "\n".join(blocks)
+
+
+def _subsets(subsets: Mapping[str, Any], rules: Mapping[str, Any]) -> list[str]:
+    columns = {f"{_short(name, 12)} ({part['rows']})": 19 for name, part in subsets.items()}
+    return _blocks(
+        "by subset", columns, {name: [_number(part["scores"][name]) for part in subsets.values()] for name in rules}
+    )
+
+
+def _attacks(attacks: Mapping[str, Any]) -> list[str]:
+    """How often each kind of attack wins."""
+    names = next(iter(attacks.values()))["by_scorer"]
+    columns = {"rows": 5, "chance": 7, **{_short(name, 18): 19 for name in names}}
+    cells = {
+        kind: [str(found["rows"]), _number(found["chance"]), *map(_number, found["by_scorer"].values())]
+        for kind, found in attacks.items()
+    }
+    return _blocks("attack wins", columns, cells)
 
 
 def _equal_time(bigger: Mapping[str, Any] | None) -> list[str]:
