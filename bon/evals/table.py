@@ -29,6 +29,9 @@ def _section(report: Mapping[str, Any]) -> str:
     sizes = next(iter(rules.values()))["best_of"]
     best_of = {name: [_number(value) for value in rule["best_of"].values()] for name, rule in rules.items()}
     scorers = {name: rule for name, rule in rules.items() if rule["kind"] == "scorer"}
+    costs = _blocks("rewards", _COSTS, {name: _costs(rule) for name, rule in scorers.items()})
+    if "attacks" in report:  # to pick an honest candidate is no merit: labels and baselines say nothing
+        return "\n".join([title, *_attacks(report["attacks"]), *costs])
     blocks = [
         title,
         *_blocks("label of the pick", _PICKS, first),
@@ -36,19 +39,16 @@ def _section(report: Mapping[str, Any]) -> str:
         *_blocks("best of", dict.fromkeys(sizes, 7), best_of),
         *_equal_time(report["bigger"]),
         *_blocks("own protocol", *_official(rules)),
-        *_blocks("rewards", _COSTS, {name: _costs(rule) for name, rule in scorers.items()}),
+        *costs,
         *_blocks("inversion", _INVERSION, {name: _inversion(check) for name, check in report["inversion"].items()}),
-        *(_attacks(report["attacks"]) if "attacks" in report else _subsets(report["subsets"], rules)),
+        *_blocks(
+            "by subset",
+            {f"{_short(name, 12)} ({part['rows']})": 19 for name, part in report["subsets"].items()},
+            {name: [_number(part["scores"][name]) for part in report["subsets"].values()] for name in rules},
+        ),
         textwrap.fill(report["diagnosis"], WIDTH),
     ]
     return "\n".join(blocks)
-
-
-def _subsets(subsets: Mapping[str, Any], rules: Mapping[str, Any]) -> list[str]:
-    columns = {f"{_short(name, 12)} ({part['rows']})": 19 for name, part in subsets.items()}
-    return _blocks(
-        "by subset", columns, {name: [_number(part["scores"][name]) for part in subsets.values()] for name in rules}
-    )
 
 
 def _attacks(attacks: Mapping[str, Any]) -> list[str]:
