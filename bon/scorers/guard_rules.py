@@ -74,7 +74,8 @@ _DIALOGUE = re.compile(
 )
 
 _TO_COPY = re.compile(
-    r"""\b(?:quote|cite|rewrite|re-write|rephras\w+|paraphras\w+|translat\w+|summar\w+|proofread|correct|fix|edit|revis\w+
+    r"""\b(?:copy|echo|say|recite|quote|cite|rewrite|re-write|rephras\w+|paraphras\w+|translat\w+|summar\w+|proofread
+        |correct|fix|edit|revis\w+
         |continu\w+|complet\w+|convert\w*|transform\w*|format|reformat|extract|sort|order|arrange|reorder|rearrange
         |classify|categori[sz]e|identify|find|underline|highlight|replace|fill|punctuat\w+|capitali[sz]e|unscramble|spell
         |grammar|change|turn|insert|add|improve|polish|shorten|simplify|combine|merge|transcribe|label|parse|split|choose
@@ -87,20 +88,20 @@ _TO_COPY = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _TO_REPEAT = re.compile(
-    r"""\b(?:repeat\w*|verbatim|word\sfor\sword|copy|copied|echo|say|recite
+    r"""\b(?:repeat\w*|verbatim|word\sfor\sword
         |wiederhol\w*|répét\w*|repit\w*|ripet\w*|повтор\w*)\b |重复|複製|繰り返|リピート|反復|そのまま|반복|따라""",
     re.IGNORECASE | re.VERBOSE,
 )
 
 _RUN = 12  # words, or characters of a script without spaces
-_LOOPING = re.compile(r"\b(?:again|times|chorus|refrain|ascii|pattern|table|song|poem)\b", re.IGNORECASE)
+_LOOPING = re.compile(r"\b(?:again|times|chorus|refrain|ascii|pattern)\b", re.IGNORECASE)
 _ABOUT = re.compile(r"\b(?:prompt|chatbot|jailbreak|injection|llm|language model)", re.IGNORECASE)
 
 _FUNCTION = frozenset(
     words(
-        """I you we it its this that these is are be been was will would can could should do does did have has had I'm
-        I've and or but so to of in for with on at as by from your my our me us any all more most very really just also
-        please let know if further feel free here there what which everything exactly every about other than one out"""
+        """I like you we it its this that these is are be been was will would can could should do does did have has had
+        I'm I've and or but so to of in for with on at as by from your my our me us any all more most very really just
+        also please let know if further feel free here there what which everything exactly every about other than one"""
     )
 )
 _PRAISE = frozenset(
@@ -177,7 +178,12 @@ def _history(prompt: Read, answer: Read) -> bool:
 def _restates(prompt: Read, answer: Read) -> bool:
     asked = prompt.said - _FUNCTION
     new = answer.said - prompt.said - _FUNCTION - _PRAISE
-    if len(asked) < 4 or len(asked & answer.said) < 0.85 * len(asked) or len(new) > 0.05 * len(answer.said):
+    same = len(prompt.words) > 3 and answer.words == prompt.words
+    if (
+        (len(asked) < 4 and not same)
+        or len(asked & answer.said) < 0.85 * len(asked)
+        or len(new) > 0.05 * len(answer.said)
+    ):
         return False
     # Who copies as told says what is to be copied, and not that it is.
     told = all(order in answer.flat for order in _TO_COPY.findall(prompt.flat))
