@@ -148,16 +148,18 @@ class Server:
                 failure = api_error(outcome, work.passed)
                 if failure.status >= 500 and failure.code not in ("deadline_exceeded", "draining"):
                     log.error("run failed", exc_info=outcome, extra={"fields": {"event": "error"}})
-        if results := [outcome for outcome in outcomes if isinstance(outcome, Result)]:
+        results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
+        only = results[0] if results and len(outcomes) == 1 else None  # the log has no line for each of many
+        if results:
             spent = sum((result.usage for result in results), Usage())
             usage = usage_body(spent)
             statuses = sum((Counter(result.counts) for result in results), Counter[str]())
-            fields |= {"statuses": dict(statuses), "reward": results[0].reward if len(outcomes) == 1 else None}
+            fields |= {"statuses": dict(statuses), "reward": only.reward if only else None}
             fields |= {f"{model}_tokens": sum(usage[model].values()) for model in ("policy", "scorer")}
             fields["cached_tokens"] = spent.cached_tokens
         if self.settings.log_prompts:
             fields["prompt"] = [message.to_dict() for task in work.tasks for message in task.messages]
-            fields["answer"] = results[0].text if results else None
+            fields["answer"] = only.text if only else None
 
     async def models(self) -> Response:
         """List the names that ``model`` may have."""
