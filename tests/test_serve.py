@@ -743,7 +743,7 @@ def test_the_readmes_langchain_client_runs(site, capsys):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_the_readmes_curl_command_runs(site):
-    command = at(site, example("sh", "curl")).strip() + " -s"
+    command = at(site, example("sh", "curl http://127.0.0.1:8000/v1/chat")).strip() + " -s"
     done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=30, check=True)
     assert len(json.loads(done.stdout)["choices"]) == 3
 

@@ -58,7 +58,8 @@ def run(strategy, send, examples):
 
 def test_generated_requests_get_what_the_document_promises():
     sent = fuzz(30)
-    assert {"POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models", "GET /ready"} <= set(sent)
+    posts = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/score", "POST /v1/rerank"}
+    assert posts | {"GET /v1/models", "GET /ready"} <= set(sent)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ HTTP, as a restart does not bring that back; see ``health.py``.
     bodies.py      the bytes of a request
     plan.py        a checked request -> what to run
     job.py         its work, from the queue to the result
+    scoring.py     /v1/score and /v1/rerank: candidates that came from elsewhere
     answers.py     a result -> OpenAI's response, whole or as chunks
     stream.py      server-sent events
     failures.py    every error in OpenAI's shape

@@ -15,9 +15,9 @@ from typing import Any
 
 from bon.data.sink import to_json
 from bon.serve.failures import ApiError, bad, public
-from bon.serve.plan import Plan
+from bon.serve.plan import Plan, Work
 from bon.similarity import matched_words, missed_words
-from bon.task import canonical_calls
+from bon.task import Task, canonical_calls
 from bon.types import Candidate, Result, Score, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -59,7 +59,7 @@ class Answer:
         """A candidate that was finished or scored."""
         if isinstance(event, Candidate):
             return {"event": "candidate", **_sampled(event)}
-        return {"event": "score", **self._scored(event)}
+        return {"event": "score", **scored(event, self._plan.task)}
 
     def growth(self, texts: Mapping[int, str]) -> Iterator[dict[str, Any]]:
         """What was added to the texts of candidates since the last time."""
@@ -148,59 +148,16 @@ class Answer:
         }
 
     def _evidence(self, result: Result, picks: Sequence[Candidate | None], queue_s: float) -> dict[str, Any]:
-        rewards = [s.reward for s in result.scores if s.reward is not None]
-        timing, late = result.timing, "late" in result.counts
-        passed = (
-            f"the deadline of {self._plan.deadline_s:g} s passed; this is the best of what was there." if late else None
-        )
         everything = result.candidates if self._options.return_candidates else ()
         return {
-            "n": len(result.candidates),
-            "scorer": self._plan.scorer,
-            "instruction": result.task.instruction,
-            "best": result.best,
-            "reward": result.reward,
-            "mean_reward": sum(rewards) / len(rewards) if rewards else None,
-            "reason": public(result.selection.reason) if result.selection.reason else passed,
-            "warnings": list(result.warnings),
-            "deadline_passed": late,
-            "statuses": result.counts,
+            **evidence(result, self._plan, queue_s),
             "choices": [self._about(pick, result, "text") for pick in picks if pick],
             **({"candidates": [self._about(candidate, result) for candidate in everything]} if everything else {}),
-            "timing": {
-                "queue_s": queue_s,
-                "sample_s": timing.sample,
-                "score_s": timing.score,
-                "overlap_s": timing.overlap,
-                "total_s": queue_s + timing.total,
-            },
         }
 
     def _about(self, candidate: Candidate, result: Result, *without: str) -> dict[str, Any]:
-        about = self._scored(result.scores[candidate.index]) | _sampled(candidate)
+        about = scored(result.scores[candidate.index], result.task) | _sampled(candidate)
         return {name: value for name, value in about.items() if name not in without}
-
-    def _scored(self, score: Score) -> dict[str, Any]:
-        known = score.to_dict()
-        names = (
-            "reward",
-            "status",
-            "explanation",
-            "inferred",
-            "precision",
-            "recall",
-            "upper_bound",
-            "same_as",
-        )
-        inferred = known.get("inferred")
-        return {
-            "index": score.candidate,
-            **{name: known.get(name) for name in names},
-            "reason": None if score.reason is None else public(score.reason),
-            "matched": matched_words(inferred, self._plan.task.instruction) if inferred else [],
-            "missed": missed_words(inferred, self._plan.task.instruction) if inferred else [],
-            "scored_s": (score.started, score.finished) if score.finished else None,
-        }
 
     @property
     def _kind(self) -> str:
@@ -227,6 +184,47 @@ def joined(answers: Sequence[dict[str, Any]], results: Sequence[Result]) -> dict
         "choices": [{**choice, "index": place} for place, choice in enumerate(choices)],
         "usage": usage_body(sum((result.usage for result in results), Usage())),
         "best_of_n": [answer["best_of_n"] for answer in answers],
+    }
+
+
+def evidence(result: Result, work: Work, queue_s: float) -> dict[str, Any]:
+    """What is known of the candidates of one prompt together."""
+    rewards = [s.reward for s in result.scores if s.reward is not None]
+    timing, late = result.timing, "late" in result.counts
+    passed = f"the deadline of {work.deadline_s:g} s passed; this is the best of what was there." if late else None
+    return {
+        "n": len(result.candidates),
+        "scorer": work.scorer,
+        "instruction": result.task.instruction,
+        "best": result.best,
+        "reward": result.reward,
+        "mean_reward": sum(rewards) / len(rewards) if rewards else None,
+        "reason": public(result.selection.reason) if result.selection.reason else passed,
+        "warnings": list(result.warnings),
+        "deadline_passed": late,
+        "statuses": result.counts,
+        "timing": {
+            "queue_s": queue_s,
+            "sample_s": timing.sample,
+            "score_s": timing.score,
+            "overlap_s": timing.overlap,
+            "total_s": queue_s + timing.total,
+        },
+    }
+
+
+def scored(score: Score, task: Task) -> dict[str, Any]:
+    """What is known of one candidate."""
+    known = score.to_dict()
+    names = ("reward", "status", "explanation", "inferred", "precision", "recall", "upper_bound", "same_as")
+    inferred = known.get("inferred")
+    return {
+        "index": score.candidate,
+        **{name: known.get(name) for name in names},
+        "reason": None if score.reason is None else public(score.reason),
+        "matched": matched_words(inferred, task.instruction) if inferred else [],
+        "missed": missed_words(inferred, task.instruction) if inferred else [],
+        "scored_s": (score.started, score.finished) if score.finished else None,
     }
 
 

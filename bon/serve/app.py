@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -27,15 +28,25 @@ from bon.serve.bodies import Bodies
 from bon.serve.edge import Edge
 from bon.serve.failures import ApiError, ClientGone, api_error, json_response
 from bon.serve.health import Health
-from bon.serve.job import Job, while_connected
+from bon.serve.job import Job, W, while_connected
 from bon.serve.metrics import Metrics
-from bon.serve.plan import Plan, Planner, offered_scorers
+from bon.serve.plan import Planner, Work, offered_scorers
 from bon.serve.playground import PAGE, POLICY
 from bon.serve.protocol import ChatRequest, CompletionRequest, parse
-from bon.serve.responses import ChatResponse, CompletionResponse, ErrorResponse, ModelBody, ModelList, StateBody
+from bon.serve.responses import (
+    ChatResponse,
+    CompletionResponse,
+    ErrorResponse,
+    ModelBody,
+    ModelList,
+    RerankResponse,
+    ScoreResponse,
+    StateBody,
+)
+from bon.serve.scoring import RerankRequest, ScoreRequest, Scoring
 from bon.serve.settings import Settings
 from bon.serve.stream import EventStream
-from bon.types import Result
+from bon.types import Result, Usage
 
 log = logging.getLogger("bon.serve")
 
@@ -61,7 +72,7 @@ class Server:
         self.health = Health(bon, self.admission)
         self.planner = Planner(bon, scorers, settings)
         self.started = int(time.time())
-        self._jobs: set[Job] = set()
+        self._jobs: set[Job[Any]] = set()
 
     async def chat_completions(self, request: Request) -> Response:
         """Sample candidates, score them, return the best."""
@@ -72,12 +83,8 @@ class Server:
         return await self._complete(CompletionRequest, request)
 
     async def _complete(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Response:
-        asked, jobs = parse(kind, await self.bodies.read(request)), list[Job]()
-        try:
-            for one in asked.each:
-                plan = self.planner.plan(one)
-                jobs.append(Job(plan, self.admission.ticket(), partial(self._ended, plan, request)))
-                self._jobs.add(jobs[-1])
+        asked = parse(kind, await self.bodies.read(request))
+        async with self._started(request, map(self.planner.plan, asked.each)) as jobs:
             if asked.stream:
                 [job] = jobs
                 await asyncio.wait([job.task], timeout=STREAM_OPENS_AFTER_S)
@@ -86,39 +93,73 @@ class Server:
             results = [await while_connected(request, asyncio.shield(job.task)) for job in jobs]
             wholes = [Answer(j.plan).whole(r, j.ticket.queue_s) for j, r in zip(jobs, results, strict=True)]
             return json_response(joined(wholes, results))
+
+    async def score(self, request: Request) -> Response:
+        """Score texts as answers to a prompt, or to many."""
+        return await self._score(ScoreRequest, request)
+
+    async def rerank(self, request: Request) -> Response:
+        """Rank documents by how well they answer a query."""
+        return await self._score(RerankRequest, request)
+
+    async def _score(self, kind: type[ScoreRequest] | type[RerankRequest], request: Request) -> Response:
+        asked = parse(kind, await self.bodies.read(request))
+        async with self._started(request, [Scoring.of(self.planner, asked)]) as [job]:
+            outcomes = await while_connected(request, asyncio.shield(job.task))
+            return json_response(job.plan.answer(outcomes, job.ticket.queue_s))
+
+    @asynccontextmanager
+    async def _started(self, request: Request, works: Iterable[W]) -> AsyncIterator[list[Job[W]]]:
+        """The jobs of a request; what goes wrong with one of them, or with its answer, stops them all.
+
+        Raises:
+            ApiError: what the client is told.
+        """
+        jobs = list[Job[W]]()
+        try:
+            for work in works:
+                jobs.append(Job(work, self.admission.ticket(), partial(self._ended, work, request)))
+                self._jobs.add(jobs[-1])
+            yield jobs
         except BaseException as error:
             for job in jobs:
                 await job.abort()
             if isinstance(error, ApiError) or not isinstance(error, Exception):
                 raise
-            raise api_error(error, plan.passed) from error
+            raise api_error(error, jobs[-1].plan.passed if jobs else None) from error
 
     def stop(self) -> None:
         """Stop all work; clients are told that the server shuts down."""
         for job in self._jobs:
             job.stop(ApiError(503, "the server is shutting down.", "draining"))
 
-    def _ended(self, plan: Plan, request: Request, job: Job, outcome: Result | BaseException) -> None:
+    def _ended(self, work: Work, request: Request, job: Job[Any], ended: Any) -> None:
         self._jobs.discard(job)
-        self.health.saw(outcome)
-        self.metrics.ended(plan, outcome, job.ticket.queue_s)
+        outcomes: list[Result | BaseException] = ended if isinstance(ended, list) else [ended]
         fields: dict[str, Any] = request.state.log
-        fields |= {"n": plan.bon.n, "scorer": plan.scorer, "queue_ms": round(job.ticket.queue_s * 1000, 2)}
-        if isinstance(outcome, Result):
-            usage = usage_body(outcome.usage)
-            fields |= {"statuses": outcome.counts, "reward": outcome.reward}
+        fields |= {"n": work.n, "scorer": work.scorer, "queue_ms": round(job.ticket.queue_s * 1000, 2)}
+        for outcome in outcomes:
+            self.health.saw(outcome)
+            self.metrics.ended(work, outcome, job.ticket.queue_s)
+            if isinstance(outcome, ClientGone):
+                fields["client_gone"] = True
+            elif isinstance(outcome, Exception):
+                fields["error"] = type(outcome).__name__
+                failure = api_error(outcome, work.passed)
+                if failure.status >= 500 and failure.code not in ("deadline_exceeded", "draining"):
+                    log.error("run failed", exc_info=outcome, extra={"fields": {"event": "error"}})
+        results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
+        only = results[0] if results and len(outcomes) == 1 else None  # the log has no line for each of many
+        if results:
+            spent = sum((result.usage for result in results), Usage())
+            usage = usage_body(spent)
+            statuses = sum((Counter(result.counts) for result in results), Counter[str]())
+            fields |= {"statuses": dict(statuses), "reward": only.reward if only else None}
             fields |= {f"{model}_tokens": sum(usage[model].values()) for model in ("policy", "scorer")}
-            fields["cached_tokens"] = outcome.usage.cached_tokens
-        elif isinstance(outcome, ClientGone):
-            fields["client_gone"] = True
-        elif isinstance(outcome, Exception):
-            fields["error"] = type(outcome).__name__
-            failure = api_error(outcome, plan.passed)
-            if failure.status >= 500 and failure.code not in ("deadline_exceeded", "draining"):
-                log.error("run failed", exc_info=outcome, extra={"fields": {"event": "error"}})
+            fields["cached_tokens"] = spent.cached_tokens
         if self.settings.log_prompts:
-            fields["prompt"] = [message.to_dict() for message in plan.task.messages]
-            fields["answer"] = outcome.text if isinstance(outcome, Result) else None
+            fields["prompt"] = [message.to_dict() for task in work.tasks for message in task.messages]
+            fields["answer"] = only.text if only else None
 
     async def models(self) -> Response:
         """List the names that ``model`` may have."""
@@ -182,12 +223,15 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": what} for status, what in _ERRORS.items()
     }
+    streamed: dict[str, Any] = {"content": {"text/event-stream": {}}}
     for path, answer, takes, gives in (
-        ("/v1/chat/completions", server.chat_completions, ChatRequest, ChatResponse),
-        ("/v1/completions", server.completions, CompletionRequest, CompletionResponse),
+        ("/v1/chat/completions", server.chat_completions, ChatRequest, streamed | {"model": ChatResponse}),
+        ("/v1/completions", server.completions, CompletionRequest, streamed | {"model": CompletionResponse}),
+        ("/v1/score", server.score, ScoreRequest, {"model": ScoreResponse}),
+        ("/v1/rerank", server.rerank, RerankRequest, {"model": RerankResponse}),
     ):
         body = {"content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=takes.__name__)}}}}
-        responses = errors | {200: {"model": gives, "content": {"text/event-stream": {}}}}
+        responses = errors | {200: gives}
         app.post(path, responses=responses, openapi_extra={"requestBody": {"required": True, **body}})(answer)
     app.get("/v1/models", responses={200: {"model": ModelList}, 401: errors[401]})(server.models)
     about_one = {200: {"model": ModelBody}} | {status: errors[status] for status in (401, 404)}
@@ -245,7 +289,8 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document."""
         if self.openapi_schema is None:
-            wanted = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
+            kinds = (ChatRequest, CompletionRequest, ScoreRequest, RerankRequest)
+            wanted = [(kind, "validation") for kind in kinds]
             _, schemas = models_json_schema(wanted, ref_template=_SCHEMAS)  # type: ignore[arg-type]
             super().openapi()["components"]["schemas"].update(schemas["$defs"])
         return super().openapi()

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request
 
 from bon.engines.base import Partial
 from bon.serve.admission import Ticket
 from bon.serve.failures import ApiError, ClientGone, bad
-from bon.serve.plan import Plan
-from bon.types import Candidate, Result, Score
+from bon.serve.plan import Plan, Work
+from bon.types import Candidate, Score
 
 T = TypeVar("T")
+W = TypeVar("W", bound=Work)
 
 
-class Job:
+class Job(Generic[W]):
     """Waits for its turn, then runs; it starts when it is made and leaves the queue when it ends.
 
     Args:
         plan: what to run.
         ticket: its place.
-        ended: called with the outcome, a result or what was raised.
+        ended: called with the outcome, what the plan returned or what was raised.
 
     Attributes:
         events: candidates and scores as they come, and None when the work has ended.
         texts: of the candidates that are being written, where the client wants to see all.
-        task: ends with the ``Result``.
+        task: ends with what the plan returns.
     """
 
-    def __init__(self, plan: Plan, ticket: Ticket, ended: Callable[[Job, Result | BaseException], None]) -> None:
+    def __init__(self, plan: W, ticket: Ticket, ended: Callable[[Job[W], Any], None]) -> None:
         self.plan, self.ticket, self._ended = plan, ticket, ended
         self.events: asyncio.Queue[Candidate | Score | None] = asyncio.Queue()
         self.texts: dict[int, str] = {}
@@ -41,13 +42,13 @@ class Job:
         self.task = asyncio.create_task(self._work())
         self.task.add_done_callback(self._done)
 
-    async def _work(self) -> Result:
+    async def _work(self) -> Any:
         try:
             return await self._run()
         except asyncio.CancelledError:
             raise self._stopped or asyncio.CancelledError from None
 
-    async def _run(self) -> Result:
+    async def _run(self) -> Any:
         deadline = self.plan.deadline_s
         try:
             async with asyncio.timeout(deadline):
@@ -56,10 +57,9 @@ class Job:
             said = f"the deadline of {deadline:g} s passed before it was this request's turn."
             raise ApiError(408, said, "deadline_exceeded", "best_of_n.deadline_s") from None
         left = None if deadline is None else max(0.0, deadline - self.ticket.queue_s)
-        follow = self._follow if self.plan.request.stream and self.plan.request.options.return_candidates else None
-        return await self.plan.bon.run(self.plan.task, callback=self._tell, follow=follow, deadline=left)
+        return await self.plan.run(left, self._tell, self._follow)
 
-    def _done(self, task: asyncio.Task[Result]) -> None:
+    def _done(self, task: asyncio.Task[Any]) -> None:
         self.ticket.leave()
         self.events.put_nowait(None)
         self._ended(self, ClientGone() if task.cancelled() else task.exception() or task.result())
@@ -71,7 +71,8 @@ class Job:
         if isinstance(event, Candidate):
             self._sampled.add(event.index)
             self.texts.pop(event.index, None)
-            if self.plan.bon.sampling.logprobs and event.text and event.logprobs is None:
+            wanted = isinstance(self.plan, Plan) and self.plan.bon.sampling.logprobs
+            if wanted and event.text and event.logprobs is None:
                 # Nor will the others have any.
                 self.stop(bad("logprobs", "the policy does not have them.", "unsupported_parameter"))
         else:
@@ -84,7 +85,7 @@ class Job:
         """How far the work is, for a stream."""
         if place := self.ticket.position:
             return {"event": "queued", "position": place}
-        done = {"sampled": len(self._sampled), "scored": len(self._scored), "n": self.plan.bon.n}
+        done = {"sampled": len(self._sampled), "scored": len(self._scored), "n": self.plan.n}
         return {"event": "progress", **done, "best_reward": self._best}
 
     def stop(self, error: ApiError) -> None:

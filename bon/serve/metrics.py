@@ -9,12 +9,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from bon.serve.admission import Admission
 from bon.serve.failures import ClientGone, api_error
-from bon.serve.plan import Plan
+from bon.serve.plan import Plan, Work
 from bon.types import Result
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _REWARDS = tuple(i / 20 for i in range(21))
 STAGES = ("queue", "sample", "score", "select", "total")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rerank")
 
 
 class Metrics:
@@ -47,14 +48,14 @@ class Metrics:
         self.ready = gauge("ready", "1 when the models answer and the server is not shutting down")
         gauge("running_requests", "Requests that run").set_function(lambda: admission.running)
         gauge("waiting_requests", "Requests that wait for their turn").set_function(lambda: admission.waiting)
-        for path in ("/v1/chat/completions", "/v1/completions"):  # so that rates start at 0 and not at the first event
+        for path in PATHS:  # so that rates start at 0 and not at the first event
             self.http.labels(path, "200")
         for outcome in ("ok", "deadline", "client_gone"):
             self.runs.labels(outcome)
         for stage in STAGES:
             self.stage.labels(stage)
 
-    def ended(self, plan: Plan, outcome: Result | BaseException, queue_s: float) -> None:
+    def ended(self, plan: Work, outcome: Result | BaseException, queue_s: float) -> None:
         """Count a run."""
         self.stage.labels("queue").observe(queue_s)
         if not isinstance(outcome, Result):
@@ -63,15 +64,16 @@ class Metrics:
             return
         late = "late" in outcome.counts
         self.runs.labels("deadline" if late else "ok").inc()
-        for candidate in outcome.candidates:
+        sampled = isinstance(plan, Plan)
+        for candidate in outcome.candidates if sampled else ():
             self.candidates.labels(candidate.finish_reason).inc()
         for status, count in outcome.counts.items():
             self.scores.labels(status).inc(count)
-        best, stop_at = outcome.reward, getattr(plan.bon.budget, "stop_at", None)
+        best, stop_at = outcome.reward, getattr(plan.bon.budget, "stop_at", None) if isinstance(plan, Plan) else None
         if stop_at is not None and best is not None and best >= stop_at and "pruned" in outcome.counts:
             self.stopped.inc()
         timing, usage = outcome.timing, outcome.usage
-        for stage in ("sample", "score", "select"):
+        for stage in ("sample", "score", "select") if sampled else ("score", "select"):
             self.stage.labels(stage).observe(getattr(timing, stage))
         self.stage.labels("total").observe(queue_s + timing.total)
         self.overlap.inc(timing.overlap)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +14,88 @@ from bon.budget import Budget, Fixed, StopAt, as_budget
 from bon.engines.base import Rates, Remote
 from bon.engines.function import FunctionEngine
 from bon.errors import InputError
+from bon.group import Callback, Follow
 from bon.models import MINI
 from bon.scorers.base import ModelScorer, Scorer
 from bon.serve.failures import ApiError, bad, public
-from bon.serve.protocol import ChatRequest, CompletionRequest
+from bon.serve.protocol import ChatRequest, CompletionRequest, Options
 from bon.serve.settings import Settings
 from bon.spec import SCORERS
-from bon.task import Task
-from bon.types import Sampling
+from bon.task import Conversation, Task
+from bon.types import Result, Sampling
 
 log = logging.getLogger("bon.serve")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is run for one request.
+class Work(ABC):
+    """What is run for one request, of whatever endpoint.
 
     Args:
-        request: what the client sent.
-        task: its prompt.
-        bon: best-of-N with the request's settings, on the server's engines.
         scorer: name of the scorer.
         model: name that the response carries.
         deadline_s: seconds from arrival.
         passed: fields, by their paths, that the policy's engine is to honour.
     """
 
-    request: ChatRequest | CompletionRequest
-    task: Task
-    bon: BestOfN
     scorer: str
     model: str
     deadline_s: float | None
     passed: Mapping[str, Any]
 
     @property
+    @abstractmethod
+    def n(self) -> int | None:
+        """Candidates at most, where that is known."""
+
+    @property
+    @abstractmethod
+    def tasks(self) -> Sequence[Task]:
+        """The prompts."""
+
+    @abstractmethod
+    async def run(self, deadline: float | None, tell: Callback, follow: Follow) -> Any:
+        """Do it: a ``Result``, or for many prompts a list in which errors stand for some of them.
+
+        Args:
+            deadline: seconds that are left.
+            tell, follow: as for ``BestOfN.run``, where the client can be told.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Work):
+    """A completion.
+
+    Args:
+        request: what the client sent.
+        task: its prompt.
+        bon: best-of-N with the request's settings, on the server's engines.
+    """
+
+    request: ChatRequest | CompletionRequest
+    task: Task
+    bon: BestOfN
+
+    @property
     def chat(self) -> bool:
         """Which of the two endpoints."""
         return isinstance(self.request, ChatRequest)
+
+    @property
+    def n(self) -> int | None:
+        """Candidates at most, where that is known."""
+        return self.bon.n
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The prompt."""
+        return (self.task,)
+
+    async def run(self, deadline: float | None, tell: Callback, follow: Follow) -> Result:
+        """Sample, score, select."""
+        live = self.request.stream and self.request.options.return_candidates
+        return await self.bon.run(self.task, callback=tell, follow=follow if live else None, deadline=deadline)
 
 
 @dataclass(frozen=True)
@@ -87,14 +132,11 @@ class Planner:
         Raises:
             ApiError: 400 with the field at fault, 404 for a model that is not served.
         """
-        if request.model is not None:
-            self.check_model(request.model)
+        model = self.served(request.model)
         if request.stream_options is not None and not request.stream:
             raise bad("stream_options", "is for requests with stream=true.")
         options = request.options
-        name = options.scorer or next(iter(self.scorers))
-        if name not in self.scorers:  # a listed name, never a spec: a request loads no model and imports nothing
-            raise bad("best_of_n.scorer", f"there is no scorer {name!r:.100}; there is {', '.join(self.scorers)}.")
+        name = self.offered(options)
         bon = self.bon.replace(
             n=self._budget(request),
             sampling=self._sampling(request),
@@ -102,9 +144,30 @@ class Planner:
             min_reward=options.min_reward,
             prune=self.bon.prune and request.returned == 1,
         )
-        task, model = self._task(request), request.model or self.models[0]
+        task = self._task(request)
         passed = request.passed | _about_tools(task)
-        return Plan(request, task, bon, name, model, self._deadline(options.deadline_s), passed)
+        return Plan(name, model, self.deadline(options), passed, request, task, bon)
+
+    def served(self, name: str | None) -> str:
+        """The name that a response carries.
+
+        Raises:
+            ApiError: 404 for a model that is not served.
+        """
+        if name is not None:
+            self.check_model(name)
+        return name or self.models[0]
+
+    def offered(self, options: Options) -> str:
+        """The name of the scorer that a request wants.
+
+        Raises:
+            ApiError: 400 for one that is not offered.
+        """
+        name = options.scorer or next(iter(self.scorers))
+        if name not in self.scorers:  # a listed name, never a spec: a request loads no model and imports nothing
+            raise bad("best_of_n.scorer", f"there is no scorer {name!r:.100}; there is {', '.join(self.scorers)}.")
+        return name
 
     def check_model(self, name: str) -> None:
         """Raise a 404 for a model that is not served."""
@@ -149,12 +212,7 @@ class Planner:
 
     def _task(self, request: ChatRequest | CompletionRequest) -> Task:
         name = "messages" if isinstance(request, ChatRequest) else "prompt"
-        try:
-            task = Task.of(request.conversation)
-            name = "best_of_n.instruction"
-            task = Task.of(task, request.options.instruction)
-        except InputError as error:
-            raise bad(error.field or name, str(error)) from error
+        task = as_task(request.conversation, name, request.options.instruction, "best_of_n.instruction")
         if isinstance(request, ChatRequest):
             for name, wanted in (
                 ("continue_final_message", bool(task.prefill)),
@@ -174,11 +232,36 @@ class Planner:
             extra={**self.bon.sampling.extra, **request.passed},
         )
 
-    def _deadline(self, asked: float | None) -> float | None:
-        most = self.settings.deadline_s
+    def deadline(self, options: Options) -> float | None:
+        """Seconds that a request may take.
+
+        Raises:
+            ApiError: 400 for more than the server allows.
+        """
+        asked, most = options.deadline_s, self.settings.deadline_s
         if asked is not None and most is not None and asked > most:
             raise bad("best_of_n.deadline_s", f"is {asked:g}, and this server allows {most:g} s at most.")
         return most if asked is None else asked
+
+
+def as_task(
+    prompt: Conversation, at: str, instruction: str | None, instruction_at: str, reference: str | None = None
+) -> Task:
+    """Check a prompt and its instruction, which are in the fields ``at`` and ``instruction_at`` of a request.
+
+    Raises:
+        ApiError: 400 with the field at fault.
+    """
+    try:
+        task = replace(Task.of(prompt), reference=reference)
+    except InputError as error:
+        if error.field is None:
+            raise bad(at, str(error)) from error
+        raise bad(error.field.replace("messages", at, 1), str(error).replace("messages", at, 1)) from error
+    try:
+        return Task.of(task, instruction)
+    except InputError as error:
+        raise bad(instruction_at, str(error)) from error
 
 
 def _about_tools(task: Task) -> dict[str, Any]:

@@ -40,7 +40,9 @@ MOST = 2048
 FirstError = Field(fail_fast=True, max_length=MOST)
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """An object in a request; fields that it does not have are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
@@ -48,7 +50,7 @@ class _Body(BaseModel):
     def _known(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.keys() <= cls.__pydantic_fields__.keys():
             first = next(name for name in data if name not in cls.__pydantic_fields__)
-            told = InitErrorDetails(type="extra_forbidden", loc=(first,), input=None)
+            told = InitErrorDetails(type="extra_forbidden", loc=(first,), input=[*cls.__pydantic_fields__])
             raise ValidationError.from_exception_data(cls.__name__, [told])
         return data
 
@@ -72,7 +74,7 @@ Text = Annotated[str, Field(min_length=1)]
 Length = Literal[-1] | Annotated[int, Field(ge=1, le=NO_LIMIT)]  # -1 is no limit, as in other servers
 # ``bon.task`` reads messages, here as in files and in Python; this is what it takes, less what it does not use.
 _PART = {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["text", "image_url"]}}}
-_MESSAGE = {
+MESSAGE = {
     "type": "object",
     "required": ["role", "content"],
     "properties": {
@@ -82,16 +84,27 @@ _MESSAGE = {
         "tool_call_id": {"type": "string"},
     },
 }
+Messages = Annotated[list[Annotated[Any, WithJsonSchema(MESSAGE)]], FirstError, Field(min_length=1)]
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream holds besides the text."""
 
     include_usage: bool | None = Field(default=None, description="Send a last chunk with the usage.")
     include_obfuscation: bool | None = Field(default=None, description="Accepted and not done.")
 
 
-class BestOfNOptions(_Body):
+class Options(Body):
+    """What bon adds to every request."""
+
+    scorer: str | None = Field(default=None, description="Which of the server's scorers; GET /v1/models lists them.")
+    deadline_s: float | None = Field(default=None, gt=0, description="Seconds after which the best so far is returned.")
+    instruction: str | None = Field(
+        default=None, min_length=1, description="The part of the last user message that is the instruction proper."
+    )
+
+
+class BestOfNOptions(Options):
     """What bon adds to OpenAI's request."""
 
     n: Annotated[int, Field(ge=1)] | Annotated[str, Field(max_length=200)] | None = Field(
@@ -99,17 +112,12 @@ class BestOfNOptions(_Body):
     )
     stop_at: float | None = Field(default=None, description="Stop everything once a candidate has this reward.")
     min_reward: float | None = Field(default=None, description="Refuse to answer when the best reward is below this.")
-    scorer: str | None = Field(default=None, description="Which of the server's scorers; GET /v1/models lists them.")
     return_candidates: bool = Field(
         default=False, description="Return every candidate with its score; a stream has their texts as they grow."
     )
-    deadline_s: float | None = Field(default=None, gt=0, description="Seconds after which the best so far is returned.")
-    instruction: str | None = Field(
-        default=None, min_length=1, description="The part of the last user message that is the instruction proper."
-    )
 
 
-class _Common(_Body):
+class _Common(Body):
     model: str | None = Field(default=None, description="One of GET /v1/models; the first of them if left out.")
     best_of_n: BestOfNOptions | None = None
     n: int | None = Field(default=None, ge=1, le=128, description="The n best are returned, best first.")
@@ -169,7 +177,7 @@ class _Common(_Body):
 class ChatRequest(_Common):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Annotated[Any, WithJsonSchema(_MESSAGE)]], FirstError] = Field(min_length=1)
+    messages: Messages
     continue_final_message: bool | None = Field(default=None, description="A last message of the assistant is, always.")
     add_generation_prompt: bool | None = None
     max_completion_tokens: Length | None = None
@@ -238,7 +246,7 @@ class CompletionRequest(_Common):
         return [self.model_copy(update={"prompt": prompt}) for prompt in prompts]
 
 
-B = TypeVar("B", bound=_Common)
+B = TypeVar("B", bound=Body)
 
 
 def parse(kind: type[B], body: bytes) -> B:
@@ -258,7 +266,7 @@ def parse(kind: type[B], body: bytes) -> B:
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply.", "invalid_json") from error
     except pydantic.ValidationError as error:
-        raise _failure(kind, error.errors(include_url=False), data) from error
+        raise _failure(error.errors(include_url=False), data) from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -269,14 +277,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _failure(kind: type[_Common], errors: list[ErrorDetails], data: dict[str, Any]) -> ApiError:
+def _failure(errors: list[ErrorDetails], data: dict[str, Any]) -> ApiError:
     """Name the field at fault: the deepest one with an error, as a union reports the errors of all its members."""
     found = [(_path(error, data), error) for error in errors]
     path, worst = max(found, key=lambda pair: len(pair[0]))
     name = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in path)[1:] or "body"
     if worst["type"] == "extra_forbidden":
-        known = kind.model_fields if len(path) == 1 else BestOfNOptions.model_fields
-        close = difflib.get_close_matches(str(path[-1]), list(known), n=1)
+        close = difflib.get_close_matches(str(path[-1]), worst["input"], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return bad(name, f"there is no such field, or it cannot be honoured.{hint}", "unknown_parameter")
     first, *others = dict.fromkeys(_wanted(error) for where, error in found if where == path)

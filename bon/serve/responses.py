@@ -38,11 +38,10 @@ class UsageBody(BaseModel):
     scorer: dict[Literal["prompt_tokens", "completion_tokens"], int]
 
 
-class ScoreBody(BaseModel):
-    """What is known of one candidate."""
+class RewardBody(BaseModel):
+    """What is known of one candidate's reward."""
 
     index: int
-    finish_reason: FinishReason = Field(description="'abort' where it was stopped because it was not needed.")
     reward: float | None
     status: ScoreStatus
     explanation: str | None = Field(description="What the scorer says about the reward.")
@@ -54,14 +53,20 @@ class ScoreBody(BaseModel):
     upper_bound: float | None = Field(description="The reward of a pruned candidate could not have exceeded this.")
     reason: str | None = Field(description="Why there is no reward.")
     same_as: int | None = Field(description="An identical candidate, whose score this is.")
-    text: str | None = Field(default=None, description="With return_candidates.")
-    completion_tokens: int | None
-    sampled_s: float = Field(description="When it was finished, from the start of the run.")
     scored_s: tuple[float, float] | None = Field(description="When its score was started and finished.")
 
 
-class BestOfNBody(BaseModel):
-    """The evidence."""
+class ScoreBody(RewardBody):
+    """What is known of one candidate that was sampled."""
+
+    finish_reason: FinishReason = Field(description="'abort' where it was stopped because it was not needed.")
+    text: str | None = Field(default=None, description="With return_candidates.")
+    completion_tokens: int | None
+    sampled_s: float = Field(description="When it was finished, from the start of the run.")
+
+
+class EvidenceBody(BaseModel):
+    """What is known of the candidates of one prompt together."""
 
     n: int
     scorer: str
@@ -75,9 +80,14 @@ class BestOfNBody(BaseModel):
     )
     deadline_passed: bool
     statuses: dict[ScoreStatus, int]
+    timing: dict[Literal["queue_s", "sample_s", "score_s", "overlap_s", "total_s"], float]
+
+
+class BestOfNBody(EvidenceBody):
+    """The evidence."""
+
     choices: list[ScoreBody] = Field(description="Scores of the returned choices, in their order.")
     candidates: list[ScoreBody] | None = Field(default=None, description="All of them, with return_candidates.")
-    timing: dict[Literal["queue_s", "sample_s", "score_s", "overlap_s", "total_s"], float]
 
 
 class MessageBody(BaseModel):
@@ -128,6 +138,62 @@ class CompletionResponse(_Response):
     object: Literal["text_completion"]
     choices: list[TextChoice]
     best_of_n: BestOfNBody | list[BestOfNBody]  # type: ignore[assignment]
+
+
+class ScoreItem(BaseModel):
+    """A pair of texts."""
+
+    index: int
+    object: Literal["score"]
+    score: float | None = Field(description="null where there is no reward; best_of_n says why.")
+    best_of_n: RewardBody
+
+
+class GroupItem(BaseModel):
+    """A prompt and its candidates."""
+
+    index: int
+    object: Literal["score.group"]
+    scores: list[float | None] = Field(description="In the order of the candidates.")
+    error: ErrorBody | None = Field(description="Why this group has no scores, where it could not be scored.")
+    best_of_n: list[RewardBody]
+
+
+class ScoreResponse(BaseModel):
+    """vLLM's scores; for ``groups`` one item for each of them."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    usage: UsageBody
+    data: list[ScoreItem] | list[GroupItem]
+    best_of_n: list[EvidenceBody | None] = Field(description="Of each prompt; null where it could not be scored.")
+
+
+class DocumentBody(BaseModel):
+    """A document."""
+
+    text: str
+
+
+class RerankItem(BaseModel):
+    """One of the documents."""
+
+    index: int = Field(description="Its place in the request.")
+    relevance_score: float | None = Field(description="null where there is no reward; best_of_n says why.")
+    document: DocumentBody | None = Field(default=None, description="Unless return_documents is false.")
+    best_of_n: RewardBody
+
+
+class RerankResponse(BaseModel):
+    """The documents, best first, as Jina, Cohere and vLLM have it."""
+
+    id: str
+    model: str
+    usage: UsageBody
+    results: list[RerankItem]
+    best_of_n: EvidenceBody
 
 
 class ModelDefaults(BaseModel):

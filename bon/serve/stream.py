@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from bon.serve.answers import Answer, failure
 from bon.serve.failures import ClientGone, api_error
 from bon.serve.job import Job, while_connected
+from bon.serve.plan import Plan
 from bon.types import Candidate, Score
 
 HEARTBEAT = b": still here\n\n"
@@ -35,7 +36,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, heartbeat_s: float, status_s: float) -> None:
+    def __init__(self, job: Job[Plan], heartbeat_s: float, status_s: float) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._job, self._answer = job, Answer(job.plan)
