@@ -66,7 +66,7 @@ def _on_torch(models: Models, options: argparse.Namespace, card: dict[str, Any])
         LIKELIHOOD: BackwardLikelihood(models.scorer),
     }
     latencies = measure_latency(models.policy, scorers, tasks, ns, sampling)
-    facts = {"prompts": count, "max_tokens": options.max_tokens, "temperature": sampling.temperature}
+    facts = {"prompts": count, "max_tokens": options.max_tokens, "temperature": sampling.drawing.temperature}
     report = Report("latency", {**card, **facts}, text=[latency_table(latencies)])
     for latency in latencies:
         report.rows += latency.rows()

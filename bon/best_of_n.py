@@ -15,8 +15,8 @@ from typing import Any, Literal, Self, overload
 from bon import portal
 from bon.budget import Budget, as_budget
 from bon.engines.base import Engine
-from bon.errors import BonError, InputError, UnknownNameError, number
-from bon.group import Callback, Group
+from bon.errors import BonError, InputError, UnknownNameError, number, several
+from bon.group import Callback, Follow, Group
 from bon.models import Model, ModelPool
 from bon.pipeline import SCHEDULES, Pipeline, Schedule, in_order, made, may_prune
 from bon.scorers.base import Scorer
@@ -220,6 +220,7 @@ class BestOfN:
         n: int | str | Budget | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         callback: Callback | None = None,
+        follow: Follow | None = None,
         deadline: float | None = None,
     ) -> Result:
         """Return the best of n for one prompt.
@@ -227,14 +228,17 @@ class BestOfN:
         Args:
             prompt, instruction, n, sampling: as for ``__call__``.
             callback: told of each candidate and score as it comes, copies and empty ones included.
+            follow: told how far each candidate is, as a ``Partial`` every few tokens, perhaps from another thread; an
+                engine that can stream then does.
             deadline: seconds after which the best so far is returned; the rest is aborted and has the status "late".
         """
         if deadline is not None:
             number("deadline", deadline)
-        if callback is not None and is_async(callback):
-            raise InputError("the callback is called and not awaited: pass a plain function.")
+        for told in (callback, follow):
+            if told is not None and is_async(told):
+                raise InputError("the callback is called and not awaited: pass a plain function.")
         bon = self if n is None and sampling is None else self.replace(n=n, sampling=sampling)
-        group = bon._group(prompt, instruction, callback)
+        group = bon._group(prompt, instruction, callback, follow)
         await bon._pipeline(bon.policy).run([group], deadline)
         return group.result(bon.selector)
 
@@ -252,9 +256,7 @@ class BestOfN:
         A prompt that fails yields its error in place of a result, and the others go on. Prompts are read when they are
         needed, on a thread of their own: they may take their time.
         """
-        if isinstance(prompts, str | Mapping):
-            raise InputError(f"prompts are a list of prompts, not the one text {prompts!r:.60}. Put it into a list.")
-        groups = (made(self._group, prompt) for prompt in prompts)
+        groups = (made(self._group, prompt) for prompt in several("prompts are a list of prompts", prompts))
         return self._pipeline(self.policy).results(groups, self.selector)
 
     def _pipeline(self, policy: Any = None) -> Pipeline:
@@ -270,9 +272,13 @@ class BestOfN:
         }
 
     def _group(
-        self, prompt: Conversation | Task, instruction: str | None = None, callback: Callback | None = None
+        self,
+        prompt: Conversation | Task,
+        instruction: str | None = None,
+        callback: Callback | None = None,
+        follow: Follow | None = None,
     ) -> Group:
-        return Group(Task.of(prompt, instruction), callback=callback, **self._terms)
+        return Group(Task.of(prompt, instruction), callback=callback, follow=follow, **self._terms)
 
     def _given(
         self, prompt: Conversation | Task, candidates: Sequence[str | Candidate], instruction: str | None = None

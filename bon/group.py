@@ -18,13 +18,16 @@ from dataclasses import replace
 from time import perf_counter, time
 from typing import Any
 
-from bon.errors import BonError, EngineError, InputError, user_error
+from bon.engines.base import Partial
+from bon.errors import BonError, EngineError, InputError, several, user_error
+from bon.remarks import of_result
 from bon.scorers.base import Pending
 from bon.selectors import Selector, select
 from bon.task import Conversation, Task
-from bon.types import Candidate, Result, Score, Timing, Usage
+from bon.types import REWARDED, Candidate, Result, Score, Timing, Usage, without_text
 
 Callback = Callable[[Candidate | Score], None]
+Follow = Callable[[Partial], None]
 
 _PATIENCE = 4  # samples in a row that may fail before no more are asked for
 
@@ -38,12 +41,14 @@ class Group:
         stop_at: a reward that is good enough: once reached, what is unfinished is given up. None asks for all.
         whole: whether the scorer sees all candidates at once, so that copies are scored like any other.
         callback: told of every candidate and every score the moment it is there.
+        follow: told how far each candidate is, every few tokens, perhaps from an engine's thread.
 
     Attributes:
         asked: samples that were asked for so far.
         error: why the task has no result; None while it may have one.
         best_reward: the highest reward so far.
         usage: tokens spent so far.
+        warnings: what is known before there is a result, see ``Result.warnings``.
     """
 
     def __init__(
@@ -54,13 +59,15 @@ class Group:
         stop_at: float | None = None,
         whole: bool = False,
         callback: Callback | None = None,
+        follow: Follow | None = None,
     ) -> None:
         self.task, self.prune, self.stop_at, self.whole = task, prune, stop_at, whole
         self.asked = 0
         self.error: BonError | None = None
         self.best_reward: float | None = None
         self.usage = Usage()
-        self._callback = callback
+        self.warnings: list[str] = []
+        self._callback, self._follow = callback, follow
         self._candidates: dict[int, Candidate] = {}
         self._scores: dict[int, Score] = {}
         self._waiting: list[int] = []  # candidates that need a score of their own
@@ -86,12 +93,10 @@ class Group:
             InputError: a prompt that is none, no candidates, or one that is neither text nor a ``Candidate``.
         """
         group = cls(Task.of(prompt, instruction), prune=prune, stop_at=stop_at, whole=whole)
-        if isinstance(candidates, str) or not candidates:
-            raise InputError(
-                "there are no candidates to rank." if not candidates else "candidates are a list of texts."
-            )
-        group.asked = len(candidates)
-        for index, given in enumerate(candidates):
+        if not (all_given := [*several("candidates are a list of texts", candidates)]):
+            raise InputError("there are no candidates to rank.")
+        group.asked = len(all_given)
+        for index, given in enumerate(all_given):
             if not isinstance(given, str | Candidate):
                 raise InputError(f"candidate {index} must be text, not {type(given).__name__}.")
             known = Candidate(index, given) if isinstance(given, str) else given
@@ -128,6 +133,11 @@ class Group:
         return self._callback is not None
 
     @property
+    def followed(self) -> bool:
+        """Whether somebody is told of texts while they grow."""
+        return self._follow is not None
+
+    @property
     def over(self) -> bool:
         """Whether nothing more is to be done for this task."""
         return self.error is not None or self.reached
@@ -142,6 +152,16 @@ class Group:
         """Whether a candidate that can reach ``upper_bound`` at most may be given up."""
         best = self.best_reward  # asked of every reconstruction every few tokens
         return self.error is not None or (best is not None and ((self.prune and upper_bound < best) or self.reached))
+
+    def follow(self, partial: Partial) -> bool:
+        """Tell how far a candidate is; whether it is still wanted."""
+        try:
+            if self._follow is not None:
+                self._follow(partial)
+        except Exception as error:
+            self._follow = None
+            self.fail(user_error("the callback", error))
+        return not self.over
 
     def ask(self, more: int) -> int:
         """Note that so many more samples are asked for; returns the index of the first."""
@@ -181,7 +201,8 @@ class Group:
         elif candidate.finish_reason == "error":
             self._record(index, Score(None, "failed", reason=f"not sampled: {candidate.error}"))
         elif not candidate.text.strip():
-            self._record(index, Score(None, "empty", reason="no text"))
+            reason = without_text(candidate.refusal, candidate.reasoning, candidate.finish_reason)
+            self._record(index, Score(None, "empty", reason=reason))
         elif self.whole or candidate.text not in self._copies:
             self._copies.setdefault(candidate.text, [index])
             self._waiting.append(index)
@@ -220,7 +241,7 @@ class Group:
         if score.reward is not None and not math.isfinite(score.reward):
             reason = f"the reward is {score.reward}, not a finite number"
             score = replace(score, reward=None, status="failed", reason=reason)
-        elif score.reward is None and score.status in ("ok", "repaired", "fallback"):
+        elif score.reward is None and score.status in REWARDED:
             score = replace(score, status="failed", reason=score.reason or "the scorer gave no reward")
         self.usage += score.usage
         self._unscored = score.error or self._unscored
@@ -279,7 +300,8 @@ class Group:
             self.error = user_error("the selector", error)
             raise self.error from error
         timing = replace(timing, select=self._now() - total)
-        return Result(self.task, self.candidates, self.scores, selection, timing, self.usage)
+        warnings = (*self.warnings, *of_result(self.candidates, self.scores, selection))
+        return Result(self.task, self.candidates, self.scores, selection, timing, self.usage, warnings)
 
     def _copy(self, first: int, index: int) -> None:
         self._record(index, self._scores[first], same_as=first)

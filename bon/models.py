@@ -96,14 +96,39 @@ class Model:
         return self.name == MINI and self.runs_on in ("torch", "vllm")
 
 
+_OLLAMA = "Ollama's models are reached over HTTP: http://localhost:11434/v1#{1}"
+_ELSEWHERE = (  # names that mean something, but elsewhere: what to write here
+    (
+        r"bon[-_]mini|mini",
+        "the embedded model is called 'mini' here, not {0!r}; 'bon-mini' is what bon serve calls it.",
+    ),
+    (
+        r"((localhost|[\w-]+(\.[\w-]+)+):\d+(/.*)?)|((localhost|[\w-]+(\.[\w-]+)+)/v\d+/?)",
+        "a server's address begins with http:// or https://. Did you mean http://{0}?",
+    ),
+    (
+        r"(openai/)?(gpt-\d|chatgpt-|o\d(-|$)).*",
+        "{0!r} is a model of OpenAI's API: write https://api.openai.com/v1#{1}, with the key in OPENAI_API_KEY.",
+    ),
+    (
+        r"(claude|gemini)-[\w.-]+",
+        "{0!r} is reached over HTTP: write the address of an OpenAI-compatible API that has it, and #{0} behind it.",
+    ),
+    (r"(ollama/[\w.-]+(:[\w.-]+)?)|([\w.-]+:[\w.-]+)", "{0!r} is neither a folder nor a Hugging Face name. " + _OLLAMA),
+)
+
+
 def _check_name(name: str) -> None:
     """Refuse what can be no model's name, and say what was probably meant."""
     if not name:
         raise InputError("a model's name is empty.")
+    if name == MINI:
+        return
     if ":" in name and name.partition(":")[0] in SCORERS:
         raise InputError(f"{name!r} is a scorer's spec, not a model. Write --scorer {name} or scorer={name!r}.")
-    if re.match(r"(localhost|[\w-]+(\.[\w-]+)+):\d+(/|$)", name) and not os.path.exists(name):
-        raise InputError(f"a server's address begins with http:// or https://. Did you mean http://{name}?")
+    advice = next((advice for pattern, advice in _ELSEWHERE if re.fullmatch(pattern, name, re.IGNORECASE)), None)
+    if advice is not None and not OBJECT.fullmatch(name) and not os.path.exists(name):
+        raise InputError(advice.format(name, name.removeprefix("openai/").removeprefix("ollama/")))
 
 
 class ModelPool:
@@ -323,9 +348,10 @@ def _weights(model: Model) -> str:
     if model.engine is None and OBJECT.fullmatch(model.name) and not folder.exists():
         raise ModelNotFoundError(
             f"{model.name!r} is neither a folder nor a model on this machine, and it is no object of yours: there is "
-            f"no module {model.name.partition(':')[0]!r}."
+            f"no module {model.name.partition(':')[0]!r}. {_OLLAMA.format('', model.name)}"
         )
-    configs = [folder / name for name in ("config.json", "params.json")]  # vLLM reads Mistral's format as well
+    # vLLM reads Mistral's format as well, and a LoRA adapter names its base.
+    configs = [folder / name for name in ("config.json", "params.json", "adapter_config.json")]
     held = gguf_file(model.name) or any(path.is_file() for path in configs)
     if model.runs_on in ("torch", "vllm") and folder.is_dir() and not held:
         raise ModelNotFoundError(
@@ -348,9 +374,11 @@ def choose_engine(name: str) -> str:
 
 @cache
 def _local_engine() -> str:
-    """What runs models on this machine."""
+    """What runs models on this machine; where there is no choice, nothing is said."""
     if find_spec("vllm") is None:
-        name, reason = "torch", "vLLM is not installed"
+        if not _has_cuda():
+            return "torch"
+        name, reason = "torch", "vLLM is not installed, which is faster on a CUDA GPU (pip install 'bon[vllm]')"
     elif not _has_cuda():
         name, reason = "torch", "vLLM is installed, and there is no CUDA GPU; engine=vllm takes its CPU build"
     else:

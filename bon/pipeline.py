@@ -19,9 +19,10 @@ from typing import Any, Literal, TypeVar
 from bon import portal
 from bon.budget import MOST, Budget
 from bon.engines.base import Completion, Generates, Keep, Prompt, Request, Wanted
-from bon.errors import BonError, EngineError, InputError, user_error
+from bon.errors import BonError, EngineError, InputError, several, user_error
 from bon.group import Group
 from bon.models import ModelPool
+from bon.remarks import of_sampling, of_task
 from bon.scorers.base import Pending, Scorer
 from bon.selectors import Selector, only_the_best_counts
 from bon.task import Conversation, Task
@@ -65,6 +66,7 @@ class Pipeline:
     async def run(self, groups: Sequence[Group], deadline: float | None = None) -> None:
         """Sample and score groups until their budgets want no more, or until ``deadline`` seconds have passed."""
         for group in groups:
+            group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
             if self.scorer.needs.reference and group.task.reference is None:
                 name = self.scorer.name
                 group.fail(InputError(f"the scorer {name!r} compares with a reference, and the task has none."))
@@ -144,6 +146,7 @@ class Pipeline:
             try:
                 if more := min(_whole(self.budget.more(group)), max(0, most - group.asked)):
                     prompt = Prompt.of(group.task.messages)
+                    group.warnings += of_sampling(sampling, group.asked + more) if not group.asked else ()
                     asked.append((group, Request(prompt, sampling, more, group.ask(more))))
             except Exception as error:
                 group.fail(user_error("the budget", error))
@@ -253,7 +256,8 @@ class _Round:
                     if place not in missing:
                         name = self._policy.name
                         raise EngineError(f"{name} returned sample {place[1]} of a prompt twice or unasked.")
-                    group, candidate = groups[place[0]], _candidate(completion)
+                    group = groups[place[0]]
+                    candidate = _candidate(completion, group.task.prefill)
                     if group.admit(candidate, _usage(completion), error=completion.error) and not group.whole:
                         self._sampled.put_nowait(Pending(group, candidate))
                     missing.remove(place)
@@ -273,6 +277,8 @@ class _Round:
             groups[i].fail(EngineError(f"{self._policy.name} returned {got} of {groups[i].asked} completions."))
 
     def _keep(self, groups: Sequence[Group]) -> Keep | None:
+        if any(group.followed for group in groups):
+            return lambda partial: groups[partial.request_index].follow(partial)
         if all(group.stop_at is None for group in groups):
             return None
 
@@ -332,9 +338,10 @@ async def score(
         ready = await asyncio.to_thread(own.scorer, scorer)  # loading a model takes seconds
         whole = ready.needs.group
         prune = prune and not ready.needs.all_rewards
-        pairs = [(g.task, g.candidates) if isinstance(g, Group) else g for g in groups]
+        what = "groups are a list of (prompt, candidates) pairs, or of groups"
+        pairs = [(g.task, g.candidates) if isinstance(g, Group) else g for g in several(what, groups)]
         if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
-            raise InputError("groups are a list of (prompt, candidates) pairs, or of groups.")
+            raise InputError(f"{what}.")
         ours = [Group.of(prompt, candidates, prune=prune, whole=whole) for prompt, candidates in pairs]
         async with aclosing(Pipeline(ready).stream(ours)) as finished:
             async for _ in finished:
@@ -410,19 +417,23 @@ async def _closing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
             await close()
 
 
-def _candidate(completion: Completion) -> Candidate:
+def _candidate(completion: Completion, prefill: str) -> Candidate:
+    """A completion as the whole answer, which begins with the prefill."""
     pieces, logprobs = completion.pieces, completion.logprobs
     known = pieces is not None and logprobs is not None and len(pieces) == len(logprobs)
     return Candidate(
         index=completion.sample_index,
-        text=completion.text,
+        text=prefill + completion.text if prefill and completion.error is None else completion.text,
         finish_reason=completion.finish_reason,
-        tokens=completion.tokens,
+        tokens=None if prefill else completion.tokens,
         cumulative_logprob=completion.cumulative_logprob,
         logprobs=tuple(zip(pieces or (), logprobs or (), strict=True)) if known else None,
         completion_tokens=completion.completion_tokens or None,
         error=None if completion.error is None else str(completion.error),
         tool_calls=completion.tool_calls,
+        reasoning=completion.reasoning,
+        refusal=completion.refusal,
+        top_logprobs=completion.top_logprobs,
     )
 
 

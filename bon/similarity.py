@@ -358,13 +358,14 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
     Not rapidfuzz's: it takes words of equal hash for equal, and is 12 MB.
     """
-    where: dict[str, int] = {}
+    where = dict.fromkeys(a, 0)  # nothing for other words of b, which may be many: each would have |b| bits
     for i, word in enumerate(b):
-        where[word] = where.get(word, 0) | 1 << i
+        if word in where:
+            where[word] |= 1 << i
     full = (1 << len(b)) - 1
     rows = full
     for word in a:
-        hits = rows & where.get(word, 0)
+        hits = rows & where[word]
         rows = ((rows + hits) | (rows - hits)) & full
     return len(b) - rows.bit_count()
 
@@ -440,13 +441,23 @@ def matched_words(inferred: str, instruction: str) -> list[tuple[int, int]]:
         unmatched words of the instruction (as a multiset); articles match nothing and are not listed. Where the
         instruction is compared by characters, its characters are parts too, and spans that touch are joined.
     """
+    return _spans(inferred, instruction, instruction, matched=True)
+
+
+def missed_words(inferred: str, instruction: str) -> list[tuple[int, int]]:
+    """Find the parts of the instruction that ``inferred`` lacks: spans as those of ``matched_words``."""
+    return _spans(instruction, inferred, instruction, matched=False)
+
+
+def _spans(text: str, other: str, instruction: str, *, matched: bool) -> list[tuple[int, int]]:
     split, compared = _tokenizer(instruction, words)
-    left = Counter(split(instruction))
+    left = Counter(split(other))
     spans: list[tuple[int, int]] = []
-    for part in (_PART if compared == "characters" else _WORD).finditer(inferred):
+    for part in (_PART if compared == "characters" else _WORD).finditer(text):
         wanted = Counter(split(part.group()))
-        if wanted and wanted <= left:
-            left -= wanted
+        if found := all(left[word] >= count for word, count in wanted.items()):
+            left.subtract(wanted)  # unlike <= and -=, no look at the whole text for each part
+        if wanted and found == matched:
             start = spans.pop()[0] if spans and spans[-1][1] == part.start() else part.start()
             spans.append((start, part.end()))
     return spans

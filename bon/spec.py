@@ -363,7 +363,7 @@ SCORERS = Registry(
         "longest": "bon.scorers.free:Longest",
         "shortest": "bon.scorers.free:Shortest",
         "first": "bon.scorers.free:First",
-        "random": "bon.scorers.free:Random",
+        "random": "bon.scorers.free:Chance",
     },
 )
 SELECTORS = Registry(

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import time
 from typing import Any, BinaryIO
 
-from bon.data.sink import to_json
+from bon.data.sink import check_replaceable, to_json
 from bon.errors import InputError
 from bon.types import Candidate, Result, Score
 
@@ -22,17 +22,19 @@ _SHORT = 200  # characters of a text that a trace shows
 
 
 class Trace:
-    """A trace file that grows with every result. A file that is there is overwritten.
+    """A trace file that grows with every result. A trace that is there is overwritten.
 
     Args:
         path: where to write.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or is there and is no trace of bon's.
     """
 
     def __init__(self, path: str | Path) -> None:
+        path = Path(path)
         try:
+            check_replaceable(path, "trace", b"[]\n", b'[\n{"ph":"M","name":"process_name"')
             self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise InputError(f"cannot write the trace to {str(path)!r}: {error.strerror}.") from error

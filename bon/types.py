@@ -11,38 +11,54 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from bon.errors import BonError, InputError, UnknownNameError
 from bon.task import Task
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ScoreStatus = Literal["ok", "repaired", "fallback", "failed", "empty", "pruned", "late"]
+ScoreStatus = Literal["ok", "repaired", "fallback", "echo", "failed", "empty", "pruned", "late"]
 _STATUSES: tuple[ScoreStatus, ...] = get_args(ScoreStatus)
+REWARDED = _STATUSES[:4]
+"""Statuses of a score that has a reward, from the best to the worst."""
+NO_LIMIT = 2**31 - 1  # tokens
 _SHOWN = 80  # characters of a text in a repr
+
+
+class Drawing(NamedTuple):
+    """How one token is drawn, for engines that draw tokens themselves; the defaults change nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How completions are sampled; the names and meanings are vLLM's.
 
+    Of temperature, top_p, top_k and min_p None means "not said": a server behind HTTP is sent nothing and applies its
+    own defaults, and an engine in this process takes those of the model's generation_config.json, or of ``Drawing``.
+
     Args:
         temperature: 0 decodes greedily.
         top_p: nucleus mass, in (0, 1].
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: drop tokens whose probability is below min_p times the likeliest one's.
-        max_tokens: tokens of one completion at most; the room left in the context bounds it as well.
+        max_tokens: tokens of one completion at most, -1 for no limit; the room left in the context bounds it as well.
         stop: strings at which a completion ends; they are not part of its text.
-        seed: the same seed, prompt and sample index give the same completion, whatever else is in the batch.
+        seed: the same seed, prompt and sample index give the same completion, whatever else is in the batch; None or -1
+            draws anew.
         logprobs: whether the log-probability of each sampled token is wanted. Where it costs something (vLLM, HTTP)
             it is left out otherwise; the torch engine has it in any case.
         extra: options of one engine under that engine's own names; an engine refuses those it does not know.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     max_tokens: int = 1024
     stop: tuple[str, ...] = ()
     seed: int | None = None
@@ -50,17 +66,28 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, float, lambda v: v >= 0, "a number >= 0")
-        _require("top_p", self.top_p, float, lambda v: 0 < v <= 1, "a number in (0, 1]")
-        _require("top_k", self.top_k, int, lambda v: v >= 0, "a whole number >= 0 (0 keeps every token)")
-        _require("min_p", self.min_p, float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        for name, meant in _MINUS_ONE.items():
+            if getattr(self, name) == -1:
+                object.__setattr__(self, name, meant)
+        _require("temperature", self.temperature, float, lambda v: v >= 0, "a number >= 0", or_none=True)
+        _require("top_p", self.top_p, float, lambda v: 0 < v <= 1, "a number in (0, 1]", or_none=True)
+        _require("top_k", self.top_k, int, lambda v: v >= 0, "a whole number >= 0 (0 keeps every token)", or_none=True)
+        _require("min_p", self.min_p, float, lambda v: 0 <= v <= 1, "a number in [0, 1]", or_none=True)
         _require("max_tokens", self.max_tokens, int, lambda v: v >= 1, "a whole number >= 1")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise InputError(f"stop must be one or several texts that are not empty, got {self.stop!r}.")
-        if self.seed is not None:
-            _require("seed", self.seed, int, lambda v: v >= 0, "a whole number >= 0")
+        _require("seed", self.seed, int, lambda v: v >= 0, "a whole number >= 0", or_none=True)
         if not isinstance(self.logprobs, bool):
             raise InputError(f"logprobs must be True or False, got {self.logprobs!r}.")
+
+    @property
+    def drawing(self) -> Drawing:
+        """How tokens are drawn where the model has no defaults of its own."""
+        return self.drawing_on(Drawing())
+
+    def drawing_on(self, own: Drawing) -> Drawing:
+        """How tokens are drawn by a model with defaults of its own, which hold where nothing is said."""
+        return Drawing(*(d if (said := getattr(self, f)) is None else said for f, d in own._asdict().items()))
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | Sampling | None) -> Sampling:
@@ -94,7 +121,12 @@ class Sampling:
         return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
-def _require(name: str, value: Any, kind: type, holds: Any, expected: str) -> None:
+_MINUS_ONE = {"seed": None, "top_k": 0, "max_tokens": NO_LIMIT}
+
+
+def _require(name: str, value: Any, kind: type, holds: Any, expected: str, *, or_none: bool = False) -> None:
+    if value is None and or_none:
+        return
     numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not numeric or not math.isfinite(value) or not holds(value):
         raise InputError(f"{name} must be {expected}, got {value!r}.")
@@ -131,6 +163,9 @@ class Candidate:
         started, finished: seconds since the run began.
         error: what went wrong, for "error".
         tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
+        reasoning, refusal: what the model thought, and why it will not answer, where its server says so apart from the
+            text.
+        top_logprobs: the likeliest tokens at each place, in OpenAI's format, where the policy was asked for them.
     """
 
     index: int
@@ -144,10 +179,23 @@ class Candidate:
     finished: float = 0.0
     error: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    reasoning: str = ""
+    refusal: str = ""
+    top_logprobs: tuple[Sequence[Mapping[str, Any]], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise InputError(f"the text of candidate {self.index} must be text, not {type(self.text).__name__}.")
+
+
+def without_text(refusal: str, reasoning: str, finish_reason: FinishReason) -> str:
+    """Why a completion has no text, and what helps."""
+    if refusal:
+        return f"the model refused: {refusal}"
+    if finish_reason == "length":
+        where = "all its tokens went into thinking" if reasoning else "it was cut off before there was any"
+        return f"no text: {where}; raise max_tokens"
+    return "no text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +245,9 @@ class Score:
 
     Args:
         reward: the reward, comparable within one task only; None when there is none, and then ``reason`` says why.
-        status: "ok"; "repaired" and "fallback" when the scorer's answer had to be salvaged; "failed" when it could not
-            be parsed or had; "empty" when the candidate has no text; "pruned" when it provably could not win; "late"
-            when a deadline passed first.
+        status: "ok"; "repaired" and "fallback" when the scorer's answer had to be salvaged; "echo" when it repeats the
+            response, so that the reward means nothing; "failed" when it could not be parsed or had; "empty" when the
+            candidate has no text; "pruned" when it provably could not win; "late" when a deadline passed first.
         reason: why there is no reward, or what is to be said about it.
         explanation: what a reader is shown beside the reward: FLIP's inferred instruction, a judge's verdict.
         parts: rewards that this one is made of, by name.
@@ -237,7 +285,7 @@ class Score:
         if self.status not in _STATUSES:
             raise UnknownNameError("status of a score", self.status, _STATUSES)
         if self.reward is not None:
-            if self.status not in ("ok", "repaired", "fallback"):
+            if self.status not in REWARDED:
                 raise InputError(f"a score of the status {self.status!r} has no reward, got {self.reward!r}.")
             if type(self.reward) is not float:
                 object.__setattr__(self, "reward", as_reward(self.reward))  # a number of numpy's or torch's, say
@@ -379,7 +427,8 @@ class Saved:
 class Result:
     """The best candidate of one task, with all the evidence.
 
-    ``candidates`` and ``scores`` are aligned: ``scores[i]`` is about ``candidates[i]``.
+    ``candidates`` and ``scores`` are aligned: ``scores[i]`` is about ``candidates[i]``. ``warnings`` are sentences that
+    a reader must know before relying on it: rewards that say nothing, a winner that was cut off (``bon.remarks``).
     """
 
     task: Task
@@ -388,6 +437,7 @@ class Result:
     selection: Selection
     timing: Timing
     usage: Usage
+    warnings: tuple[str, ...] = ()
 
     @property
     def best(self) -> int | None:
@@ -441,7 +491,7 @@ class Result:
         return table(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything a reader of JSON needs: text, reward, best, candidates, scores, timing, usage, saved."""
+        """Everything a reader of JSON needs: text, reward, best, warnings, candidates, scores, timing, usage, saved."""
         return {
             "text": self.text,
             "reward": self.reward,
@@ -449,6 +499,7 @@ class Result:
             "ranking": list(self.selection.ranking),
             "picked": list(self.selection.picked),
             "reason": self.selection.reason,
+            "warnings": list(self.warnings),
             "instruction": self.task.instruction,
             "candidates": [_drop(dataclasses.asdict(c), "tokens", "logprobs") for c in self.candidates],
             "scores": [score.to_dict() for score in self.scores],

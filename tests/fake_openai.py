@@ -33,6 +33,14 @@ class Reply:
 
 
 @dataclass
+class Raw:
+    """An answer whose head is of the test's own making; ``endless`` is repeated until the client goes away."""
+
+    start: bytes
+    endless: bytes = b""
+
+
+@dataclass
 class Stream:
     """An answer of server-sent events, each given as the bytes after ``data:``."""
 
@@ -49,9 +57,9 @@ HOLD_AT_MOST = 10.0  # seconds
 class FakeServer:
     """Answers every completion with ``text(seen, draw)``, after the faults in ``faults`` are used up.
 
-    A fault is a ``Reply``, a ``Stream``, one of ``FAULTS``, bytes (sent as a 200), or a dict (sent as JSON). ``refuse``
-    may look at any request and return a fault or None. ``hold`` holds answers back until that many requests wait at the
-    same time.
+    A fault is a ``Reply``, a ``Raw``, a ``Stream``, one of ``FAULTS``, bytes (sent as a 200), or a dict (sent as JSON).
+    ``refuse`` may look at any request and return a fault or None. ``hold`` holds answers back until that many requests
+    wait at the same time.
     """
 
     def __init__(self, text: Callable[[Seen, int], str] | None = None) -> None:
@@ -65,6 +73,7 @@ class FakeServer:
         self.pace = 0.0  # seconds between the events of a stream
         self.seen: list[Seen] = []
         self.under_way = self.peak = self.draws = self.port = 0
+        self.sent = 0  # bytes of endless answers
         self._server: asyncio.Server | None = None
         self._waiting: asyncio.Condition | None = None
         self._connections: set[asyncio.StreamWriter] = set()
@@ -165,6 +174,14 @@ class FakeServer:
         if fault == "hang":
             await asyncio.Event().wait()
         if fault == "reset":
+            return False
+        if isinstance(fault, Raw):
+            writer.write(fault.start)
+            await writer.drain()
+            while fault.endless:
+                writer.write(fault.endless)
+                self.sent += len(fault.endless)
+                await writer.drain()
             return False
         if fault == "reset mid-body":
             writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"choi')

@@ -68,8 +68,8 @@ class ModelServer(FakeServer):
         while True:
             await asyncio.sleep(0)
             logprobs = self._logits(fed, cache)[0, -1].log_softmax(-1)
-            if body["temperature"]:
-                token = int(torch.multinomial((logprobs / body["temperature"]).softmax(-1), 1, generator=random))
+            if temperature := body.get("temperature", 1.0):
+                token = int(torch.multinomial((logprobs / temperature).softmax(-1), 1, generator=random))
             else:
                 token = int(logprobs.argmax())
             ids.append(token)

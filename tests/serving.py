@@ -12,7 +12,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 from bon.serve import Settings, create_app  # noqa: E402
-from bon.serve.process import build  # noqa: E402
+from bon.serve.process import bind, build  # noqa: E402
 
 
 class Served:
@@ -58,10 +58,11 @@ class Served:
 def served(bon, **settings):
     app = create_app(bon, Settings(port=0, **settings))
     server = build(app)
-    thread = threading.Thread(target=server.run, daemon=True)
+    listening = bind("127.0.0.1", 0)
+    port = listening.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     until(lambda: server.started or not thread.is_alive(), 10)
-    port = server.servers[0].sockets[0].getsockname()[1]
     it = Served(f"http://127.0.0.1:{port}", app)
     try:
         yield it

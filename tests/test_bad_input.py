@@ -1,13 +1,17 @@
 """Bad input: one clear line on standard error (value, place, what to do), exit code 2, no traceback, no output."""
 
+import asyncio
 import json
 import os
 
 import pytest
 from command import in_process_of_its_own, write_rows
 
+from bon import BestOfN, InputError, Task, score
 from bon.cli import main
 from bon.cli.run import is_file
+from bon.engines.scripted import ScriptedEngine
+from bon.evals.harness import evaluate
 
 SCRIPTED = ("--policy", "scripted")
 RANKED = ("--scorer", "flip:scripted")
@@ -52,17 +56,23 @@ def refused(capsys, monkeypatch, tmp_path):
         (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "both 'prompt' and 'messages'"),
         (b'{"messages": "hi"}', "'messages' must be a list"),
         (b'{"messages": []}', "non-empty list of messages"),
-        (b'{"messages": ["hi"]}', "message 0 must have 'role' and 'content', got 'hi'"),
-        (b'{"messages": [{"role": "user"}]}', "message 0 must have 'role' and 'content'"),
+        (b'{"messages": ["hi"]}', "messages[0] must be an object with 'role' and 'content', not 'hi'"),
+        (b'{"messages": [{"role": "user"}]}', "messages[0].content must be text or a list of text parts, not None"),
         (b'{"messages": [{"role": "uesr", "content": "a"}]}', "'uesr'. Did you mean 'user'"),
         (b'{"messages": [{"role": ["user"], "content": "a"}]}', "unknown message role"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "must be text, not list"),
         (
-            b'{"messages": [{"role": "assistant", "content": "a"}]}',
-            "the user or from a tool, not from 'assistant'",
+            b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            "messages[0].content[0].text must be text",
         ),
-        (b'{"messages": [{"role": "user", "content": "a", "function_call": {}}]}', "bon does not know: function_call"),
-        (b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}', "tool_calls belongs to a message"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}', "no user message"),
+        (
+            b'{"messages": [{"role": "user", "content": "a", "function_call": {}}]}',
+            "messages[0].function_call: there is no such field",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}',
+            "messages[0].tool_calls[0].function must",
+        ),
         (b'{"prompt": "a", "instruction": 3}', "'instruction' must be text, not 3"),
         (b'{"prompt": "a", "instruction": "b"}', "'b' is not"),
         (b'{"prompt": "a", "reference": ["b"]}', "'reference' must be text or a number, not ['b']"),
@@ -111,22 +121,42 @@ def test_a_row_cannot_put_escape_sequences_on_the_terminal(refused, tmp_path):
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["prompts.jsonl", "none.txt", "a.json", "a.csv", "folder/none"])
+@pytest.mark.parametrize(
+    "name", ["prompts.jsonl", "none.txt", "a.json", "a.csv", "notes.md", "a.parquet", "a.jsonl.gz", "folder/none"]
+)
 @pytest.mark.parametrize("command", ["run", "rerank"])
 def test_the_name_of_a_file_that_does_not_exist_is_no_prompt(refused, command, name):
     """``bon run none.txt`` sampled answers to the text "none.txt"."""
     assert f"there is no file {name!r}" in refused(command, name)
 
 
-@pytest.mark.parametrize("prompt", ["Read and/or write", " and/or", "Explain a.txt", "解释TCP/IP协议", "hello"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Read and/or write",
+        " and/or",
+        "Explain a.txt",
+        "解释TCP/IP协议",
+        "解释main.py",
+        "hello",
+        "hello.",
+        "3.14",
+        "e.g.",
+    ],
+)
 def test_a_prompt_with_a_slash_or_the_name_of_a_file_in_it_is_a_prompt(prompt):
     assert not is_file(prompt)
+
+
+def test_json_lines_that_are_called_text_are_not_sent_to_a_model(refused, tmp_path):
+    write_rows(tmp_path / "in.txt", [{"id": 1, "prompt": "Say hi"}])
+    assert "in.txt:1: the line is a row of JSON Lines" in refused("run", "in.txt", *SCRIPTED)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(refused, tmp_path, content):
     (tmp_path / "in.jsonl").write_text(content)
-    assert "in.jsonl is empty. Each line must be" in refused("run", "in.jsonl", *SCRIPTED)
+    assert "in.jsonl is empty. A row of JSON Lines is" in refused("run", "in.jsonl", *SCRIPTED)
 
 
 @pytest.mark.parametrize("command", ["run", "rerank"])
@@ -144,6 +174,8 @@ def test_a_folder_is_no_input(refused, tmp_path, command):
         ("./in.jsonl", "is both the input and the output"),
         ("link.jsonl", "is both the input and the output"),
         ("in.jsonl/x", "Not a directory"),
+        ("out.csv", "rows are written as JSON Lines, and out.csv would be read as something else. Name it .jsonl"),
+        ("out.jsonl.gz", "would be read as something else"),
     ],
 )
 def test_an_unwritable_output_is_refused_before_any_work(refused, tmp_path, path, complaint):
@@ -224,11 +256,18 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--top-p", "1.5", *SCRIPTED], "top_p must be a number in (0, 1], got 1.5"),
         (["run", "hi", "--max-tokens", "0", *SCRIPTED], "max_tokens must be a whole number >= 1, got 0"),
         (["run", "hi", "--stop", "", *SCRIPTED], "stop must be one or several texts that are not empty"),
-        (["run", "hi", "--seed", "-1", *SCRIPTED], "seed must be a whole number >= 0, got -1"),
+        (["run", "hi", "--seed", "-2", *SCRIPTED], "seed must be a whole number >= 0, got -2"),
         (["run", "hi", "--instruction", "ho", *SCRIPTED], "'ho' is not"),
         (["run", "hi", "-o", "out.jsonl", *SCRIPTED], "--output is for files of prompts"),
         (["run", "hi", "--resume", *SCRIPTED], "--resume is for files of prompts"),
         (["run", "hi", "--all", *SCRIPTED], "--all is for files of prompts"),
+        (["run", "hi", "--limit", "3", *SCRIPTED], "--limit is for files of prompts"),
+        (["run", "hi", "--prompt-field", "q", *SCRIPTED], "--prompt-field is for files of prompts"),
+        (["run", "in.jsonl", "--limit", "0", *SCRIPTED], "got '0'"),
+        (["run", "in.jsonl", "--prompt-field", "q", *SCRIPTED], "the row has no field 'q'. Its fields: 'prompt'"),
+        (["run", "in.jsonl", "--trace", "in.jsonl", *SCRIPTED], "in.jsonl is no trace and would be overwritten"),
+        (["eval", "in.jsonl", "--report", "in.jsonl"], "in.jsonl is no report and would be overwritten"),
+        (["run", "hi", "--trace", "in.jsonl", *SCRIPTED], "in.jsonl is no trace and would be overwritten"),
         (["run", "hi", "--policy", "scripted,nme=x"], "option of the engine 'scripted' 'nme'. Did you mean 'name'?"),
         (["run", "hi", "--policy", "http://127.0.0.1:9/v1,dtype=float32"], "unknown option of the HTTP engine 'dtype'"),
         (["run", "hi", "--policy", "x,engine=scripted"], "'scripted' runs no model, so it cannot be 'x'"),
@@ -262,7 +301,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--scorer", "", *SCRIPTED], "the scorer is empty. Known: consensus, default"),
         (["run", "hi", "--policy", "rows"], "the folder 'rows' holds no model: it has neither config.json"),
         (["run", "hi", "--policy", "qwen:latest"], "'qwen:latest' is neither a folder nor a model on this machine"),
-        (["run", "hi", "--policy", "llama3:8b"], "'llama3:8b' is neither a folder nor a model on this machine"),
+        (["run", "hi", "--policy", "llama3:8b"], "'llama3:8b' is neither a folder nor a Hugging Face name"),
         (["run", "hi", "--policy", "./no/such/model"], "no/such/model"),
         (["run", "hi", "--policy", ""], "a model's name is empty"),
         (["run", "in.jsonl", "--json", *SCRIPTED], "--json is for a single prompt"),
@@ -281,6 +320,29 @@ def test_bad_options_are_refused_with_what_to_do(refused, tmp_path, arguments, c
     write_rows(tmp_path / "in.jsonl", [{"prompt": "Say hi"}])
     (tmp_path / "rows").mkdir()
     assert complaint in refused(*arguments)
+
+
+# --- From Python -----------------------------------------------------------------------------------------------------
+
+BON = BestOfN(ScriptedEngine(), "flip", n=1)
+
+
+@pytest.mark.parametrize("one", ["Hello", b"Hello", {"role": "user", "content": "Hello"}, Task.of("Hello"), None, 5])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda one: list(BON.map(one)),
+        lambda one: BON.stream(one),
+        lambda one: BON.rerank("Hello", one),
+        lambda one: asyncio.run(score(BON.scorer, one)),
+        lambda one: asyncio.run(score(BON.scorer, [("Hello", one)])),
+        lambda one: evaluate("mini", scorers=one, limit=1),
+    ],
+)
+def test_one_text_where_a_list_belongs_is_never_taken_apart(call, one):
+    """``bon.map("Hello")`` asked for answers to H, e, l, l and o."""
+    with pytest.raises(InputError, match=r"are a list .*Put it into a list"):
+        call(one)
 
 
 # --- Code of the user's ----------------------------------------------------------------------------------------------
@@ -336,7 +398,10 @@ class NeedsArguments:
             "must return a list of 4 texts, but returned 1 as sample 0",
         ),
         (["--policy", "mine:no_list", "--scorer", "flip:scripted"], "must return a list of 4 texts, but returned 7"),
-        (["--policy", "mine:fine", "--scorer", "mine:raises"], "'mine:raises' raised TypeError: raises() takes 1"),
+        (
+            ["--policy", "mine:fine", "--scorer", "mine:raises"],
+            "called with (prompt, responses), and mine:raises takes (prompt)",
+        ),
         (["--policy", "mine:fine", "--scorer", "flip"], "cannot score by itself. Name a model to score with"),
         (["--policy", "mine:number"], "'mine:number' is no function and no engine, but int"),
         (["--policy", "mine:missing"], "the module 'mine' has no 'missing'"),

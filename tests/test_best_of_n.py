@@ -30,6 +30,7 @@ from bon.data.sink import to_json
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, InputError, UnknownNameError, UserCodeError
 from bon.scorers.default import Default
+from bon.scorers.ensemble import Ensemble
 from bon.types import Result
 
 PROMPT = "Write a short poem about the red fox"
@@ -144,7 +145,7 @@ def test_a_reward_below_the_minimum_makes_the_result_abstain():
 
 def test_pruning_keeps_the_winner_and_saves_words():
     answers = ["A cat.", "A red fox.", "A dog."]
-    inferred = ["zig zag " * 30, PROMPT, "zoo " * 40]
+    inferred = [" ".join(f"zig{i}" for i in range(60)), PROMPT, " ".join(f"zoo{i}" for i in range(40))]
     pruned = best_of(answers, inferred)(PROMPT)
     full = best_of(answers, inferred, prune=False)(PROMPT)
     assert pruned.best == full.best == 1
@@ -298,6 +299,18 @@ def test_a_callback_sees_every_candidate_and_score_copies_and_empty_ones_too():
     assert sorted(scores, key=lambda s: s.candidate) == list(result.scores)
     assert [s.status for s in result.scores] == ["ok", "ok", "empty"] * 2
     assert sum(s.same_as is not None for s in result.scores) == 2
+
+
+def test_who_follows_sees_the_text_of_each_sample_grow():
+    grown = {0: [], 1: []}
+    bon = BestOfN(ScriptedEngine(["one two three", "four five six"]), lambda prompt, texts: [1.0, 0.0], n=2)
+    asyncio.run(bon.run(PROMPT, follow=lambda partial: grown[partial.sample_index].append(partial.text)))
+    assert grown == {0: ["one", "one two", "one two three"], 1: ["four", "four five", "four five six"]}
+
+
+def test_who_follows_and_raises_ends_the_call():
+    with pytest.raises(UserCodeError, match="the callback raised KeyError"):
+        asyncio.run(BestOfN(ScriptedEngine(["one two three"]), "flip", n=2).run(PROMPT, follow=lambda partial: {}[0]))
 
 
 def test_an_async_callback_is_refused():
@@ -473,6 +486,39 @@ def test_a_reward_function_may_have_no_reward_for_some():
     result = BestOfN(ScriptedEngine(["a", "b"]), RewardFunction(lambda p, t: [None, -5.0]), n=2)(PROMPT)
     assert result.text == "b"
     assert result.scores[0].status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ((0.5, "too long"), "too long"),
+        ({"score": 0.5, "why": "too long", "words": 7}, "why: too long; words: 7"),
+        ({"score": 0.5}, None),
+        (0.5, None),
+    ],
+)
+def test_a_reward_may_come_with_what_explains_it(given, why):
+    result = BestOfN(ScriptedEngine(["a"]), lambda prompt, texts: [given], n=1)(PROMPT)
+    assert (result.reward, result.scores[0].explanation) == (0.5, why)
+
+
+@pytest.mark.parametrize("given", [{"scroe": 1}, (1.0, 2.0), ("good", 1.0), [1.0, "good"]])
+def test_what_is_neither_a_number_nor_one_with_an_explanation_is_refused(given):
+    with pytest.raises(UserCodeError, match="must return numbers, but returned"):
+        BestOfN(ScriptedEngine(["a"]), lambda prompt, texts: [given], n=1)(PROMPT)
+
+
+@pytest.mark.parametrize("function", [len, lambda response: 1.0, lambda prompt, responses, more: []])
+def test_a_function_that_cannot_be_called_with_prompt_and_responses_is_refused_before_anything_is_sampled(function):
+    engine = ScriptedEngine()
+    with pytest.raises(InputError, match=r"is called with \(prompt, responses\), and .* takes \("):
+        BestOfN(engine, function)
+    assert engine.calls == 0
+
+
+def test_a_bare_reward_function_is_a_scorer_in_an_ensemble_too():
+    longer = Ensemble([lambda prompt, texts: [len(text) for text in texts], "consensus"])
+    assert BestOfN(ScriptedEngine(["a", "b b b"]), longer, n=2)(PROMPT).text == "b b b"
 
 
 def test_a_deadline_is_a_number_of_seconds():

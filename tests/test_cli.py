@@ -16,9 +16,11 @@ from command import ROOT, in_process_of_its_own, write_rows
 import bon
 from bon.cli import main
 from bon.cli.doctor import explain
+from bon.config import Config
 from bon.mini import WEIGHTS
 from bon.mini.tasks import FAMILIES, knows, sample_instructions
 from bon.spec import BUDGETS, DATASETS, ENGINES, SCORERS, SELECTORS
+from bon.types import Sampling
 
 PROMPT = "Write a short line about the quiet old harbour at night"
 SCRIPTED = ("--policy", "scripted")
@@ -63,18 +65,20 @@ def test_the_winner_comes_first_and_then_all_candidates_by_reward(run):
     assert re.fullmatch(r"Best of 8: candidate \d, reward 1\.000", lines[0])
     assert lines[2] == PROMPT
     rewards = [float(m[1]) for line in lines if (m := re.match(r"\s*\*?\d+\s+(\d\.\d{3})\s", line))]
-    assert len(rewards) == 8
+    assert len(rewards) == 6, "copies share a row"
     assert rewards == sorted(rewards, reverse=True)
     assert "-> Write" in out
-    assert "sampling" in lines[-3]
-    assert "tokens: policy 11 in" in lines[-2]
+    assert re.search(r"\n +3 the same, echo, 12 tokens, 12 of the scorer, \d\.\d\d s\s", out)
+    assert "sampling" in lines[-4]
+    assert "tokens: policy 11 in" in lines[-3]
+    assert lines[-1].startswith("warning: of 8 candidates the scorer repeated 8")
 
 
 @pytest.mark.parametrize("columns", ["80", "60", "200"])
 def test_no_line_of_the_table_is_wider_than_the_terminal(run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     _, out, _ = run("run", PROMPT, "-n", 8, *SCRIPTED)
-    assert max(map(len, out.splitlines()[3:-3])) <= int(columns)
+    assert max(map(len, out.splitlines()[3:-4])) <= int(columns)
 
 
 def test_a_pipe_gets_neither_colours_nor_boxes(tmp_path):
@@ -117,14 +121,14 @@ def test_half_a_character_from_a_function_is_shown_as_its_code(run, tmp_path):
 def test_candidates_without_a_reward_say_why(run, tmp_path):
     _, out, _ = run("run", "Say it", *answering(tmp_path, "", "Say it", "Say it"))
     assert "(no text)" in out
-    assert re.search(r"\s0\s+-\s+empty", out)
-    assert "the same text as candidate" in out
+    assert re.search(r"\s0\s+-\s+\(no text\)\s+empty, ", out)
+    assert "2 the same" in out
 
 
 def test_what_was_saved_is_said_for_a_prompt_and_for_a_file(run, tmp_path):
     said = "1 scored as copies, which saved about 50% of the scorer's decoding (an estimate)"
     options = answering(tmp_path, "Say it", "Say it")
-    assert f"candidates: {said}" in run("run", "Say it", *options)[1].splitlines()[-1]
+    assert f"candidates: {said}" in run("run", "Say it", *options)[1].splitlines()[-2]
     assert json.loads(run("run", "Say it", *options, "--json")[1])["saved"]["share"] == 0.5
     write_rows(tmp_path / "in.jsonl", [{"prompt": "Say it"}])
     assert said in run("run", "in.jsonl", "-o", "out.jsonl", *options)[2]
@@ -185,6 +189,47 @@ def test_a_file_run_shows_progress_on_a_terminal_only(tmp_path):
     assert err.startswith("bon: 5 rows done")
 
 
+def test_rerank_shows_each_rows_ranking_on_a_terminal_and_writes_it_elsewhere(tmp_path):
+    """It printed the winner, and nowhere how the others ranked."""
+    candidates = ["A cat.", "A long text about it.", "A dog, say."]
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say it", "candidates": candidates}])
+    (tmp_path / "own.py").write_text("def longest(prompt, responses): return [(len(r), 'length') for r in responses]\n")
+    arguments = ("rerank", "in.jsonl", "--scorer", "own:longest")
+    out = in_a_terminal(*arguments, cwd=tmp_path, env={"NO_COLOR": "1"})
+    assert "in.jsonl:1: Say it" in out
+    assert out.index("*1") < out.index("\n 2") < out.index("\n 0")
+    assert "{" not in out
+    _, out, _ = in_process_of_its_own(*arguments, cwd=tmp_path)
+    row = json.loads(out)
+    assert (row["ranking"], row["rewards"], row["best"]) == ([1, 2, 0], [6.0, 21.0, 11.0], 1)
+
+
+SLOW = ("--policy", "scripted,step_seconds=0.05", "-n", 2)
+
+
+def test_one_prompt_on_a_terminal_says_what_goes_on_and_leaves_nothing_behind(tmp_path):
+    """There was nothing to see for 4 min 42 s."""
+    out = in_a_terminal("run", PROMPT, *SLOW, cwd=tmp_path)
+    assert "bon: loading scripted,step_seconds=0.05" in out
+    assert re.search(r"0:0\d  \d of 2 sampled, \d scored, \d+ tokens", out)
+    assert out.rindex("sampled") < out.index("Best of 2")
+    assert not re.search(r"\d: Write a", out)
+
+
+def test_stream_shows_candidates_while_they_are_written(tmp_path):
+    out = in_a_terminal("run", PROMPT, *SLOW, "--stream", cwd=tmp_path)
+    shown = re.findall(r"0: ([^\x1b]*)\x1b", out[: out.index("Best of 2")])
+    assert len({*shown}) > 1
+    assert all(PROMPT.startswith(text) for text in shown)
+
+
+def test_stream_is_refused_where_it_would_show_nothing(run, tmp_path):
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say it"}])
+    for prompt, said in (("Say it", "standard error is none"), ("in.jsonl", "--stream is for a single prompt")):
+        code, _, err = run("run", prompt, "--stream", *SCRIPTED)
+        assert (code, said in err) == (2, True)
+
+
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +244,13 @@ def test_json_is_one_object_and_nothing_else(tmp_path):
     assert len(result["candidates"]) == len(result["scores"]) == 8
     assert {"reward", "status", "inferred"} <= result["scores"][0].keys()
     assert result["text"] == result["candidates"][result["best"]]["text"]
+
+
+def test_json_holds_no_character_that_a_terminal_obeys(run, tmp_path):
+    text = "a\x9b31m b\u202ec\u2066\x7f\u200f"
+    _, out, _ = run("run", "Say", *answering(tmp_path, text), "--json")
+    assert json.loads(out)["text"] == text
+    assert out.strip().isprintable()
 
 
 def test_json_is_utf8_whatever_the_terminal_speaks(tmp_path):
@@ -318,6 +370,19 @@ def test_version_and_help_exit_with_0(run):
         code, out, err = run(*arguments)
         assert (code, err) == (0, "")
         assert "Usage: bon" in out
+
+
+def test_help_shows_the_defaults_that_cost_time(run):
+    """Nobody saw that a candidate may have 1,024 tokens, which took a model of 135M parameters five minutes."""
+    out = " ".join(run("run", "--help")[1].replace("│", " ").split())
+    assert f"{Sampling().max_tokens} by default" in out
+    assert f"{Config().n} by default" in out
+
+
+def test_a_long_spelling_of_a_short_option_is_understood_as_that(run):
+    """`--n 3` was answered with: did you mean '--json'?"""
+    code, _, err = run("run", "Say", "--n", 3)
+    assert (code, "Did you mean '-n'?" in err) == (2, True)
 
 
 def test_help_states_the_exit_code_of_ctrl_c(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -141,7 +142,7 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(
         ("{not json", "not valid JSON"),
         ("[1]", "must be a JSON object"),
         ('{"prompt": "a", "candidates": ["b", "c"], "grade": [1, NaN]}', "NaN is no JSON number"),
-        ('{"prompt": "a", "candidates": ["b", "c"], "grade": [1, 1e999]}', "Infinity is no JSON number"),
+        ('{"prompt": "a", "candidates": ["b", "c"], "grade": [1, 1e999]}', "1e999 is too large"),
     ],
 )
 def test_a_line_that_is_no_row_is_named_by_file_and_line(tmp_path: Path, line: str, said: str) -> None:
@@ -170,6 +171,18 @@ def test_the_seed_chooses_the_rows_and_fewer_rows_are_the_first_of_more(tmp_path
     assert ids(10, 1) == ids(10, 1) == ids(20, 1)[:10]
     assert ids(10, 1) != ids(10, 2)
     assert len({*ids(20, 1)}) == 20
+
+
+def test_a_dataset_may_be_json_parquet_or_gzipped(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([ROW, ROW]), tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps([ROW, ROW], indent=1))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(f"{json.dumps(ROW)}\n".encode() * 2))
+    for name in ("rows.json", "rows.parquet", "rows.jsonl.gz"):
+        rows = as_dataset(str(tmp_path / name)).rows()
+        assert rows == JSONLines(write(tmp_path / "rows.jsonl", ROW, ROW)).rows(), name
+    with pytest.raises(InputError, match=r"cannot read .*none\.parquet: No such file"):
+        as_dataset(str(tmp_path / "none.parquet")).rows()
 
 
 def test_a_path_is_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,8 +417,24 @@ def test_an_engine_that_runs_a_model_here_refuses_tools_by_name(engine: Any) -> 
     tools = Prompt.of([Message("user", "x"), Message("assistant", "", (call,)), Message("tool", "y", (), "1")])
     if over_http(engine):
         return
-    with pytest.raises(InputError, match=r"message 1 has tool_calls.* knows no tools"):
+    with pytest.raises(InputError, match=r"message 1 has tool_calls.* reads only text"):
         collect(engine, [Request(tools)])
+
+
+def test_an_answer_that_has_begun_is_continued(writer: Any) -> None:
+    """Greedy decoding from what it had begun to say itself goes on as it went on."""
+    begun = Message("assistant", "to")
+    if isinstance(writer, FunctionEngine):
+        with pytest.raises(InputError, match=r"the last message is the assistant's, and the function .* cannot"):
+            collect(writer, [Request(Prompt.of([Message("user", TEXTS[0]), begun]))])
+        return
+    if isinstance(writer, ScriptedEngine):
+        return
+    (whole,) = generate(writer, PROMPTS[:1], temperature=0.0)
+    half = Message("assistant", whole.text[: len(whole.text) // 2])
+    (rest,) = generate(writer, [Prompt.of([Message("user", TEXTS[0]), half])], temperature=0.0)
+    assert half.content
+    assert (half.content + rest.text).startswith(whole.text)
 
 
 def test_no_requests_give_no_completions(writer: Any) -> None:

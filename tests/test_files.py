@@ -1,6 +1,7 @@
 """Files of prompts through the command line: what is kept, what is written, and what survives Ctrl-C."""
 
 import asyncio
+import gzip
 import json
 import os
 import re
@@ -8,13 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
+from decimal import Decimal
+from functools import partial
 
 import pytest
 from command import in_process_of_its_own, process, rows_of, write_rows
+from fake_openai import FakeServer, Stream, error
 
 from bon import BestOfN
 from bon.cli import main
-from bon.data.rows import BadRow, Row, output_row, read_rows, run_rows
+from bon.data.formats import json_lines, read_file
+from bon.data.rows import BadRow, Row, output_row, read_rows, row_of, run_rows
 from bon.data.sink import Output, to_json
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
@@ -160,12 +166,14 @@ def test_candidates_from_elsewhere_are_ranked(run, tmp_path):
 def test_a_system_message_goes_to_rows_that_have_none(tmp_path):
     own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
     lines = [to_json({"prompt": "Hi"}), to_json({"messages": own})]
-    systems = [row.task.messages[0].content for row in read_rows(lines, system="Be brief.")]
+    systems = [
+        row.task.messages[0].content for row in read_rows(json_lines(lines), partial(row_of, system="Be brief."))
+    ]
     assert systems == ["Be brief.", "Mine."]
 
 
 def test_the_instruction_of_a_row_is_what_is_inferred_back(tmp_path):
-    [row] = read_rows([to_json({"prompt": "Sum up:\nlong text", "instruction": "Sum up:"})])
+    [row] = read_rows([(1, {"prompt": "Sum up:\nlong text", "instruction": "Sum up:"})])
     assert (row.task.instruction, row.task.context) == ("Sum up:", "long text")
 
 
@@ -177,13 +185,123 @@ def test_rows_come_from_standard_input_and_go_to_standard_output(tmp_path):
     assert err == "", "a pipe gets rows and nothing else"
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row():
-    [row] = read_rows([b"\xef\xbb\xbf" + to_json({"prompt": "Hi"})])
-    assert isinstance(row, Row)
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + to_json({"prompt": "Hi"}))
+    assert [*read_file(str(tmp_path / "in.jsonl"))] == [(1, {"prompt": "Hi"})]
 
 
 def test_text_that_is_no_unicode_is_still_written_as_valid_json():
     assert json.loads(to_json({"text": "a\ud800b"})) == {"text": "a\ud800b"}
+
+
+# --- Formats ---------------------------------------------------------------------------------------------------------
+
+ROWS = [{"question": "Say a", "tag": 1}, {"question": 'Say "b",\nthen c', "tag": None}]
+LINES = "\n".join(map(json.dumps, ROWS))
+SHEET = '\ufeffquestion,tag\nSay a,1\n\n"Say ""b"",\nthen c",\n'
+
+
+def parquet(rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    sink = pyarrow.BufferOutputStream()
+    write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+FILES = {
+    "rows.jsonl": lambda: LINES.encode(),
+    "rows": lambda: LINES.encode(),
+    "rows.json": lambda: json.dumps(ROWS, indent=1).encode(),
+    "lines.json": lambda: LINES.encode(),
+    "rows.csv": SHEET.encode,
+    "rows.tsv": lambda: SHEET.replace(",1", "\t1").replace("n,tag", "n\ttag").replace('c",', 'c"\t').encode(),
+    "rows.parquet": lambda: parquet(ROWS),
+    "ROWS.JSONL.GZ": lambda: gzip.compress(LINES.encode()),
+    "rows.csv.gz": lambda: gzip.compress(SHEET.encode()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_prompt_field_is_read_from_any_format(run, tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name]())
+    code, out, err = run(name, "-n", 1, "--prompt-field", "question")
+    rows = sorted(map(json.loads, out.splitlines()), key=lambda row: row["line"])
+    assert code == 0, err
+    assert [(row["question"], str(row["tag"])) for row in rows] == [(r["question"], str(r["tag"])) for r in ROWS]
+    assert [row["text"] for row in rows] == ["Say a", 'Say "b", then c']
+
+
+def test_a_text_file_has_a_prompt_a_line_and_a_json_file_may_be_a_list_of_prompts(tmp_path):
+    (tmp_path / "in.txt").write_bytes("\ufeffSay a\r\n\r\n  Say é".encode())
+    (tmp_path / "in.json").write_text('["Say a", "Say b", 3]')
+    assert [*read_file(str(tmp_path / "in.txt"))] == [(1, {"prompt": "Say a"}), (3, {"prompt": "  Say é"})]
+    *read, (number, error) = read_file(str(tmp_path / "in.json"))
+    assert read == [(1, {"prompt": "Say a"}), (2, {"prompt": "Say b"})]
+    assert (number, isinstance(error, InputError)) == (3, True)
+
+
+def test_a_prompt_field_may_hold_messages_and_csv_holds_candidates_as_json(run, tmp_path):
+    write_rows(tmp_path / "in.jsonl", [{"chat": [{"role": "user", "content": "Say it"}]}])
+    assert json.loads(run("in.jsonl", "-n", 1, "--prompt-field", "chat")[1])["text"] == "Say it"
+    (tmp_path / "in.csv").write_text('prompt,candidates\nSay it,"[""it"", ""Say it""]"\n')
+    assert json.loads(run("in.csv", command="rerank")[1])["text"] == "Say it"
+
+
+def test_limit_takes_the_first_rows_and_resume_goes_on_behind_them(run, tmp_path):
+    write_rows(tmp_path / "in.jsonl", prompts(6))
+    assert run("in.jsonl", "-n", 1, "-o", "out.jsonl", "--limit", 2)[0] == 0
+    assert {row["id"] for row in rows_of(tmp_path / "out.jsonl")} == {"p0", "p1"}
+    code, _, err = run("in.jsonl", "-n", 1, "-o", "out.jsonl", "--limit", 5, "--resume")
+    assert (code, len(rows_of(tmp_path / "out.jsonl"))) == (0, 5)
+    assert "3 rows done; 2 done before" in err
+
+
+def test_values_that_json_lacks_are_written_as_text(run, tmp_path):
+    """One column of bytes or of decimal numbers ended the whole run."""
+    rows = [{"prompt": "Say a", "blob": b"\xff", "price": Decimal("1.50"), "day": date(2026, 1, 2), "x": float("nan")}]
+    (tmp_path / "in.parquet").write_bytes(parquet(rows))
+    row = json.loads(run("in.parquet", "-n", 1)[1])
+    assert (row["price"], row["day"], row["x"]) == ("1.50", "2026-01-02", None)
+    assert isinstance(row["blob"], str)
+
+
+def test_a_bad_row_of_a_table_costs_that_row_only(run, tmp_path):
+    (tmp_path / "in.csv").write_bytes(b'prompt,tag\nSay a,1\nSay b, but,2\ncaf\xe9,3\n"Say"x,4\nSay e,5\n')
+    code, out, err = run("in.csv", "-n", 1, "--skip-bad")
+    assert code == 0
+    assert sorted(json.loads(line)["tag"] for line in out.splitlines()) == ["1", "5"]
+    assert "in.csv:3: the row has 3 cells under a header of 2" in err
+    assert "in.csv:4: the row is not UTF-8" in err
+    assert "in.csv:5: not valid CSV" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("in.jsonl.gz", gzip.compress(b'{"prompt": "Say a"}\n' * 9)[:-12], "Compressed file ended before"),
+        ("in.csv", b'prompt\nSay a\n"Say b\nSay c\nSay d\n', "a quotation mark at line 3 is not closed"),
+    ],
+)
+def test_a_file_that_ends_too_early_is_an_error_even_where_bad_rows_are_skipped(
+    run, tmp_path, name, content, complaint
+):
+    """What stands behind the damage is lost, and it is more than a row."""
+    (tmp_path / name).write_bytes(content)
+    code, _, err = run(name, "-n", 1, "-o", "out.jsonl", "--skip-bad")
+    assert code == 2
+    assert f"cannot read {name}: {complaint}" in err
+    assert re.search("^bon: [1-9] rows? done", err)
+    assert rows_of(tmp_path / "out.jsonl"), "what came before is kept"
+
+
+def test_parquet_without_pyarrow_says_what_to_type(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "in.parquet").write_bytes(b"PAR1")
+    code, _, err = run("in.parquet")
+    assert code == 1
+    assert "Type: pip install 'bon[parquet]'" in err
 
 
 # --- Flat memory -----------------------------------------------------------------------------------------------------
@@ -199,7 +317,9 @@ def test_rows_are_read_as_they_are_needed_and_not_before():
             yield to_json({"prompt": f"Say {i}"})
 
     async def first_ten():
-        outcomes = run_rows(BestOfN(ScriptedEngine(), n=2), (row for row in read_rows(lines()) if isinstance(row, Row)))
+        outcomes = run_rows(
+            BestOfN(ScriptedEngine(), n=2), (row for row in read_rows(json_lines(lines())) if isinstance(row, Row))
+        )
         async for i, _ in aenumerate(outcomes):
             if i == 10:
                 break
@@ -282,11 +402,15 @@ def test_resume_ends_a_last_line_that_only_lacks_its_newline(run, tmp_path):
     assert len(rows_of(tmp_path / "out.jsonl")) == 3
 
 
-def test_resume_with_nothing_left_loads_no_model(run, tmp_path):
-    source = write_rows(tmp_path / "in.jsonl", prompts(2))
-    run(source, "-n", 1, "-o", "out.jsonl")
-    code = main(["run", str(source), "-o", "out.jsonl", "--resume", "--policy", "/no/such/model"])
-    assert code == 0
+def test_resume_with_nothing_left_loads_no_model(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "gone.py").write_text("def policy(prompt):\n    return prompt\n")
+    write_rows(tmp_path / "in.jsonl", prompts(2))
+    command = ["run", "in.jsonl", "-n", "1", "-o", "out.jsonl", "--policy", "gone:policy", "--scorer", "flip:scripted"]
+    assert main(command) == 0
+    (tmp_path / "gone.py").unlink()
+    monkeypatch.delitem(sys.modules, "gone")
+    assert main([*command, "--resume"]) == 0
 
 
 def test_resume_refuses_a_file_that_no_run_wrote(run, tmp_path):
@@ -295,6 +419,87 @@ def test_resume_refuses_a_file_that_no_run_wrote(run, tmp_path):
     code, _, err = run(source, "-o", "out.jsonl", "--resume")
     assert code == 2
     assert "out.jsonl:1: cannot resume" in err
+
+
+def test_a_line_that_was_inserted_is_done_and_no_other_is_done_again(run, tmp_path):
+    """Rows without ids were known by their line: one prompt was done twice, and the new one never."""
+    rows = [{"prompt": f"Say number {i}"} for i in (1, 2, 2, 3)]
+    write_rows(tmp_path / "in.jsonl", rows)
+    run("in.jsonl", "-n", 1, "-o", "out.jsonl")
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say it first"}, {"id": None, "prompt": "Say null"}, *rows])
+    for more in (2, 0):
+        code, _, err = run("in.jsonl", "-n", 1, "-o", "out.jsonl", "--resume")
+        assert (code, f"{more} rows done; {6 - more} done before" in err) == (0, True), err
+    done = sorted(row["prompt"] for row in rows_of(tmp_path / "out.jsonl"))
+    assert done == ["Say it first", "Say null", *(row["prompt"] for row in rows)]
+
+
+@pytest.mark.parametrize("command", ["run", "rerank"])
+def test_every_row_is_known_again_when_the_output_has_fields_of_the_same_names(run, tmp_path, command):
+    rows = [{"text": f"Say {i}", "run": i, "instruction": "Say", "candidates": ["Say", str(i)]} for i in range(3)]
+    write_rows(tmp_path / "in.jsonl", rows)
+    arguments = ("in.jsonl", "-o", "out.jsonl", "--prompt-field", "text", "--all")
+    assert run(*arguments, command=command)[0] == 0
+    assert "0 rows done; 3 done before" in run(*arguments, "--resume", command=command)[2]
+
+
+@pytest.mark.parametrize(
+    "changed", [["-n", 5], ["-n", 2, "--seed", 7], ["-n", 2, "--all"], ["-n", 2, "--system", "Hi"]]
+)
+def test_resume_refuses_rows_that_were_made_with_other_settings(run, tmp_path, changed):
+    """It went on, and rewards of two scorers stood in one file without a word."""
+    write_rows(tmp_path / "in.jsonl", prompts(3))
+    run("in.jsonl", "-n", 2, "-o", "out.jsonl", "--limit", 1)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    code, _, err = run("in.jsonl", "-o", "out.jsonl", "--resume", *changed)
+    assert code == 2
+    assert "out.jsonl:1 was made with other settings" in err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert run("in.jsonl", "-n", 2, "-o", "out.jsonl", "--resume", "--threads", 2)[0] == 0, "which changes no row"
+
+
+def test_resume_refuses_an_id_that_has_another_prompt_now(run, tmp_path):
+    write_rows(tmp_path / "in.jsonl", prompts(2))
+    run("in.jsonl", "-n", 1, "-o", "out.jsonl")
+    write_rows(tmp_path / "in.jsonl", [prompts(1)[0], {"id": "p1", "prompt": "Say something else"}])
+    code, _, err = run("in.jsonl", "-n", 1, "-o", "out.jsonl", "--resume")
+    assert code == 2
+    assert "in.jsonl:2: out.jsonl has the id 'p1' for another prompt" in err
+
+
+def test_a_blank_line_in_the_output_is_no_row(run, tmp_path):
+    write_rows(tmp_path / "in.jsonl", prompts(2))
+    run("in.jsonl", "-n", 1, "-o", "out.jsonl", "--limit", 1)
+    with (tmp_path / "out.jsonl").open("a") as output:
+        output.write("\n")
+    assert "1 row done; 1 done before" in run("in.jsonl", "-n", 1, "-o", "out.jsonl", "--resume")[2]
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_runs_cannot_write_to_one_output(tmp_path, how):
+    """Both did, every row was there twice, and both said that all was well."""
+    output = Output.open(tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match=r"another run is writing to .*out\.jsonl"):
+        Output.open(tmp_path / "out.jsonl", **how)
+    output.write({"id": 1})
+    output.close()
+    Output.open(tmp_path / "out.jsonl", resume=True).close()
+    assert rows_of(tmp_path / "out.jsonl") == [{"id": 1}]
+
+
+def test_an_output_that_was_removed_by_the_run_that_held_it_is_not_written_to(tmp_path, monkeypatch):
+    holder = Output.open(tmp_path / "out.jsonl")
+    import fcntl
+
+    real = fcntl.flock
+
+    def late(*arguments):
+        holder.close()  # between opening and locking
+        real(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(InputError, match="another run is writing"):
+        Output.open(tmp_path / "out.jsonl")
 
 
 def test_resume_refuses_ids_that_are_not_unique(run, tmp_path):
@@ -335,6 +540,71 @@ def test_thousands_of_bad_rows_are_counted_and_not_all_listed(run, tmp_path):
     assert code == 0
     assert "3000 bad" in err
     assert len(err.splitlines()) < 30
+
+
+def test_rows_whose_scorer_could_not_be_reached_are_not_done_and_resume_does_them(tmp_path, monkeypatch, capsys):
+    """They were written without a text, counted as done, the exit code was 0, and --resume left them out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "echo.py").write_text("def policy(prompt, n): return [f'{prompt} {i}' for i in range(n)]\n")
+    write_rows(tmp_path / "in.jsonl", prompts(4))
+    with FakeServer() as scorer:
+        scorer.refuse = lambda seen: error(500, "down") if re.search("number [12]", str(seen.body)) else None
+        command = ["run", "in.jsonl", "-n", "2", "-o", "out.jsonl", "--policy", "echo:policy", "--skip-bad"]
+        command += ["--scorer", f"flip:{scorer.url}"]
+        assert main(command) == 1
+        assert "2 rows done; 2 failed" in capsys.readouterr().err
+        assert {row["id"] for row in rows_of(tmp_path / "out.jsonl")} == {"p0", "p3"}
+        scorer.refuse = lambda seen: None
+        assert main([*command, "--resume"]) == 0
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert sorted(row["id"] for row in rows) == ["p0", "p1", "p2", "p3"]
+    assert None not in [row["text"] for row in rows]
+
+
+CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "fine"}}
+ODD = {
+    "no UTF-8": json.dumps({"choices": [CHOICE]}).encode().replace(b"fine", b"\xff"),
+    "half a surrogate pair": json.dumps({"choices": [CHOICE]}).encode().replace(b"fine", b"\\ud83d"),
+    "token ids": {"choices": [{**CHOICE, "token_ids": 5}]},
+    "tool calls": {"choices": [{**CHOICE, "message": {"role": "assistant", "content": "fine", "tool_calls": 5}}]},
+    "content": {"choices": [{**CHOICE, "message": {"role": "assistant", "content": 5}}]},
+    "no message": {"choices": [{"index": 0, "message": 5}]},
+    "no choices": {"choices": 5},
+    "a stream nobody asked for": Stream([b'{"choices": [{"index": 0, "delta": {"content": "\xff"}}]}', b"[DONE]"]),
+    "HTML": b"<html>",
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_one_odd_answer_of_a_policy_costs_its_row_and_no_other(tmp_path, monkeypatch, capsys, odd):
+    """An invalid byte in an answer to row 3 ended a run of 200 rows, and --resume --skip-bad ended at it again."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "in.jsonl", prompts(4))
+    with FakeServer() as policy:
+        policy.refuse = lambda seen: ODD[odd] if "number 2" in str(seen.body) else None
+        command = ["run", "in.jsonl", "-n", "2", "-o", "out.jsonl", "--policy", f"{policy.url},retries=0"]
+        command += ["--scorer", "consensus", "--skip-bad"]
+        for how in ([], ["--resume"]):
+            assert main([*command, *how]) == 1
+            assert "skipped in.jsonl:3: " in capsys.readouterr().err
+            assert {row["id"] for row in rows_of(tmp_path / "out.jsonl")} == {"p0", "p1", "p3"}
+        policy.refuse = lambda seen: None
+        assert main([*command, "--resume"]) == 0
+    assert sorted(row["id"] for row in rows_of(tmp_path / "out.jsonl")) == ["p0", "p1", "p2", "p3"]
+
+
+def test_candidates_that_failed_and_rows_without_a_text_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "unsure.py").write_text(
+        "def policy(prompt, n): return [f'{prompt} {i}' for i in range(n)]\n"
+        "def reward(prompt, responses): return [None if '1' in r else 1.0 for r in responses]\n"
+    )
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "Say 1"}, {"prompt": "Say 2"}])
+    command = ["run", "in.jsonl", "-n", "2", "-o", "out.jsonl", "--policy", "unsure:policy"]
+    assert main([*command, "--scorer", "unsure:reward"]) == 0
+    assert "2 rows done; 1 without a text; 3 of 4 candidates failed" in capsys.readouterr().err
 
 
 def test_an_engine_that_fails_is_no_fault_of_the_rows(tmp_path, monkeypatch, capsys):
@@ -397,7 +667,9 @@ def test_a_function_that_raises_for_one_row_costs_that_row_only(tmp_path, monkey
 
 def test_reading_says_what_is_wrong_and_goes_on():
     rows = list(
-        read_rows([b"{", b'{"prompt": "a"}', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "x": NaN}', b"[" * 10**5])
+        read_rows(
+            json_lines([b"{", b'{"prompt": "a"}', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "x": NaN}', b"[" * 10**5])
+        )
     )
     assert [type(row) for row in rows] == [BadRow, Row, BadRow, BadRow, BadRow]
     assert [row.line for row in rows] == [1, 2, 3, 4, 5]
@@ -432,8 +704,8 @@ def test_a_full_disk_is_an_error_and_not_a_success(run, tmp_path):
 
 def test_an_abstaining_result_is_a_row_without_text():
     bon = BestOfN(ScriptedEngine(), n=2, min_reward=1.1)
-    [row] = read_rows([to_json({"prompt": "Say hi"})])
-    written = output_row(row, asyncio.run(bon.run(row.task)))
+    row = row_of(1, {"prompt": "Say hi"})
+    written = output_row(row, asyncio.run(bon.run(row.task)), run="")
     assert written["text"] is None
     assert written["reason"]
 

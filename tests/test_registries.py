@@ -241,7 +241,7 @@ def test_a_file_in_the_current_folder_never_takes_the_place_of_a_library(tmp_pat
     arguments = ("run", "Say it", "--policy", "scripted", "--scorer")
     code, _, err = in_process_of_its_own(*arguments, "statistics:mean", cwd=tmp_path)
     assert code == 2
-    assert "'statistics:mean' raised TypeError" in err
+    assert "statistics:mean takes (data)" in err
     assert not list(tmp_path.glob("*was run"))
     code, _, err = in_process_of_its_own(*arguments, "mine:reward", cwd=tmp_path)
     assert code == 0, err
@@ -253,4 +253,4 @@ def test_a_folder_beside_a_models_name_is_no_module(tmp_path: Path) -> None:
     for name in ("qwen:latest", "llama3:8b"):
         code, _, err = in_process_of_its_own("run", "hi", "--policy", name, cwd=tmp_path)
         assert code == 2
-        assert f"{name!r} is neither a folder nor a model on this machine" in err
+        assert f"{name!r} is neither a folder nor a" in err

@@ -12,6 +12,7 @@ from tiny import tokenizer
 
 from bon.engines.base import Prompt, Turn
 from bon.engines.text.render import Renderer, TextStream
+from bon.engines.text.vocabulary import PlainEncoder
 from bon.errors import InputError, UnknownNameError
 from bon.task import Message
 from bon.types import Tokens
@@ -49,6 +50,23 @@ def template_ids(kind: str, messages: list[Message], **kwargs: Any) -> list[int]
 def test_ordinary_conversations_get_the_ids_of_apply_chat_template(kind: str, texts: list[str]) -> None:
     messages = conversation(texts)
     assert list(renderer(kind).render(Prompt.of(messages))) == template_ids(kind, messages)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("begun", ["Dear Anna,", "12 + 30 is\n\n4"])
+def test_a_last_message_of_the_assistant_gets_the_ids_of_continue_final_message(kind: str, begun: str) -> None:
+    messages = [*conversation(["Hi", "Hello", "Write to Anna"]), Message("assistant", begun)]
+    plain = [m.to_dict() for m in messages]
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    expected = cached_tokenizer(kind).apply_chat_template(plain, tokenize=True, return_dict=False, **options)
+    assert list(renderer(kind).render(Prompt.of(messages))) == expected
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bare"])
+def test_a_continued_message_ends_as_it_was_given(kind: str) -> None:
+    """A template that trims contents would otherwise glue what comes next to it, or part it twice."""
+    messages = [Message("user", "Write to Anna"), Message("assistant", "Dear ")]
+    assert renderer(kind).decode(renderer(kind).render(Prompt.of(messages))).endswith("Dear ")
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama3"])
@@ -235,11 +253,106 @@ def test_completion_tokens_leave_out_special_tokens_and_what_a_stop_string_cut()
     assert cut is None or chatml.decode(cut.ids) == "Dear Anna"
 
 
+class Counting:
+    """A renderer that counts the tokens that it decodes."""
+
+    def __init__(self, kind: str) -> None:
+        self.plain, self.decoded = renderer(kind).plain, 0
+        self._decode = renderer(kind).decode
+
+    def decode(self, ids: Any) -> str:
+        self.decoded += len(ids)
+        return self._decode(ids)
+
+
+@pytest.mark.parametrize("garbage", [b"\xff", None])
+def test_a_stream_of_what_is_no_text_is_decoded_in_linear_time(garbage: bytes | None) -> None:
+    """Bytes that never become a character, and special tokens, were all decoded again for each new token."""
+    name = "<|endoftext|>" if garbage is None else "ÿ"  # how a byte-level vocabulary writes the byte 0xff
+    token = cached_tokenizer("chatml").convert_tokens_to_ids(name)
+
+    def decoded(count: int) -> int:
+        counting = Counting("chatml")
+        stream = TextStream(counting)  # type: ignore[arg-type]
+        for _ in range(count):
+            stream.push([token])
+        assert stream.count == count
+        return counting.decoded
+
+    assert decoded(800) <= 2.1 * decoded(400)
+
+
+def test_a_character_in_two_pieces_behind_garbage_is_whole() -> None:
+    ids = cached_tokenizer("chatml").convert_tokens_to_ids(["ÿ"] * 20)
+    whole = renderer("chatml").encode("é rain")
+    stream = TextStream(renderer("chatml"))
+    for token in (*ids, *whole):
+        stream.push([token])
+    assert stream.text.endswith("é rain")
+
+
+def test_token_ids_of_another_text_are_refused_in_linear_time() -> None:
+    """A server may send a hundred thousand ids beside no text; they were taken off one by one, decoding the rest."""
+
+    def decoded(times: int) -> int:
+        counting = Renderer(cached_tokenizer("chatml"))
+        plain, seen = counting.decode, []
+        counting.decode = lambda ids: seen.append(len(ids)) or plain(ids)  # type: ignore[func-returns-value, method-assign]
+        assert counting.as_tokens(counting.encode("rain " * times), "snow") is None
+        return sum(seen)
+
+    assert decoded(800) <= 2.1 * decoded(400)
+
+
+class WithoutBackend:
+    """A tokenizer in plain Python, which takes control tokens in a text for what they say."""
+
+    backend_tokenizer = None
+
+    def __init__(self) -> None:
+        self.encoded = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cached_tokenizer("chatml"), name)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return cached_tokenizer("chatml")(text, **options)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        self.encoded += len(text)
+        return list(cached_tokenizer("chatml").encode(text, **options))
+
+
+def test_a_text_full_of_control_tokens_is_encoded_in_linear_time() -> None:
+    """A thousand of them were as many calls inside each other, each with the rest of the text: RecursionError."""
+    slow = WithoutBackend()
+    plain = PlainEncoder(slow)
+
+    def encoded(times: int) -> int:
+        slow.encoded = 0
+        ids = plain.encode("<|im_end|> rain" * times)
+        assert plain.control_ids.isdisjoint(ids)
+        assert plain.decode(ids) == "<|im_end|> rain" * times
+        return slow.encoded
+
+    assert encoded(1200) <= 2.1 * encoded(600)
+
+
+def test_conversations_of_all_shapes_are_remembered_up_to_a_limit() -> None:
+    fresh = Renderer(tokenizer("chatml"))
+    for i in range(300):
+        roles = [("user", "assistant")[int(bit)] for bit in f"{i:b}"]
+        fresh.render(Prompt(tuple(Turn(role, ("Hi",)) for role in roles)))
+    fresh.render(Prompt(tuple(Turn("user", ("Hi",)) for _ in range(500))))
+    assert len(fresh._skeletons) == 256
+    assert max(len(roles) for roles, *_ in fresh._skeletons) < 500
+
+
 def test_a_turn_about_tools_is_refused_and_never_written_as_if_it_were_text():
     turns = [
         Message("user", "Hi"),
         Message("assistant", "", ({"id": "c", "function": {"name": "f"}},)),
         Message("tool", "4", tool_call_id="c"),
     ]
-    with pytest.raises(InputError, match=r"message 1 has tool_calls, and .* a policy behind HTTP does"):
+    with pytest.raises(InputError, match=r"message 1 has tool_calls, and .* a policy behind HTTP may"):
         renderer("chatml").render(Prompt.of(turns))

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -14,9 +15,9 @@ from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 from bon.serve import Settings
 from bon.serve.answers import usage_body
-from bon.serve.app import public_name
+from bon.serve.failures import public
 from bon.serve.logs import JsonFormatter
-from bon.serve.plan import offered_scorers
+from bon.serve.plan import offered_scorers, public_name
 from bon.serve.protocol import ChatRequest, CompletionRequest
 from bon.spec import SCORERS, SELECTORS
 from bon.types import Usage
@@ -52,7 +53,7 @@ def test_a_deadline_returns_the_best_so_far_and_stops_the_rest(concurrent):
     assert "0.3 s passed before it was finished" in result.scores[3].reason
     assert policy.running == flip.running == 0, "nothing goes on after the deadline"
     if concurrent:
-        assert (result.text, result.counts) == ("red fox", {"late": 2, "ok": 2})
+        assert (result.text, result.counts) == ("red fox", {"echo": 2, "late": 2})
     else:
         assert (result.text, result.counts) == (None, {"late": 4}), "it would have been scored after the last candidate"
         assert result.candidates[0].text == "red fox", "what was sampled is kept"
@@ -61,7 +62,7 @@ def test_a_deadline_returns_the_best_so_far_and_stops_the_rest(concurrent):
 def test_a_deadline_that_does_not_pass_changes_nothing():
     bon = BestOfN(ScriptedEngine(["red fox", "red fox"]), "flip", n=2)
     result = asyncio.run(bon.run(PROMPT, deadline=60))
-    assert result.counts == {"ok": 2}
+    assert result.counts == {"echo": 2}
 
 
 # The API, through the front door: a real uvicorn and the official client.
@@ -148,7 +149,7 @@ def test_n_returns_the_n_best_ranked(site):
     assert [c.index for c in answer.choices] == [0, 1, 2]
     rewards = [c["reward"] for c in answer.best_of_n["choices"]]
     assert rewards == sorted(rewards, reverse=True)
-    assert answer.best_of_n["statuses"] == {"ok": 4}, "the k best need every reward, so nothing is pruned"
+    assert answer.best_of_n["statuses"] == {"echo": 4}, "the k best need every reward, so nothing is pruned"
     more = site.openai().chat.completions.create(model="bon-mini", messages=MESSAGES, n=6)
     assert len(more.choices) == 6, "more than the default number of candidates"
     stream = list(site.openai().chat.completions.create(model="bon-mini", messages=MESSAGES, n=2, stream=True))
@@ -306,8 +307,51 @@ def test_a_server_that_ends_closes_what_its_best_of_n_loaded_and_nothing_of_the_
 def test_clients_never_see_where_a_model_lies(tmp_path):
     assert public_name(str(tmp_path / "my-model")) == "my-model"
     assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert public_name("./models/mine") == "mine"
+    assert public("cannot read /srv/models/mine/config.json of 10.0.0.1:80, 1/2 and/or https://a/b") == (
+        "cannot read config.json of the model's server, 1/2 and/or the model's server"
+    )
     with served(BestOfN(n=1)) as site:
         assert site.http.get("/v1/models").json()["data"][0]["id"] == "bon-mini"
+
+
+def test_several_prompts_get_their_choices_in_one_answer(site):
+    prompts = ["Write about a quick red fox", "Write about token7"]
+    answer = site.openai().completions.create(model="bon-mini", prompt=prompts, n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text == "a quick red fox"
+    assert answer.choices[2].text.endswith("token7")
+    assert [evidence["instruction"] for evidence in answer.best_of_n] == prompts
+    one = site.openai().completions.create(model="bon-mini", prompt=prompts[:1], n=2)
+    assert one.best_of_n["instruction"] == prompts[0]
+    assert answer.usage.completion_tokens > one.usage.completion_tokens > 0
+
+
+def test_minus_one_is_what_it_is_elsewhere(site):
+    for length in ("max_tokens", "max_completion_tokens"):
+        answer = site.chat("Write about a quick red fox", seed=-1, top_k=-1, **{length: -1})
+        assert answer.json()["choices"][0]["message"]["content"] == "a quick red fox", answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_has_begun_is_continued_and_scored_as_a_whole(stream):
+    """The client gets what comes behind what it sent, as from vLLM; the scorer sees the whole answer."""
+    seen = []
+
+    def reward(prompt, responses):
+        seen.append((prompt, *responses))
+        return [1.0] * len(responses)
+
+    engine = ScriptedEngine(lambda text, draw: f"upon a time {draw}")
+    messages = [*MESSAGES, {"role": "assistant", "content": "Once "}]
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    with served(BestOfN(engine, reward, n=1)) as site:
+        create = site.openai().chat.completions.create
+        answer = create(model="scripted", messages=messages, stream=stream, extra_body=options)
+        chunks = [c.choices[0].delta.content or "" for c in answer if c.choices] if stream else ()
+        text = "".join(chunks) if stream else answer.choices[0].message.content
+    assert text == "upon a time 0"
+    assert seen == [(MESSAGES[0]["content"], "Once upon a time 0")]
 
 
 def test_content_parts_of_text_are_joined(site):
@@ -487,6 +531,21 @@ def test_a_stream_with_candidates_tells_each_as_it_comes_and_what_matched(site):
     assert len(chunks[-1]["best_of_n"]["candidates"]) == 4
 
 
+def test_a_stream_with_candidates_brings_their_texts_while_they_are_written():
+    texts = ["the quick red fox jumps over", "\u00e9t\u00e9 \U0001f98a the lazy dog sleeps"]
+    with served(BestOfN(ScriptedEngine(texts, step_seconds=0.05), "flip", n=2), status_s=0) as site:
+        told = [c["best_of_n"] for c in site.events("x", best_of_n={"return_candidates": True}) if "best_of_n" in c]
+        for index, whole in enumerate(texts):
+            about = [t for t in told if t.get("index") == index]
+            ended = [t.get("event") for t in about].index("candidate")
+            pieces = [t["more"] for t in about if t.get("event") == "text"]
+            assert len(pieces) > 1
+            assert whole.startswith("".join(pieces))
+            assert all(t.get("event") != "text" for t in about[ended:])
+        events = {c["best_of_n"].get("event") for c in site.events("x") if "best_of_n" in c}
+        assert "text" not in events, "only where they are asked for"
+
+
 def test_copies_and_empty_candidates_count_in_the_progress():
     """They were never reported, so a stream ended at '2 of 4 sampled'."""
     with served(
@@ -507,7 +566,7 @@ def test_a_deadline_returns_the_best_so_far_and_says_so():
         answer = site.chat("the red fox", best_of_n={"deadline_s": 0.4}).json()
         assert answer["choices"][0]["message"]["content"] == "red fox"
         assert answer["best_of_n"]["deadline_passed"] is True
-        assert answer["best_of_n"]["statuses"] == {"late": 1, "ok": 2}
+        assert answer["best_of_n"]["statuses"] == {"late": 1, "echo": 2}
         assert "deadline of 0.4 s passed" in answer["best_of_n"]["reason"]
         nothing = site.chat("the red fox", best_of_n={"deadline_s": 0.001})
         assert (nothing.status_code, nothing.json()["error"]["code"]) == (408, "deadline_exceeded")
@@ -522,6 +581,17 @@ def test_a_candidate_that_nobody_scored_is_better_than_none_at_a_deadline():
         assert answer["choices"][0]["message"]["content"] == "fine"
         assert (answer["best_of_n"]["best"], answer["best_of_n"]["reward"]) == (None, None)
         assert "late" in answer["best_of_n"]["reason"]
+
+
+def test_half_a_character_reaches_the_client_and_the_log():
+    """A policy's text that UTF-8 cannot hold was a 500, and in a stream a cut."""
+    half = "half \ud83d"
+    with served(BestOfN(lambda prompt: half, lambda prompt, responses: [1.0] * len(responses), n=1)) as site:
+        assert site.chat().json()["choices"][0]["message"]["content"] == half
+        chunks = site.events()
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == half
+    record = logging.makeLogRecord({"msg": half, "fields": {5: half}})
+    assert json.loads(JsonFormatter().format(record))["message"] == half
 
 
 def test_keys_are_needed_when_there_are_any():
@@ -556,6 +626,23 @@ def test_cors_is_for_the_origins_that_were_named():
         assert ours.headers["access-control-allow-origin"] == "https://ours.example"
         theirs = site.http.get("/v1/models", headers={"origin": "https://theirs.example"})
         assert "access-control-allow-origin" not in theirs.headers
+
+
+def test_a_page_may_call_a_server_that_wants_a_key():
+    """A browser asks first, without the key, and was refused."""
+    origin = {"origin": "https://ours.example"}
+    with served(
+        BestOfN(ScriptedEngine(), "flip", n=1), cors_origins=("https://ours.example",), api_keys=("k",)
+    ) as site:
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        told = site.http.options("/v1/chat/completions", headers=origin | asks)
+        assert told.status_code == 200
+        assert told.headers["access-control-allow-origin"] == origin["origin"]
+        assert "authorization" in told.headers["access-control-allow-headers"]
+        refused = site.http.get("/v1/models", headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == origin["origin"], "the page may read why"
+        assert site.http.get("/v1/models", headers=origin | {"authorization": "Bearer k"}).status_code == 200
 
 
 def test_on_loopback_foreign_host_names_are_not_answered(site):

@@ -8,6 +8,8 @@ from serving import served
 
 from bon import BestOfN
 from bon.engines.scripted import ScriptedEngine
+from bon.serve.failures import ApiError
+from bon.serve.protocol import ChatRequest, parse
 
 OK = [{"role": "user", "content": "Write about a fox"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -41,7 +43,7 @@ FIELDS = {
     "temperature as text": ({"temperature": "hot"}, "temperature"),
     "top_p of zero": ({"top_p": 0}, "top_p"),
     "top_p above one": ({"top_p": 1.01}, "top_p"),
-    "negative top_k": ({"top_k": -1}, "top_k"),
+    "negative top_k": ({"top_k": -2}, "top_k"),
     "min_p above one": ({"min_p": 1.5}, "min_p"),
     "max_tokens of zero": ({"max_tokens": 0}, "max_tokens"),
     "max_tokens as a list": ({"max_tokens": [5]}, "max_tokens"),
@@ -50,7 +52,7 @@ FIELDS = {
     "empty stop": ({"stop": ""}, "stop"),
     "stop as a number": ({"stop": 5}, "stop"),
     "stop list with a number": ({"stop": ["a", 5]}, "stop[1]"),
-    "negative seed": ({"seed": -1}, "seed"),
+    "negative seed": ({"seed": -2}, "seed"),
     "seed beyond 63 bits": ({"seed": 2**63}, "seed"),
     "stream as text": ({"stream": "yes"}, "stream"),
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -108,14 +110,19 @@ FIELDS = {
     "empty content": (message(content=""), "messages"),
     "blank content": (message(content=" \n"), "messages"),
     "empty parts": (message(content=[]), "messages"),
+    "messages that are none": ({"messages": [1] * 2000}, "messages[0]"),
+    "messages without anything": ({"messages": [{}] * 2000}, "messages[0].content"),
+    "unknown fields of a message": (message(**{f"k{i}": 1 for i in range(2000)}), "messages[0].k0"),
+    "parts that are none": (message(content=[1] * 2000), "messages[0].content[0]"),
+    "calls that are none": (message(role="assistant", tool_calls=[1] * 2000), "messages[0].tool_calls[0]"),
     "an image": (
         message(content=[{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "http://x"}}]),
-        "messages[0].content[1]",
+        "messages[0].content",
     ),
     "sound": (message(content=[{"type": "input_audio", "input_audio": {}}]), "messages[0].content[0]"),
     "a part without text": (message(content=[{"type": "text"}]), "messages[0].content[0].text"),
     "unknown message field": (message(weight=1), "messages[0].weight"),
-    "tool calls": (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls[0].type"),
+    "tool calls": (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls[0].function"),
     "a tool call that is no function": (
         message(
             role="assistant", tool_calls=[{"id": "1", "type": "custom", "function": {"name": "f", "arguments": ""}}]
@@ -134,7 +141,13 @@ FIELDS = {
     ),
     "the result of a tool from the user": (message(tool_call_id="1"), "messages[0].tool_call_id"),
     "nothing asked": (message(role="tool"), "messages"),
-    "no question at the end": ({"messages": [*OK, {"role": "assistant", "content": "x"}]}, "messages"),
+    "no question at all": ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+    "nothing to continue": ({"continue_final_message": True}, "continue_final_message"),
+    "a prompt without a beginning of its answer": ({"add_generation_prompt": False}, "add_generation_prompt"),
+    "an answer that is not to be continued": (
+        {"messages": [*OK, {"role": "assistant", "content": "x"}], "continue_final_message": False},
+        "continue_final_message",
+    ),
     "prompt beyond the context": (message(content=TOO_LONG), "messages"),
     "names with brackets": ({"a[0].b": 1}, "a[0].b"),
 }
@@ -162,13 +175,39 @@ def test_a_bad_field_is_named(site, fields, param):
     assert site.server.admission.running == site.server.admission.waiting == 0
 
 
+MANY, TOO_MANY = 2000, 2049
+UNKNOWN = {f"k{i}": 1 for i in range(TOO_MANY)}
+FLOODS = {
+    "unknown fields": ({"messages": OK} | UNKNOWN, "k0"),
+    "unknown fields of the extension": ({"messages": OK, "best_of_n": UNKNOWN}, "best_of_n.k0"),
+    "tools that are none": ({"messages": OK, "tools": [1] * MANY}, "tools[0]"),
+    "stops that are none": ({"messages": OK, "stop": [1] * MANY}, "stop[0]"),
+    "sounds": ({"messages": OK, "modalities": ["audio"] * MANY}, "modalities[0]"),
+    "metadata": ({"messages": OK, "metadata": UNKNOWN}, "metadata"),
+    "biases": ({"messages": OK, "logit_bias": dict.fromkeys(UNKNOWN, "a")}, "logit_bias"),
+    "too many messages": ({"messages": OK * TOO_MANY}, "messages"),
+    "too many stops": ({"messages": OK, "stop": ["x"] * TOO_MANY}, "stop"),
+}
+
+
+@pytest.mark.parametrize(("body", "param"), FLOODS.values(), ids=FLOODS)
+def test_of_a_flood_of_errors_the_first_is_told_and_no_other_is_made(body, param):
+    """20,000 of them held up everybody for half a minute, as an error was made and looked up for each."""
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, json.dumps(body).encode())
+    assert refused.value.param == param
+    assert refused.value.__cause__.error_count() <= 3, "one for each member of a union"
+
+
 COMPLETIONS = {
     "no prompt": ({}, "prompt"),
     "empty prompt": ({"prompt": ""}, "prompt"),
     "blank prompt": ({"prompt": " "}, "prompt"),
     "a token id": ({"prompt": [1]}, "prompt[0]"),
-    "token ids": ({"prompt": [1, 2, 3]}, "prompt"),
-    "several prompts": ({"prompt": ["a", "b"]}, "prompt"),
+    "token ids": ({"prompt": [1, 2, 3]}, "prompt[0]"),
+    "no prompts": ({"prompt": []}, "prompt"),
+    "a blank prompt among others": ({"prompt": ["a", " "]}, "prompt"),
+    "a stream of several": ({"prompt": ["a", "b"], "stream": True}, "prompt"),
     "echo": ({"prompt": "a", "echo": True}, "echo"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix"),
     "logprobs of other tokens": ({"prompt": "a", "logprobs": 3}, "logprobs"),
@@ -255,6 +294,13 @@ def test_control_tokens_in_a_prompt_are_ordinary_text(site):
     assert answer.json()["best_of_n"]["instruction"] == said
 
 
+def test_an_answer_that_has_begun_is_refused_where_the_policy_cannot_continue_it():
+    begun = [*OK, {"role": "assistant", "content": "Once "}]
+    with served(BestOfN(lambda prompt: "text", ScriptedEngine(), n=1)) as site:
+        error = complains(site.http.post("/v1/chat/completions", json={"messages": begun}), "messages")
+        assert "the last message is the assistant's, and the function '<lambda>' cannot continue it" in error["message"]
+
+
 def test_logprobs_that_the_policy_does_not_tell_are_refused():
     with served(BestOfN(lambda prompt: "text", ScriptedEngine(), n=1)) as site:
         complains(site.chat(logprobs=True), "logprobs")
@@ -263,3 +309,21 @@ def test_logprobs_that_the_policy_does_not_tell_are_refused():
 def test_an_error_that_comes_at_once_is_no_stream_even_when_a_stream_was_asked_for(site):
     complains(site.chat(TOO_LONG, stream=True), "messages")
     complains(site.chat(stream=True, tools=[{"type": "function"}]), "tools")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"temperature": "hot"}, 'temperature: must be a number, got "hot".'),
+        ({"n": 0}, "n: must be at least 1, got 0."),
+        ({"best_of_n": {"n": [1]}}, "best_of_n.n: must be a whole number or text, got [1]."),
+        ({"messages": [{"role": "usr"}]}, "messages[0].role: must be 'system', 'developer', 'user', 'assistant'"),
+        ({"messages": 5}, "messages: must be a list, got 5."),
+        ({"stream_options": 5}, "stream_options: must be an object, got 5."),
+    ],
+)
+def test_what_is_wanted_is_said_in_the_words_of_json(fields, said):
+    """It was "input should be a valid dictionary or instance of StreamOptions"."""
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, json.dumps({"messages": OK, **fields}).encode())
+    assert refused.value.message.startswith(said)

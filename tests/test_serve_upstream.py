@@ -94,6 +94,88 @@ def test_one_request_that_upstream_refuses_does_not_take_the_server_out_of_servi
     assert site.http.get("/ready").status_code == 200
 
 
+def test_what_upstream_cannot_do_for_one_request_does_not_take_the_server_out_of_service(site, upstream):
+    """A 500 to one client's response_format made /ready fail for everybody."""
+    upstream.refuse = lambda seen: error(500, "boom") if "response_format" in seen.body else None
+    failed = site.chat(response_format={"type": "json_object"})
+    assert (failed.status_code, failed.json()["error"]["code"]) == (503, "engine_error")
+    until(lambda: any("Say yes" in str(seen.body) for seen in upstream.posts))
+    assert site.http.get("/ready").status_code == 200
+
+
+def test_a_server_is_ready_once_the_one_behind_it_answers(upstream, monkeypatch):
+    """It said so with nothing there, and one that was started too early was never asked."""
+    monkeypatch.setattr("bon.serve.health.PROBE_EVERY_S", 0.05)
+    upstream.die()
+    with served(BestOfN(HTTPEngine(upstream.url, retries=0), ScriptedEngine(), n=1)) as site:
+        assert site.http.get("/ready").status_code == 503
+        assert site.http.get("/health").status_code == 200
+        unnamed = site.http.get("/v1/models")
+        assert (unnamed.status_code, unnamed.json()["error"]["code"]) == (503, "engine_error")
+        upstream.listen()
+        until(lambda: site.http.get("/ready").status_code == 200, 15)
+        assert site.openai().models.list().data[0].id == "fake-model"
+
+
+def test_a_server_that_refuses_the_key_is_noticed_before_a_client_asks(upstream):
+    upstream.models = []
+    with served(BestOfN(HTTPEngine(upstream.url, retries=0), ScriptedEngine(), n=1)) as site:
+        assert site.http.get("/ready").status_code == 503, "it has no model"
+    assert not upstream.posts, "nothing is sampled to find out"
+
+
+def test_the_models_name_is_upstreams_own_and_no_address_or_key_reaches_a_client(upstream):
+    """The URL, with its password and its query, was the model's name in every answer and in the page."""
+    address = upstream.url.replace("http://", "http://user:hunter22@") + "?key=hunter23"
+    upstream.text = lambda seen, draw: "fine"
+
+    def refuse(seen):
+        if "completions" in seen.path and "trouble" in str(seen.body):
+            return error(500, f"{upstream.url} is out of order, key sk-proj-abc, /srv/models/x, see 10.1.2.3:8000")
+        return None
+
+    upstream.refuse = refuse
+    with served(BestOfN(HTTPEngine(address, retries=0), ScriptedEngine(), n=2)) as site:
+        listed = site.http.get("/v1/models")
+        assert [model["id"] for model in listed.json()["data"]] == ["fake-model"]
+        answer = site.chat()
+        assert answer.json()["model"] == "fake-model"
+        draws = []
+        upstream.refuse = lambda seen: (
+            refuse(seen) if "completions" in seen.path and not draws.append(0) and len(draws) < 2 else None
+        )
+        one_failed = site.chat("trouble", best_of_n={"return_candidates": True})
+        assert one_failed.status_code == 200
+        assert "out of order" in one_failed.text
+        upstream.refuse = refuse
+        failed = site.chat("trouble")
+        assert failed.status_code == 503
+        for told in (listed, answer, one_failed, failed, site.http.get("/"), site.http.get("/ready")):
+            for secret in ("hunter2", "user:", str(upstream.port), "sk-proj", "/srv/", "10.1.2.3"):
+                assert secret not in told.text
+
+
+def test_what_is_meant_for_the_operator_does_not_reach_clients(upstream):
+    upstream.refuse = lambda seen: error(
+        401, "Incorrect API key provided: sk-****wxyz. Get one at https://keys.example"
+    )
+    with served(BestOfN(HTTPEngine(upstream.url, api_key="sk-1"), ScriptedEngine(), n=1), model_names=("m",)) as site:
+        refused = site.chat()
+        assert refused.status_code == 502
+        for secret in ("wxyz", "API_KEY", "api_key=", "example", "401"):
+            assert secret not in refused.text
+        assert "the log has the details" in refused.text
+        unknown = site.chat(ignore_eos=True).json()["error"]
+        assert unknown["message"] == "ignore_eos: the policy cannot honour this field."
+
+
+def test_the_default_scorer_asks_no_upstream_for_what_it_cannot_give(upstream):
+    """Two candidates always tie by consensus, and the likelihood that was to decide ended the request."""
+    with served(BestOfN(HTTPEngine(upstream.url), n=2)) as site:
+        assert site.chat().status_code == 200
+        assert "likelihood" not in site.http.get("/v1/models").json()["data"][0]["best_of_n"]["scorers"]
+
+
 def test_a_key_that_upstream_no_longer_takes_turns_ready_red(site, upstream):
     upstream.refuse = lambda seen: error(401, "no such key")
     assert site.chat().status_code == 502
@@ -135,9 +217,9 @@ def test_a_fault_upstream_is_a_503_that_says_so_and_heals_by_itself(site, upstre
     with pytest.raises(openai.InternalServerError) as failed:
         site.openai().chat.completions.create(model="m", messages=MESSAGES)
     assert (failed.value.status_code, failed.value.code) == (503, "engine_error")
-    assert "the model's server" in failed.value.message
+    assert "a model of this server does not answer" in failed.value.message
     assert "http" not in failed.value.message, "where that is, is none of the client's business"
-    assert site.http.get("/ready").status_code == 503
+    until(lambda: site.http.get("/ready").status_code == 503, 15)
     upstream.refuse = lambda seen: None
     until(lambda: site.http.get("/ready").status_code == 200, 15)
     assert site.chat().status_code == 200
@@ -163,7 +245,7 @@ def test_upstream_dies_and_comes_back(site, upstream, monkeypatch):
     assert site.chat().status_code == 200
     upstream.die()
     assert site.chat().status_code == 503
-    assert site.http.get("/ready").status_code == 503
+    until(lambda: site.http.get("/ready").status_code == 503, 15)
     upstream.listen()
     until(lambda: site.http.get("/ready").status_code == 200, 15)
 
@@ -175,3 +257,16 @@ def test_a_client_that_leaves_is_gone_upstream_as_well(upstream):
         with pytest.raises(openai.APITimeoutError):
             site.openai().with_options(timeout=0.5).chat.completions.create(model=engine.name, messages=MESSAGES)
         until(lambda: len(upstream.posts) == 3 and all(seen.aborted.is_set() for seen in upstream.posts))
+
+
+def test_a_client_that_sees_all_candidates_sees_their_texts_as_the_upstream_streams_them(upstream):
+    upstream.text, upstream.pace = lambda seen, draw: f"draw {draw} goes on and on", 0.05
+    with served(BestOfN(upstream.url, lambda prompt, texts: [1.0, 0.0], n=2), status_s=0) as site:
+        chunks = site.events("Hello", best_of_n={"return_candidates": True})
+        pieces = [c["best_of_n"] for c in chunks if c.get("best_of_n", {}).get("event") == "text"]
+        assert {p["index"] for p in pieces} == {0, 1}
+        assert len(pieces) > 2
+        assert all(seen.body["stream"] for seen in upstream.posts)
+        before = len(upstream.posts)
+        site.events("Hello")
+        assert not any(seen.body.get("stream") for seen in upstream.posts[before:]), "nobody reads them there"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import math
 import threading
 import weakref
@@ -28,7 +29,7 @@ from bon.engines.torch.pack import PackedLinear
 from bon.engines.torch.sampling import Uniforms, choose, row_key
 from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.task import Message
-from bon.types import Sampling
+from bon.types import Drawing, Sampling
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX")
 TEXTS = ("Hello", "Write a haiku about the autumn rain, please.", "Dear Anna,\nwhat is 12 + 30? " * 4, "x")
@@ -185,6 +186,40 @@ def test_the_engine_generates_and_rates_one_call_at_a_time(llama: TorchEngine) -
     assert not llama.concurrent
 
 
+def with_defaults(folder: Path, **said: Any) -> TorchEngine:
+    """A model whose generation_config.json says how it is to be sampled."""
+    save(folder, "Llama", "ascii")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    return TorchEngine(folder)
+
+
+def test_a_model_is_sampled_as_it_says_itself_where_nobody_says_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "bon"):
+        engine = with_defaults(tmp_path, do_sample=True, temperature=0.3, top_k=7, repetition_penalty=1.1)
+    told = [record.getMessage() for record in caplog.records if "generation_config" in record.getMessage()]
+    assert told == [
+        f"{tmp_path} is sampled as its generation_config.json says, unless you say otherwise: temperature=0.3, top_k=7"
+    ]
+    assert "engine does not apply its repetition_penalty=1.1" in caplog.text
+
+    def texts(**said: Any) -> list[str]:
+        return [c.text for c in generate(engine, prompts("Hello"), 6, seed=1, max_tokens=20, **said)]
+
+    assert texts() == texts(temperature=0.3, top_k=7)
+    assert texts(temperature=1.0) == texts(temperature=1.0, top_k=7)
+    assert texts(top_k=0) == texts(temperature=0.3, top_k=0)
+    assert len({*texts(temperature=0.0)}) == 1
+
+
+@pytest.mark.parametrize("greedy", [{"do_sample": False}, {"temperature": 0.0}, {"temperature": 1e-6}])
+def test_candidates_differ_although_a_model_would_rather_be_greedy(tmp_path: Path, greedy: dict[str, Any]) -> None:
+    done = generate(with_defaults(tmp_path, **greedy), prompts("Hello"), 6, seed=1, max_tokens=20)
+    assert len({completion.text for completion in done}) > 1
+
+
 def test_a_call_may_hold_requests_of_different_sampling(llama: TorchEngine) -> None:
     kinds = [
         Sampling(temperature=0.0, max_tokens=9),
@@ -269,7 +304,7 @@ def test_keep_is_called_in_the_event_loop_and_aborts(llama: TorchEngine) -> None
 def draws(logits: torch.Tensor, count: int, **sampling: Any) -> Counter[int]:
     keys = np.stack([row_key(0, (1, 2, 3), i) for i in range(count)])
     uniforms = torch.from_numpy(Uniforms(keys).next())
-    tokens, _ = choose(logits.expand(count, -1), Sampling(**sampling), uniforms)
+    tokens, _ = choose(logits.expand(count, -1), Drawing(**sampling), uniforms)
     return Counter(tokens.tolist())
 
 
@@ -283,7 +318,7 @@ def chi_square(counts: Counter[int], probabilities: torch.Tensor) -> float:
 def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float, filters: dict[str, Any]) -> None:
     """Divided by 1e-300 all logits were infinite, the draw an index out of range, and a server not ready any more."""
     logits = torch.tensor([[9.0, -80.0, 3.0, 8.5], [-5.0, 0.0, 55.0, -1e4]])
-    tokens, logprobs = choose(logits, Sampling(temperature=temperature, **filters), torch.tensor([0.999, 0.0]))
+    tokens, logprobs = choose(logits, Drawing(temperature, **filters), torch.tensor([0.999, 0.0]))
     assert tokens.tolist() == [0, 2]
     assert logprobs.tolist() == pytest.approx(logits.log_softmax(-1)[[0, 1], [0, 2]].tolist())
 
@@ -329,10 +364,10 @@ def test_draws_do_not_depend_on_the_other_rows() -> None:
     logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
     logits[3:] *= 10  # peaked rows and flat rows take different paths through the nucleus
     uniforms = torch.rand(8, generator=torch.Generator().manual_seed(1))
-    for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(top_k=50, top_p=0.9), Sampling(min_p=0.05)):
-        together, _ = choose(logits, sampling, uniforms)
+    for drawing in (Drawing(), Drawing(top_p=0.9), Drawing(top_k=50, top_p=0.9), Drawing(min_p=0.05)):
+        together, _ = choose(logits, drawing, uniforms)
         for row in range(8):
-            alone, _ = choose(logits[row : row + 1], sampling, uniforms[row : row + 1])
+            alone, _ = choose(logits[row : row + 1], drawing, uniforms[row : row + 1])
             assert int(alone) == int(together[row])
 
 
@@ -340,7 +375,7 @@ def test_a_draw_never_lands_on_a_token_without_probability() -> None:
     logits = torch.full((2, 50), -math.inf)
     logits[:, 7] = 0.0
     for uniform in (0.0, 1.0 - 2**-53):
-        tokens, logprobs = choose(logits, Sampling(), torch.tensor([uniform, uniform], dtype=torch.float64))
+        tokens, logprobs = choose(logits, Drawing(), torch.tensor([uniform, uniform], dtype=torch.float64))
         assert tokens.tolist() == [7, 7]
         assert logprobs.tolist() == [0.0, 0.0]
 

@@ -108,6 +108,19 @@ def test_a_trace_that_was_cut_off_holds_what_came_before(tmp_path: Path) -> None
     trace.close()
 
 
+def test_a_trace_replaces_a_trace_and_nothing_else(tmp_path: Path) -> None:
+    """``--trace notes.json`` overwrote the notes."""
+    path = tmp_path / "out.json"
+    for results in ([], [run()], [run(), run()]):
+        with Trace(path) as trace:
+            for result in results:
+                trace.add(result)
+    path.write_text('[{"prompt": "mine"}]')
+    with pytest.raises(InputError, match=r"out\.json is no trace and would be overwritten"):
+        Trace(path)
+    assert path.read_text() == '[{"prompt": "mine"}]'
+
+
 def test_a_trace_of_nothing_is_still_json_and_an_unwritable_one_is_named(tmp_path: Path) -> None:
     Trace(tmp_path / "out.json").close()
     assert json.loads((tmp_path / "out.json").read_text()) == []

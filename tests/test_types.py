@@ -29,24 +29,38 @@ def test_openai_style_dicts_become_messages():
         (" \n", "empty"),
         ([], "non-empty list"),
         (7, "non-empty list"),
-        (["hi"], "message 0"),
-        ([{"role": "user"}], "'content'"),
+        (["hi"], r"messages\[0\] must be an object"),
+        ([{"role": "user"}], r"messages\[0\].content must be text"),
         ([{"role": "usr", "content": "x"}], "Did you mean 'user'"),
-        ([{"role": "user", "content": ["x"]}], "must be text, not list"),
-        ([{"role": "user", "content": "x", "colour": 1}], "colour"),
-        ([{"role": "assistant", "content": "x"}], "must come from the user or from a tool"),
+        ([{"role": "user", "content": ["x"]}], r"messages\[0\].content\[0\]: only text and image_url"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "image_url can be honoured, not 'input_audio'"),
+        ([{"role": "user", "content": "x", "colour": 1}], r"messages\[0\].colour: there is no such"),
+        ([{"role": "assistant", "content": "x"}], "no user message"),
+        ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "not from 'system'"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}], "is empty: leave it out"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}],
+            "calls tools, whose results are missing",
+        ),
+        ([{"role": "user", "content": "x", "audio": {"id": "a"}}], r"messages\[0\].audio: there is no such"),
         ([{"role": "system", "content": "x"}, {"role": "tool", "content": "x"}], "no user message"),
         ([{"role": "user", "content": " "}, {"role": "tool", "content": "x"}], "last user message has no text"),
-        ([{"role": "assistant", "content": None}, {"role": "user", "content": "x"}], "must be text, not NoneType"),
         (
-            [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}],
+            [{"role": "assistant", "content": None}, {"role": "user", "content": "x"}],
+            r"messages\[0\].content must be text or a list of text parts, not None",
+        ),
+        (
+            [{"role": "user", "content": "x", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}],
             "belongs to .* role 'assistant'",
         ),
         ([{"role": "user", "content": "x", "tool_call_id": "1"}], "belongs to .* role 'tool'"),
-        ([{"role": "assistant", "tool_calls": ["f"]}, {"role": "user", "content": "x"}], "message 0 must be a list"),
+        (
+            [{"role": "assistant", "tool_calls": ["f"]}, {"role": "user", "content": "x"}],
+            r"tool_calls\[0\] must be an object",
+        ),
         (
             [{"role": "user", "content": "x"}, {"role": "tool", "content": "x", "tool_call_id": 7}],
-            "text, got 7",
+            "text, not 7",
         ),
     ],
 )
@@ -68,13 +82,53 @@ def test_a_bad_prompt_is_refused_with_its_reason(prompt, complaint):
         ("min_p", 2),
         ("max_tokens", 0),
         ("stop", ("",)),
-        ("seed", -1),
+        ("seed", -2),
+        ("top_k", -2),
         ("logprobs", 5),
     ],
 )
 def test_a_sampling_option_out_of_range_is_refused_by_name(option, value):
     with pytest.raises(InputError, match=option):
         Sampling.of({option: value})
+
+
+def test_minus_one_means_at_random_all_and_no_limit_as_elsewhere():
+    sampling = Sampling.of({"seed": -1, "top_k": -1, "max_tokens": -1})
+    assert sampling == Sampling(seed=None, top_k=0, max_tokens=2**31 - 1)
+    assert Sampling(seed=7).replace(seed=-1).seed is None
+
+
+HISTORY = [
+    {"role": "user", "content": [{"type": "text", "text": "Is it warm "}, {"type": "text", "text": "in Rome?"}]},
+    {
+        "role": "assistant",
+        "content": "Yes.",
+        "refusal": None,
+        "annotations": [{"type": "url_citation", "url_citation": {"url": "http://x", "title": "x"}}],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+        "reasoning_content": "Rome is in Italy.",
+        "provider_specific_fields": {"citations": None},
+    },
+    {"role": "user", "content": "How do you know?"},
+    {"role": "assistant", "content": None, "refusal": "I may not say."},
+    {"role": "user", "content": "Say it."},
+    {"role": "assistant", "content": None, "reasoning_content": "It thought until it was cut off."},
+    {"role": "user", "content": "Well?", "name": "Ann"},
+]
+
+
+def test_a_history_is_read_as_servers_and_clients_write_it():
+    """Files and Python refused what the server took, and all of them what other servers add."""
+    said = ["Is it warm in Rome?", "Yes.", "How do you know?", "I may not say.", "Say it.", "", "Well?"]
+    assert [message.content for message in as_messages(HISTORY)] == said
+
+
+def test_a_last_message_of_the_assistant_is_what_the_answer_begins_with_and_no_context():
+    task = Task.of([{"role": "user", "content": "Write to Anna"}, {"role": "assistant", "content": "Dear "}])
+    assert (task.instruction, task.prefill, task.context) == ("Write to Anna", "Dear ", "")
+    assert Task.of("Write to Anna").prefill == ""
 
 
 def test_a_typo_in_a_sampling_option_is_never_ignored():

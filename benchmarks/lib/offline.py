@@ -77,7 +77,7 @@ class Offline:
 
     def __call__(self, sampled: Requests, scored: Requests, sampling: Sampling) -> int:
         """Decode all candidates, then all reconstructions; the number of tokens."""
-        return self._generate(sampled, sampling.temperature, sampling.seed) + self._generate(scored, 0.0, None)
+        return self._generate(sampled, sampling.drawing.temperature, sampling.seed) + self._generate(scored, 0.0, None)
 
     def forget(self) -> None:
         """Empty the prefix cache."""

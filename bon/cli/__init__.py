@@ -104,13 +104,15 @@ def _explain(error: BaseException) -> int:
 
 def _usage(error: Any) -> str:
     """What is wrong with the arguments; with the value, and without click's two ways of guessing what was meant."""
+    context = getattr(error, "ctx", None)
     if close := getattr(error, "possibilities", None):
-        message = f"{error.message.rstrip('.')}. Did you mean {close[0]!r}?"
+        short = getattr(error, "option_name", "")[1:]  # "-n" of "--n"
+        known = [name for option in context.command.params for name in option.opts] if context else []
+        message = f"{error.message.rstrip('.')}. Did you mean {short if short in known else close[0]!r}?"
     else:
         message = error.format_message().rstrip(".")
         message += "" if message.endswith("?") else "."
     details: list[dict[str, Any]] = getattr(error.__cause__ or error.__context__, "errors", list)()
     if details:
         message = f"{message.rstrip('.')}, got {details[0].get('input')!r}."
-    context = getattr(error, "ctx", None)
     return f"{message} Type: {context.command_path if context else 'bon'} --help"

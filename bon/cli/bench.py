@@ -56,17 +56,14 @@ def bench(
 
 
 def _tasks(prompts: Path | None, seed: int) -> list[Task]:
+    from bon.data.formats import read_file
     from bon.data.rows import BadRow, read_rows
     from bon.mini.tasks import sample_instructions
     from bon.task import Task
 
     if prompts is None:
         return [Task.of(text) for text in sample_instructions(EXAMPLES, seed)]
-    try:
-        with prompts.open("rb") as lines:
-            rows = list(read_rows(lines))
-    except OSError as error:
-        raise InputError(f"cannot read {prompts}: {error.strerror}.") from error
+    rows = list(read_rows(read_file(str(prompts))))
     for row in rows:
         if isinstance(row, BadRow):
             raise InputError(f"{prompts}:{row.line}: {row.error}")

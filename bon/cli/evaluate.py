@@ -55,9 +55,12 @@ def evaluate(
     config = configured(setup, sampling, policy=policy)
 
     from bon.cli.terminal import print_json
+    from bon.data.sink import check_replaceable
     from bon.evals.harness import SCORERS, evaluate
     from bon.evals.table import format_table
 
+    if report is not None:
+        check_replaceable(report, "report", b"<!doctype html>")
     measured = scorers or ([config.scorer] if config.scorer else SCORERS)
     threads = {threads_for(config.changed(scorer=scorer), ranked=config.policy is None) for scorer in measured}
     found = evaluate(

@@ -6,26 +6,29 @@
 
 from __future__ import annotations
 
+import json
 import os
-import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
 from bon import portal
 from bon.cli.options import Files, embedded, loaded, threads_for
-from bon.cli.terminal import StoppedError, said_of, say, say_off_world, sentence
+from bon.cli.show import show
+from bon.cli.terminal import StoppedError, one_line, said_of, say, say_off_world, sentence
 from bon.config import Config
-from bon.data.rows import BadRow, Key, Outcomes, Row, output_row, rank_rows, read_rows, run_rows
+from bon.data.formats import read_file
+from bon.data.rows import BadRow, Key, Outcomes, Row, output_row, rank_rows, read_rows, row_of, run_rows
 from bon.data.sink import Output
 from bon.errors import BonError, InputError
 from bon.selectors import as_selector, only_the_best_counts
@@ -34,30 +37,6 @@ from bon.types import Result, Sampling, Saved, Usage
 
 LISTED = 20
 """Bad rows that are reported one by one; the rest is only counted."""
-
-
-class Lines:
-    """The lines of the input."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self._reading = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        while True:
-            self._reading = True
-            try:
-                line = self.file.readline()
-            finally:
-                self._reading = False
-            if not line:
-                return
-            yield line
-
-    def close(self) -> None:
-        """Close the file, unless a thread is waiting for a line of it: closing would wait as well."""
-        if not self._reading:
-            self.file.close()
 
 
 @dataclass
@@ -69,17 +48,22 @@ class Job:
         files: what to do with it.
         output, trace: where results go.
         several: whether the selector may pick more than one candidate, so that rows list what it picked.
+        run: which settings make them.
+        broken: why the input could not be read to its end.
     """
 
     source: str
     files: Files
     output: Output
     several: bool
+    run: str
     trace: Trace | None = None
     seen: int = 0
     already: int = 0
     off_world: int = 0
     candidates: int = 0
+    lost: int = 0
+    without: int = 0
     scored: int = 0
     reward_sum: float = 0.0
     usage: Usage = field(default_factory=Usage)
@@ -91,6 +75,7 @@ class Job:
     said: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     stopped: bool = False
+    broken: BonError | None = None
 
     @property
     def name(self) -> str:
@@ -114,25 +99,47 @@ class Job:
 
     def rows(self, parsed: Iterable[Row | BadRow]) -> Iterator[Row]:
         """The rows that are still to be done."""
-        for row in parsed:
-            self.seen += 1
-            if isinstance(row, BadRow):
-                self.fail(row.line, row.error)
-            elif self.files.resume and (first := self.ids.setdefault(row.key, row.line)) != row.line:
-                self.fail(
-                    row.line, InputError(f"the id {row.key[1]!r} is that of line {first}; --resume needs unique ids.")
-                )
-            elif row.key in self.output.done:
-                self.already += 1
-            else:
-                yield row
-            if self.stopped:
-                return
+        try:
+            for row in parsed:
+                self.seen += 1
+                if isinstance(row, BadRow):
+                    self.fail(row.line, row.error)
+                elif not self.files.resume or not self._known(row):
+                    yield row
+                if self.stopped:
+                    return
+        except BonError as error:
+            self.broken = error
+
+    def _known(self, row: Row) -> bool:
+        """Whether a row is not to be done: the output has it already, or it has the id of another one."""
+        key = row.key
+        if key[0] == "id" and (first := self.ids.setdefault(key, row.line)) != row.line:
+            self.fail(row.line, InputError(f"the id {key[1]!r} is that of line {first}; --resume needs unique ids."))
+            return True
+        if not self.output.done[key]:
+            return False
+        if self.output.asked.get(key, row.digest) != row.digest:
+            raise InputError(
+                f"{self.name}:{row.line}: {self.output.name} has the id {key[1]!r} for another prompt. "
+                "Give the row an id of its own, or choose another -o."
+            )
+        self.output.done[key] -= 1
+        self.already += 1
+        return True
 
     def finish(self, row: Row, result: Result) -> None:
         """Write a result and count it."""
-        self.output.write(output_row(row, result, everything=self.files.everything, several=self.several))
+        everything = self.files.everything
+        if row.candidates and self.files.output is None and not everything and sys.stdout.isatty():
+            print(f"{self.name}:{row.line}: {one_line(result.task.instruction)}")
+            show(result)
+            self.output.written += 1
+        else:
+            self.output.write(output_row(row, result, run=self.run, everything=everything, several=self.several))
         self.candidates += len(result.candidates)
+        self.lost += sum(score.status == "failed" or score.error is not None for score in result.scores)
+        self.without += result.text is None
         self.usage += result.usage
         self.saved += result.saved
         if self.trace is not None:
@@ -168,6 +175,10 @@ class Job:
             parts.append(f"{self.already} done before")
         if self.failed:
             parts.append(f"{self.failed} {'failed' if self.engine_failed else 'bad'}")
+        if self.without:
+            parts.append(f"{self.without} without a text")
+        if self.lost:
+            parts.append(f"{self.lost} of {self.candidates} candidates failed")
         if self.scored:
             parts.append(f"mean reward {self.reward_sum / self.scored:.3f}")
         if self.output.written:
@@ -192,21 +203,21 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
         InputError: the input cannot be read, the output cannot be written, or there are no rows.
         StoppedError: Ctrl-C, after what is finished has been written.
     """
+    _check_output(source, files)
+    read = partial(row_of, system=system, ranked=ranked, prompt_field=files.prompt_field)
+    run = _settings(files, config, system, ranked)
     with ExitStack() as stack:
-        lines = Lines(_open_input(source, files.output))
-        stack.callback(lines.close)
-        output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite)
+        output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite, run=run, read=read)
         stack.callback(output.close)
-        trace = None if files.trace is None else stack.enter_context(_open_trace(files.trace, source, files.output))
-        job = Job(source, files, output, not only_the_best_counts(as_selector(config.selector)), trace)
+        trace = None if files.trace is None else stack.enter_context(_open_trace(files.trace, files.output))
+        job = Job(source, files, output, not only_the_best_counts(as_selector(config.selector)), run, trace)
         if output.repaired:
             say(f"{output.name}: the last line was torn and has been cut off ({output.repaired} bytes).")
-        rows = job.rows(read_rows(lines, system=system, ranked=ranked))
+        rows = job.rows(islice(read_rows(read_file(source), read), files.limit))
         first = next(rows, None)  # a first row that is bad needs no model to be refused
-        if not job.seen:
-            raise InputError(
-                f'{job.name} is empty. Each line must be an object such as {{"prompt": "Write a haiku."}}.'
-            )
+        if not job.seen and job.broken is None:
+            row = 'A row of JSON Lines is an object such as {"prompt": "Write a haiku."}.'
+            raise InputError(f"{job.name} is empty. {row}")
         started = perf_counter()
         if first is not None:
             rows = chain([first], rows)
@@ -215,13 +226,15 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
             with _ranking(config) if ranked else _sampling(config) as outcomes:
                 started = perf_counter()  # loading is not counted
                 output.start()
-                _finish_all(job, outcomes(rows), _count(lines.file))
+                _finish_all(job, outcomes(rows), _count(source, files.limit))
         if job.off_world:
             say_off_world(ranked=ranked, count=(job.off_world, job.seen))
         if job.listed > LISTED:
             say(f"bad rows that are not listed: {job.listed - LISTED}.")
         if output.name != "standard output" or job.failed or sys.stderr.isatty():
             say(job.summary(perf_counter() - started))
+        if job.broken is not None:
+            raise job.broken
         return job.exit_code
 
 
@@ -242,7 +255,7 @@ def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
     from bon.mini.tasks import knows
 
     for row in rows:
-        job.off_world += not knows(row.task.messages[-1].content)
+        job.off_world += not knows(row.task.instruction)
         yield row
 
 
@@ -263,27 +276,30 @@ def _finish_all(job: Job, outcomes: Outcomes, total: int | None) -> None:
             raise StoppedError(job.interrupted) from None
 
 
-def _open_input(source: str, output: Path | None) -> BinaryIO:
-    if source == "-":
-        return open(sys.stdin.fileno(), "rb", closefd=False)
-    if output is not None and output.exists() and os.path.samefile(source, output):
+def _settings(files: Files, config: Config, system: str | None, ranked: bool) -> str:
+    """What decides how a row comes out, beside the row, in short."""
+    settings = config.to_dict()
+    for name in ("threads", "schedule", *(("policy", "n") if ranked else ())):
+        del settings[name]
+    settings |= {"ranked": ranked, "system": system, "everything": files.everything}
+    return blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
+
+
+def _check_output(source: str, files: Files) -> None:
+    if files.output is not None and files.output.exists() and source != "-" and files.output.samefile(source):
         raise InputError(f"{source} is both the input and the output. Choose another -o.")
-    try:
-        return open(source, "rb")
-    except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror}.") from error
 
 
-def _open_trace(path: Path, source: str, output: Path | None) -> Trace:
-    for other in (source, output):
-        if other is not None and path.exists() and os.path.exists(other) and path.samefile(other):
-            raise InputError(f"{path} would be overwritten by the trace. Choose another --trace.")
+def _open_trace(path: Path, output: Path | None) -> Trace:
+    if output is not None and path.exists() and path.samefile(output):
+        raise InputError(f"{path} is the output and would be overwritten by the trace. Choose another --trace.")
     return Trace(path)
 
 
-def _count(lines: BinaryIO) -> int | None:
-    """Lines of a file, for the progress bar; None for a pipe."""
-    if not sys.stderr.isatty() or not stat.S_ISREG(os.fstat(lines.fileno()).st_mode):
-        return None
-    with open(lines.name, "rb") as again:
-        return sum(block.count(b"\n") for block in iter(lambda: again.read(1 << 20), b""))
+def _count(source: str, limit: int | None) -> int | None:
+    """Rows of a file that has one a line, for the progress bar; None for others."""
+    if not sys.stderr.isatty() or not source.endswith((".jsonl", ".txt")) or not os.path.isfile(source):
+        return limit
+    with open(source, "rb") as again:
+        lines = sum(block.count(b"\n") for block in iter(lambda: again.read(1 << 20), b""))
+    return lines if limit is None else min(lines, limit)

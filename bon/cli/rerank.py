@@ -23,9 +23,11 @@ def rerank(
     files: Files,
     seed: Seed = None,
 ) -> int:
-    """Rank candidates that you have already: one JSON object per line, with "candidates", a list of texts.
+    """Rank candidates that you have already: rows with "candidates", a list of texts.
 
-    Without --scorer the embedded model scores. Everything else is as in ``bon run`` over a file.
+    On a terminal each row's ranking is shown; elsewhere, and with -o, rows are JSON with the winner, "ranking"
+    (indices, best first) and "rewards". Without --scorer the embedded model scores. The rest is as in ``bon run``
+    over a file.
     """
     from bon.cli.files import run_file
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,19 +23,26 @@ from bon.cli.options import (
     configured,
     embedded,
     grouped,
+    starting,
     threads_for,
 )
 from bon.errors import InputError
 
 if TYPE_CHECKING:
+    from bon.best_of_n import BestOfN
     from bon.config import Config
+    from bon.task import Task
+    from bon.types import Result
 
 
 @grouped
 def run(
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT|FILE", help="A prompt; a .jsonl file of prompts; - for standard input."),
+        typer.Argument(
+            metavar="PROMPT|FILE",
+            help="A prompt; a file of prompts (.jsonl, .json, .txt, .csv, .parquet); - for stdin.",
+        ),
     ] = None,
     *,
     setup: Setup,
@@ -51,11 +59,14 @@ def run(
         str | None,
         typer.Option("--instruction", metavar="TEXT", help="The part of the prompt that is to be inferred back."),
     ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Show the candidates while they are written, on a terminal.")
+    ] = False,
     as_json: JSON = False,
 ) -> int:
     """Sample N candidates for a prompt, or for each prompt of a file, and pick the best.
 
-    A file has one JSON object per line, with "prompt" or "messages" and whatever else: all fields are kept. Rows are
+    A row has "prompt" or "messages" and whatever else: all fields are kept. A .txt file has a prompt a line. Rows are
     written as they finish. After Ctrl-C (exit code 130) every finished row is in the file, and --resume goes on.
     """
     config = configured(setup, number, sampling, choice, policy=policy)
@@ -64,15 +75,20 @@ def run(
     if is_file(prompt):
         from bon.cli.files import run_file
 
-        _refuse({"--json": as_json, "--instruction": instruction is not None}, _FOR_ONE_PROMPT)
+        given = {"--json": as_json, "--stream": stream, "--instruction": instruction is not None}
+        _refuse(given, _FOR_ONE_PROMPT)
         return run_file(prompt, files, config, system=system)
     only_files = {"--output": files.output is not None, "--all": files.everything, "--skip-bad": files.skip_bad}
-    _refuse({**only_files, "--resume": files.resume, "--overwrite": files.overwrite}, _FOR_FILES)
-    return _run_prompt(prompt, system, instruction, config, as_json, files.trace)
+    only_files |= {"--resume": files.resume, "--overwrite": files.overwrite, "--limit": files.limit is not None}
+    _refuse({**only_files, "--prompt-field": files.prompt_field is not None}, _FOR_FILES)
+    if stream and not sys.stderr.isatty():
+        raise InputError("--stream shows candidates on a terminal, and standard error is none.")
+    return _run_prompt(prompt, system, instruction, config, stream, as_json, files.trace)
 
 
 _FOR_ONE_PROMPT = {
     "--json": "--json is for a single prompt: the rows of a file are JSON already, and --all writes everything.",
+    "--stream": "--stream is for a single prompt.",
     "--instruction": "--instruction is for a single prompt: the rows of a file have a field 'instruction'.",
 }
 _FOR_FILES = {
@@ -96,19 +112,25 @@ def is_file(argument: str) -> bool:
     if argument == "-" or (os.path.exists(argument) and not os.path.isdir(argument)):
         return True
     if os.path.isdir(argument):
-        raise InputError(f"{argument!r} is a folder. Give a .jsonl file, or a prompt of more than one word.")
+        raise InputError(f"{argument!r} is a folder. Give a file, or a prompt of more than one word.")
     # In ASCII only: whole sentences of Chinese and Japanese have no white space, and may have a slash.
-    path = argument.endswith((".txt", ".json", ".csv")) or (os.sep in argument and argument.isascii())
+    path = argument.isascii() and (os.sep in argument or re.search(r"\.[A-Za-z]\w{1,7}$", argument))
     if argument.endswith(".jsonl") or (path and not re.search(r"\s", argument)):
         raise InputError(f"there is no file {argument!r}. If it is a prompt, put a space in front of it.")
     return False
 
 
 def _run_prompt(
-    prompt: str, system: str | None, instruction: str | None, config: Config, as_json: bool, trace: Path | None
+    prompt: str,
+    system: str | None,
+    instruction: str | None,
+    config: Config,
+    stream: bool,
+    as_json: bool,
+    trace: Path | None,
 ) -> int:
     from bon import portal
-    from bon.cli.terminal import print_json, say_off_world
+    from bon.cli.terminal import print_json, say, say_off_world
     from bon.task import Message, Task
     from bon.trace import Trace
 
@@ -119,13 +141,17 @@ def _run_prompt(
     messages = (*([Message("system", system)] if system is not None else []), Message("user", prompt))
     task = Task.of(messages, instruction)
     with nullcontext() if trace is None else Trace(trace) as traced:
-        with config.changed(threads=threads_for(config)).build() as bon:
+        if sys.stderr.isatty() and not embedded(config):
+            say(f"loading {config.policy}" + (f" and {config.scorer}" if config.scorer else ""))
+        with starting():
+            built = config.changed(threads=threads_for(config)).build()
+        with built as bon:
             if embedded(config):
                 from bon.mini.tasks import knows
 
                 if not knows(prompt):
                     say_off_world()
-            result = portal.run(bon.run(task))
+            result = portal.run(bon.run(task)) if not sys.stderr.isatty() else _watched(bon, task, stream)
         if traced is not None:
             traced.add(result)
     if as_json:
@@ -136,3 +162,13 @@ def _run_prompt(
 
         show(result)
     return 0
+
+
+def _watched(bon: BestOfN, task: Task, stream: bool) -> Result:
+    """Run while somebody looks on. Tokens are counted where that costs nothing, or where their text is to be shown."""
+    from bon import portal
+    from bon.cli.live import view
+
+    with view(bon.n, stream) as seen:
+        follow = seen.follow if stream or not bon.policy.concurrent else None
+        return portal.run(bon.run(task, callback=seen.heard, follow=follow))

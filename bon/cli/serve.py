@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 from bon.cli.options import Choice, Number, Policy, Setup, configured, grouped, option, threads_for
 from bon.errors import InputError, MissingExtraError
+
+log = logging.getLogger("bon.serve")
 
 _SERVER, _LIMITS = "Server", "Limits"
 
@@ -30,9 +33,14 @@ def serve(
         str, option(_SERVER, "--host", metavar="ADDRESS", help="0.0.0.0 to be reached by others.")
     ] = "127.0.0.1",
     port: Annotated[int, option(_SERVER, "--port", metavar="PORT", help="0 takes any free one.")] = 8000,
-    model_name: Annotated[
+    served_model_name: Annotated[
         list[str] | None,
-        option(_SERVER, "--model-name", metavar="NAME", help="Name that clients may ask for; repeatable."),
+        option(
+            _SERVER,
+            "--served-model-name",
+            metavar="NAME",
+            help="Name that clients may ask for, in place of the policy's own; repeatable.",
+        ),
     ] = None,
     api_key: Annotated[
         list[str] | None,
@@ -60,6 +68,10 @@ def serve(
     max_waiting: Annotated[
         int, option(_LIMITS, "--max-waiting", metavar="W", help="Requests in the queue; the next one gets 429.")
     ] = 256,
+    max_connections: Annotated[
+        int | None,
+        option(_LIMITS, "--max-connections", metavar="C", help="Connections; half of the open files by default."),
+    ] = None,
     deadline: Annotated[
         float, option(_LIMITS, "--deadline", metavar="S", help="Seconds a request may take, waiting included.")
     ] = 600.0,
@@ -75,7 +87,7 @@ def serve(
         raise InputError(f"the policy is given twice, as {model!r} and as --policy {policy!r}.")
     try:
         from bon.serve.logs import log_json
-        from bon.serve.process import serve
+        from bon.serve.process import bind, serve
         from bon.serve.settings import Settings
     except ModuleNotFoundError as error:
         raise MissingExtraError(
@@ -83,17 +95,19 @@ def serve(
         ) from error
     log_json()  # first, so that whatever is said of settings and models is a line of the log
     config = configured(setup, number, choice, policy=model if policy is None else policy)
+    log.info("loading %s", " and ".join(filter(None, [config.policy or "the embedded model", config.scorer])))
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
         raise InputError(f"--port must be from 0 to 65535, got {port}.")
     settings = Settings(
         host=host,
         port=port,
-        model_names=tuple(model_name or ()),
+        model_names=tuple(served_model_name or ()),
         api_keys=(*keys, *(api_key or ())),
         max_n=max_n,
         max_running=max_running,
         max_waiting=max_waiting,
+        max_connections=max_connections,
         deadline_s=deadline,
         drain_s=drain,
         cors_origins=tuple(cors_origin or ()),
@@ -101,6 +115,7 @@ def serve(
         playground=playground,
         log_prompts=log_prompts,
     )
-    with config.changed(threads=threads_for(config)).build() as bon:
-        serve(bon, settings)
+    # The address first, as models take minutes to load.
+    with bind(settings.host, settings.port) as listening, config.changed(threads=threads_for(config)).build() as bon:
+        serve(bon, settings, listening)
     return 0

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bon.cli.terminal import clean, one_line, said_of
+from bon.remarks import OFF_WORLD
 from bon.similarity import matched_words
 from bon.types import Candidate, Result, Score
 
@@ -35,44 +36,35 @@ def show(result: Result) -> None:
     console.print()
     for line in _footer(result):
         console.print(Text(line, style="dim"), soft_wrap=True)
+    for warning in result.warnings:
+        if warning != OFF_WORLD:  # which was said before anything was sampled
+            console.print(Text(f"warning: {warning}", style="bold yellow"), soft_wrap=True)
 
 
 def _table(result: Result) -> Table:
+    """All candidates by rank, those that are the same in one row."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("reward", justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("s", justify="right", no_wrap=True)
-    explained = any(score.explanation for score in result.scores)
-    arrow = " -> instruction inferred from it" if explained else ""
+    inferred = any(getattr(score.details, "inferred", None) is not None for score in result.scores)
+    arrow = " -> instruction inferred from it" if inferred else ""
     table.add_column(f"candidate{arrow}", overflow="fold", ratio=1)
+    alike: dict[tuple[str | float | None, ...], list[int]] = {}
     for index in result.selection.ranking:
         candidate, score = result.candidates[index], result.scores[index]
-        style = "bold" if index == result.best else ""
+        alike.setdefault((candidate.text, candidate.error, score.status, score.reward), []).append(index)
+    for copies in alike.values():
+        candidate, score = result.candidates[copies[0]], result.scores[copies[0]]
+        style = "bold" if result.best in copies else ""
         table.add_row(
-            Text(f"{'*' if index in result.selection.picked else ''}{index}", style=style),
+            Text(f"{'*' if {*copies} & {*result.selection.picked} else ''}{copies[0]}", style=style),
             Text("-" if score.reward is None else f"{score.reward:.3f}", style=style),
-            Text(_status(candidate, score)),
-            Text(_tokens(candidate, score), style="dim"),
-            Text(f"{max(candidate.finished, score.finished):.2f}", style="dim"),
-            _texts(result, candidate, score),
+            _texts(result, candidate, score, len(copies)),
         )
     return table
 
 
-def _status(candidate: Candidate, score: Score) -> str:
-    return f"{score.status}, cut" if candidate.finish_reason == "length" else score.status
-
-
-def _tokens(candidate: Candidate, score: Score) -> str:
-    written = "?" if candidate.completion_tokens is None else str(candidate.completion_tokens)
-    return f"{written}+{score.tokens}"
-
-
-def _texts(result: Result, candidate: Candidate, score: Score) -> Text:
-    if score.same_as is not None:
-        return Text(f"(the same text as candidate {score.same_as})", style="dim")
+def _texts(result: Result, candidate: Candidate, score: Score, copies: int) -> Text:
     cell = Text(_short(one_line(candidate.text), CANDIDATE_WIDTH) or "(no text)")
     if score.explanation is not None:
         cell.append("\n-> ", style="dim")
@@ -81,7 +73,15 @@ def _texts(result: Result, candidate: Candidate, score: Score) -> Text:
         cell.append_text(_highlighted(shown, result.task.instruction) if inferred else Text(shown))
     elif score.reason and score.status != "empty":
         cell.append(f"\n-> ({_short(one_line(score.reason), INFERRED_WIDTH)})", style="dim")
-    return cell
+    about = [
+        *([f"{copies} the same"] if copies > 1 else []),
+        score.status,
+        *(["cut off"] if candidate.finish_reason == "length" else []),
+        *([] if candidate.completion_tokens is None else [f"{candidate.completion_tokens} tokens"]),
+        *([f"{score.tokens} of the scorer"] if score.tokens else []),
+        f"{max(candidate.finished, score.finished):.2f} s",
+    ]
+    return cell.append(f"\n{', '.join(about)}", style="dim")
 
 
 def _highlighted(inferred: str, instruction: str) -> Text:

@@ -119,6 +119,6 @@ def said_of(saved: Saved) -> str:
     parts = [f"{count} {what}" for what, count in counts.items() if count]
     if saved.drafted:
         parts.append(f"{saved.drafted} tokens drafted")
-    if parts:
+    if parts and saved.share >= 0.005:
         parts.append(f"which saved about {saved.share:.0%} of the scorer's decoding (an estimate)")
     return ", ".join(parts)

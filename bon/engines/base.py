@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from bon.errors import BonError, InputError, PromptTooLongError
@@ -32,7 +32,8 @@ class Turn:
     Args:
         role: whose message it is.
         pieces: its content.
-        about_tools: calls of tools, or whose result it is, in OpenAI's format; for engines that send messages on.
+        about_tools: calls of tools, whose result it is, or a content with images, in OpenAI's format; for engines that
+            send messages on.
     """
 
     role: str
@@ -49,12 +50,32 @@ class Turn:
         return openai_message(self.role, self.text, self.about_tools)
 
 
+def developer_as_system(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns for a model that knows no developers."""
+    return tuple(replace(turn, role="system") if turn.role == "developer" else turn for turn in turns)
+
+
+def fold_system(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
+    """Put the system text in front of the first user turn; None where there is nothing to fold."""
+    system: tuple[Piece, ...] = tuple(p for t in turns if t.role == "system" for p in (*t.pieces, "\n\n"))
+    rest = [t for t in turns if t.role != "system"]
+    first = next((i for i, t in enumerate(rest) if t.role == "user"), None)
+    if not system or first is None:
+        return None
+    user = rest[first]
+    merged = replace(user, pieces=(*system, *user.pieces))
+    if images := user.about_tools.get("content"):
+        text = {"type": "text", "text": Turn("system", system).text}
+        merged = replace(merged, about_tools={**user.about_tools, "content": [text, *images]})
+    return (*rest[:first], merged, *rest[first + 1 :])
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What an engine continues.
 
     Args:
-        turns: the conversation so far.
+        turns: the conversation so far; a last one of the assistant is continued.
         template: variables for the chat template, such as ``{"enable_thinking": False}``; they take precedence over
             those that the engine was built with, so that one engine can think as a policy and not as a scorer.
         draft: a guess at the completion. At temperature 0 an engine may read it along with the prompt, keep the tokens
@@ -72,13 +93,28 @@ class Prompt:
         """Messages as a prompt, each content one piece."""
         return cls(tuple(Turn(m.role, (m.content,), m.about_tools) for m in messages))
 
+    @property
+    def prefilled(self) -> bool:
+        """Whether the completion goes on from a turn of the assistant that is there already."""
+        return self.turns[-1].role == "assistant"
+
+    def refuse_prefill(self, name: str) -> None:
+        """Raise an InputError where the assistant's turn has begun; for engines that cannot go on from there."""
+        if self.prefilled:
+            raise InputError(
+                f"the last message is the assistant's, and {name} cannot continue it; engines that run the model here "
+                "can, and one behind HTTP whose tokenizer=... is named.",
+                "messages",
+            )
+
     def refuse_tools(self, name: str) -> None:
-        """Raise an InputError where a turn calls tools or is the result of a call; for engines that read only text."""
+        """Raise an InputError where a turn has calls of tools, their results or images; for engines that read text."""
         for index, turn in enumerate(self.turns):
             if turn.about_tools:
+                names = ["images" if field == "content" else field for field in turn.about_tools]
                 raise InputError(
-                    f"message {index} has {', '.join(turn.about_tools)}, and {name} knows no tools; "
-                    "a policy behind HTTP does (policy='http://...')."
+                    f"message {index} has {', '.join(names)}, and {name} reads only text; a policy behind HTTP may "
+                    "read them (policy='http://...')."
                 )
 
 
@@ -174,6 +210,9 @@ class Completion:
         drafted_tokens: of the completion tokens, those that were read from the prompt's draft and not decoded.
         error: what went wrong; None unless finish_reason is "error".
         tool_calls: calls of tools in OpenAI's format, whose canonical form ends the text.
+        reasoning: what the model thought, where a server separates it from the text.
+        refusal: why the model will not answer, where a server says that apart from the text.
+        top_logprobs: the likeliest tokens at each place, in OpenAI's format, where a server was asked for them.
     """
 
     request_index: int
@@ -190,6 +229,9 @@ class Completion:
     drafted_tokens: int = 0
     error: BonError | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    reasoning: str = ""
+    refusal: str = ""
+    top_logprobs: tuple[Sequence[Mapping[str, Any]], ...] = ()
 
     @classmethod
     def failed(cls, request_index: int, sample_index: int, error: BonError) -> Completion:
@@ -349,6 +391,18 @@ class WritesJSON(Protocol):
 
     def json_options(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         """What to put into ``Sampling.extra`` for completions that are JSON of this schema and nothing else."""
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """An engine whose model runs elsewhere and may not be there; its name is an address until it has answered."""
+
+    async def check(self) -> None:
+        """Ask whether the model is there.
+
+        Raises:
+            BonError: what is wrong.
+        """
 
 
 @runtime_checkable

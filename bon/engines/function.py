@@ -46,6 +46,8 @@ class FunctionEngine:
         if unknown := {option for request in requests for option in request.sampling.extra}:
             options = ", ".join(sorted(unknown))
             raise InputError(f"{self.name!r} is a function and takes no sampling options: {options}.")
+        for request in requests:
+            request.prompt.refuse_prefill(f"the function {self.name!r}")
         return self._generate(requests)
 
     async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[Completion, None]:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bon.catalog import SMALLEST, resolve
 from bon.engines.gguf import check_packages, gguf_file
+from bon.engines.lora import Adapter, adapter_of
 from bon.errors import BonError, EngineError, InputError, ModelNotFoundError
 
 log = logging.getLogger("bon")
@@ -50,7 +51,8 @@ def load(
     What is already on disk is used without asking the network.
 
     Args:
-        model: a folder, a GGUF file, or a name: a Hugging Face one, or one that ``bon fetch`` knows.
+        model: a folder, a GGUF file, or a name: a Hugging Face one, or one that ``bon fetch`` knows. The folder of a
+            LoRA adapter stands for its base with the adapter added.
         make: what kind of model, from its folder or name, its configuration and options of ``from_pretrained``.
         device: None takes CUDA where there is one, else the CPU.
         dtype: a torch dtype or its name; "auto" takes the checkpoint's; None means float32 on a CPU, bfloat16 on CUDA.
@@ -63,6 +65,7 @@ def load(
         MissingExtraError: a GGUF file, and a package that reads those is not installed.
     """
     place, number = _device(device), _dtype(dtype, _device(device))
+    adapter = adapter_of(model)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def read(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -75,11 +78,27 @@ def load(
             options = {**options, "quantization_config": GgufConfig(dequantize=True)}
         return make(source, config, dtype=number, **options), tokenizer
 
-    loaded, tokenizer = _found(model, shared, read, fetch)
+    if adapter is None:
+        loaded, tokenizer = _found(model, shared, read, fetch)
+    else:
+        loaded, tokenizer = _adapted(adapter, lambda: _found(adapter.base, shared, read, fetch))
     try:
         return loaded.to(place).eval(), tokenizer
     except torch.OutOfMemoryError as error:
         raise EngineError(f"{str(model)!r} does not fit into the memory of {place}; try a smaller model.") from error
+
+
+def _adapted(adapter: Adapter, load_base: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """The base with the adapter added, and the adapter's tokenizer where it brings one."""
+    try:
+        model, tokenizer = load_base()
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{error} (the base of the LoRA adapter {str(adapter.folder)!r}: base_model_name_or_path in its "
+            "adapter_config.json)"
+        ) from error
+    adapter.merge(model)
+    return model, tokenizer if adapter.tokenizer is None else AutoTokenizer.from_pretrained(adapter.tokenizer)
 
 
 def load_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -92,7 +111,9 @@ def load_config(model: str | Path, *, revision: str | None = None, trust_remote_
         ModelNotFoundError, InputError: as ``load``.
     """
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    return _found(model, shared, lambda source, options: AutoConfig.from_pretrained(source, **options), look_up)
+    adapter = adapter_of(model)
+    whole = model if adapter is None else adapter.base
+    return _found(whole, shared, lambda source, options: AutoConfig.from_pretrained(source, **options), look_up)
 
 
 def _found(

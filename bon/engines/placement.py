@@ -139,8 +139,11 @@ def need_of(model: str, dtype: Any = None, *, revision: str | None = None, trust
         ModelNotFoundError: neither on disk nor can it be fetched.
     """
     from bon.engines.loading import load_config
+    from bon.engines.lora import adapter_of
     from bon.engines.memory import kv_bytes_per_token
 
+    adapter = adapter_of(model)
+    model = model if adapter is None else adapter.base
     whole = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     config = whole.get_text_config(decoder=True)
     size = bytes_of(dtype)

@@ -136,7 +136,7 @@ class ScriptedEngine:
         """Nothing to free."""
 
     def _draw(self, prompt: Prompt, sample_index: int, sampling: Sampling) -> list[str]:
-        draw = sample_index if sampling.temperature > 0 else 0
+        draw = 0 if sampling.temperature == 0 else sample_index
         text = prompt.turns[-1].text
         if sampling.seed is not None and draw:
             draw = int(_fraction(f"{sampling.seed} {text} {sample_index}") * 2**31)

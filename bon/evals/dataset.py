@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from bon.data.formats import NAMED
 from bon.errors import InputError
 from bon.spec import DATASETS, Specified, split_spec
 from bon.task import Task
@@ -79,14 +80,14 @@ class Dataset(ABC, Specified):
 
 
 def as_dataset(dataset: str | Dataset) -> Dataset:
-    """Read a dataset, its spec ("mini:unseen_wording"), a JSON Lines file, or "module:Class" for one of the user's own.
+    """Read a dataset, its spec ("mini:unseen_wording"), a file of rows, or "module:Class" for one of the user's own.
 
     Raises:
         InputError: none of these.
     """
     if isinstance(dataset, str):
         head, options = split_spec(dataset)
-        if head.partition(":")[0] not in DATASETS and (head.endswith(".jsonl") or os.path.exists(head)):
+        if head.partition(":")[0] not in DATASETS and (head.endswith(NAMED) or os.path.exists(head)):
             made = DATASETS.construct("jsonl", [head], options)
         else:
             made = DATASETS.make(dataset, objects=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bon import portal
 from bon.budget import Fixed
 from bon.engines.base import Generates
-from bon.errors import BonError, EngineError, InputError, user_error, whole_number
+from bon.errors import BonError, EngineError, InputError, several, user_error, whole_number
 from bon.evals.baselines import BASELINES
 from bon.evals.dataset import Dataset, Example, as_dataset
 from bon.evals.rows import Row, ScoredRow
@@ -66,7 +66,7 @@ def evaluate(
         limit: rows at most; None leaves it to the dataset.
         seed: of the choice of rows, of the sampling and of the intervals.
         max_words: candidates with more words are left out, and rows that then have fewer than two.
-        sampling: of the candidates; temperature 1 and the dataset's ``max_tokens`` where it says nothing.
+        sampling: of the candidates; the model's defaults and the dataset's ``max_tokens`` where it says nothing.
         store: a file that keeps the scores of scorers that have a spec: what it has is not scored again.
         progress: show progress bars on stderr.
         threads: as in ``BestOfN``.
@@ -134,7 +134,7 @@ def _load(
     """The policy, and the scorers by name: as they were written, or what they call themselves."""
     engine: Generates | None = None
     ready: dict[str, Scorer] = {}
-    for given in scorers:
+    for given in several("scorers are a list of scorers", scorers):
         if samples and engine is None:
             engine, scorer = pool.both(policy, given)
         else:

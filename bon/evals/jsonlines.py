@@ -1,8 +1,7 @@
-"""Datasets that are lists of rows with labelled candidates: any JSON Lines file, and what the named ones build on."""
+"""Datasets that are lists of rows with labelled candidates: any file of them, and what the named ones build on."""
 
 from __future__ import annotations
 
-import json
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bon.data.rows import BadRow, parse_object, read_rows
+from bon.data.formats import read_file
+from bon.data.rows import row_of
 from bon.errors import InputError
 from bon.evals.dataset import Dataset, Example
 
@@ -36,7 +36,7 @@ class Listed(Dataset):
 
 
 class JSONLines(Listed):
-    """A JSON Lines file whose rows bring their candidates and labels.
+    """A file, JSON Lines or another that ``bon.data.formats`` reads, whose rows bring their candidates and labels.
 
     A row has ``messages`` or ``prompt``, ``candidates``, and one of ``correct``, ``grade``, ``win_rate``,
     ``win_rate_vs_NAME`` (a number or true/false for each candidate) and ``best`` (the index of one); it may have
@@ -65,22 +65,19 @@ class JSONLines(Listed):
 
 
 def read_examples(path: str, make: Callable[[dict[str, Any]], Example]) -> list[Example]:
-    """The examples of a JSON Lines file; blank lines are skipped.
+    """The examples of a file, of any format that ``bon.data.formats`` reads.
 
     Raises:
         InputError: it cannot be read, holds no rows, or a row cannot be used.
     """
     examples = []
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        examples.append(make(parse_object(line.removeprefix(b"\xef\xbb\xbf"))))
-                    except InputError as error:
-                        raise InputError(f"{path}, line {number}: {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}.") from error
+    for number, fields in read_file(path):
+        try:
+            if isinstance(fields, InputError):
+                raise fields
+            examples.append(make(fields))
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
     if not examples:
         raise InputError(f"{path} is empty: a dataset has one JSON object a line.")
     return examples
@@ -117,9 +114,7 @@ def judged(fields: Mapping[str, Any], label: str | None = None) -> Example:
 
 def _example(fields: Mapping[str, Any], ranked: bool) -> Example:
     fields = {"reference": fields.get("answer"), **fields}
-    [row] = read_rows([json.dumps(fields, ensure_ascii=False).encode()], ranked=ranked)
-    if isinstance(row, BadRow):
-        raise row.error
+    row = row_of(0, fields, ranked=ranked)
     subset = fields.get("subset") or ""
     if not isinstance(subset, str):
         raise InputError(f"'subset' must be text, not {subset!r:.60}.")

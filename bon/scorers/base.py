@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from bon.engines.base import Engine
+from bon.engines.base import Engine, Rates
 from bon.errors import InputError, UnknownNameError
 from bon.spec import Specified
 from bon.task import Task
@@ -184,12 +184,16 @@ class ModelScorer(Scorer):
         return self if self._engine is not None else self.on(find(self.model))
 
     def _able(self, engine: Engine) -> Engine:
-        if not isinstance(engine, self.ability):
+        rates = getattr(engine, "rates", True) or self.ability is not Rates
+        if not isinstance(engine, self.ability) or not rates:
             able = {
                 "Generates": "be sampled",
                 "Rates": "give log-probabilities of a text",
                 "Classifies": "classify a text (a reward model)",
             }
             what = able.get(self.ability.__name__, self.ability.__name__)
-            raise InputError(f"{type(self).__name__} needs a model that can {what}, and {engine.name!r} cannot.")
+            remedy = "" if rates else " Over HTTP it can where its tokenizer is named: tokenizer=NAME."
+            raise InputError(
+                f"{type(self).__name__} needs a model that can {what}, and {engine.name!r} cannot.{remedy}"
+            )
         return engine

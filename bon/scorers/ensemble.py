@@ -13,6 +13,7 @@ import numpy as np
 from bon.engines.base import Engine
 from bon.errors import InputError, number
 from bon.scorers.base import Needs, Pending, Scorer, by_group
+from bon.scorers.function import RewardFunction
 from bon.spec import SCORERS
 from bon.types import Score, Usage
 
@@ -29,7 +30,8 @@ class Ensemble(Scorer):
     rewards as they were are in ``Score.parts``.
 
     Args:
-        scorers: specs or scorers; a text divides them with " + ": ``ensemble:"likelihood,style=turns + consensus"``.
+        scorers: specs, scorers or reward functions; a text divides them with " + ":
+            ``ensemble:"likelihood,style=turns + consensus"``.
         weights: one positive number for each; None weighs all alike.
 
     Raises:
@@ -37,11 +39,16 @@ class Ensemble(Scorer):
         UnknownNameError: a scorer that does not exist.
     """
 
-    def __init__(self, scorers: str | Sequence[str | Scorer], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, scorers: str | Sequence[str | Scorer | Callable[..., Any]], weights: Sequence[float] | None = None
+    ) -> None:
         given = [part.strip() for part in scorers.split(" + ")] if isinstance(scorers, str) else list(scorers)
         if not given:
             raise InputError("an ensemble needs at least one scorer.")
-        self.parts: list[Scorer] = [each if isinstance(each, Scorer) else SCORERS.make(each) for each in given]
+        self.parts: list[Scorer] = [
+            each if isinstance(each, Scorer) else RewardFunction(each) if callable(each) else SCORERS.make(each)
+            for each in given
+        ]
         self.weights = [1.0] * len(given) if weights is None else [number("a weight", weight) for weight in weights]
         if len(self.weights) != len(given) or min(self.weights) <= 0:
             raise InputError(f"an ensemble of {len(given)} scorers needs as many positive weights, got {weights!r}.")

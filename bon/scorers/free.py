@@ -60,7 +60,7 @@ class First(Free):
         return -float(pending.candidate.index)
 
 
-class Random(Free):
+class Chance(Free):
     """Scores candidates by chance, the same text of the same task always alike.
 
     Args:
@@ -74,6 +74,11 @@ class Random(Free):
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = whole_number("seed", seed, 0)
+
+    @property
+    def name(self) -> str:
+        """What it is called in a spec."""
+        return "random"
 
     def reward(self, pending: Pending, text: str) -> float:
         """A number in [0, 1)."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from bon.errors import BonError, InputError
@@ -18,11 +19,15 @@ class RewardFunction(Scorer):
 
     Args:
         function: called once for each task as ``function(prompt, responses)`` with all responses of it, copies
-            included; returns one number for each, or None where it has none. ``prompt`` is the text when the
+            included; returns one number for each, or None where it has none; or with each number a text that explains
+            it: ``(0.5, "too long")``, ``{"score": 0.5, "why": "too long"}``. ``prompt`` is the text when the
             conversation is a single user message, else the list of role-and-content dicts. A function that has a
             parameter ``task`` gets the ``Task`` as well (its reference, its metadata). Functions that are not async run
             on a thread of their own, one call at a time.
         name: shown in tables and errors; the function's own name by default.
+
+    Raises:
+        InputError: it is no function of two arguments.
     """
 
     needs: ClassVar[Needs] = Needs(group=True, all_rewards=True)
@@ -32,7 +37,15 @@ class RewardFunction(Scorer):
         if not callable(function):
             raise InputError(f"a reward function is a function of (prompt, responses), not {function!r:.80}.")
         self._call = UserFunction(function, "scorer", name)
-        self._takes_task = _takes_task(function)
+        self._takes_task = False
+        with contextlib.suppress(ValueError):  # some builtins have no signature
+            signature = inspect.signature(function)
+            self._takes_task = "task" in [*signature.parameters][2:]
+            try:
+                signature.bind("", [], **({"task": None} if self._takes_task else {}))
+            except TypeError as error:
+                said = f"a reward function is called with (prompt, responses), and {self.name} takes {signature}"
+                raise InputError(f"{said}; it returns one number for each response.") from error
 
     @property
     def name(self) -> str:
@@ -50,26 +63,26 @@ class RewardFunction(Scorer):
         for positions in by_group.values():
             responses = [pending[i].candidate.text for i in positions]
             task = pending[positions[0]].task
-            messages = [message.to_dict() for message in task.messages]
+            messages = [message.to_dict() for message in task.asked]
             try:
                 given = await self._call(messages, responses, **({"task": task} if self._takes_task else {}))
                 rewards = self._check(given, len(responses))
             except BonError as error:  # of this task alone, and the function is not called for it again
                 pending[positions[0]].group.fail(error)
                 continue
-            for position, reward in zip(positions, rewards, strict=True):
-                gave_none = Score(None, "failed", f"{self.name} gave no reward")
-                yield position, gave_none if reward is None else Score(reward)
+            for position, (reward, why) in zip(positions, rewards, strict=True):
+                gave_none = Score(None, "failed", f"{self.name} gave no reward", why)
+                yield position, gave_none if reward is None else Score(reward, explanation=why)
 
-    def _check(self, rewards: Any, expected: int) -> list[float | None]:
+    def _check(self, rewards: Any, expected: int) -> list[tuple[float | None, str | None]]:
         try:
-            values = [None if reward is None else as_reward(reward) for reward in rewards]
-        except (TypeError, InputError) as error:
+            values = [_read(reward) for reward in rewards]
+        except (TypeError, KeyError, InputError) as error:
             raise self._call.error(f"must return numbers, but returned {rewards!r:.80}.") from error
         if len(values) != expected:
             raise self._call.error(f"must return {expected} rewards, but returned {len(values)}.")
-        if any(value is not None and not math.isfinite(value) for value in values):
-            raise self._call.error(f"must return finite numbers, but returned {values!r:.80}.")
+        if any(value is not None and not math.isfinite(value) for value, _ in values):
+            raise self._call.error(f"must return finite numbers, but returned {rewards!r:.80}.")
         return values
 
     async def aclose(self) -> None:
@@ -77,8 +90,13 @@ class RewardFunction(Scorer):
         self._call.close()
 
 
-def _takes_task(function: Callable[..., Any]) -> bool:
-    try:
-        return "task" in [*inspect.signature(function).parameters][2:]
-    except (TypeError, ValueError):  # some builtins have no signature
-        return False
+def _read(given: Any) -> tuple[float | None, str | None]:
+    """A reward and what explains it."""
+    why = None
+    if isinstance(given, Mapping):
+        rest = dict(given)
+        given = rest.pop("score")
+        why = "; ".join(f"{name}: {value}" for name, value in rest.items()) or None
+    elif isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], str):
+        given, why = given
+    return None if given is None else as_reward(given), why

@@ -61,8 +61,16 @@ class Parser:
         """Whether ``settled`` ever says anything."""
         return self.name == "robust"
 
-    def parse(self, raw: str, finish_reason: FinishReason = "stop") -> Parsed:
-        """Read a finished reconstruction."""
+    def parse(
+        self, raw: str, finish_reason: FinishReason = "stop", cut: str = "the answer was cut off at the token limit"
+    ) -> Parsed:
+        """Read a finished reconstruction.
+
+        Args:
+            raw: the model's text.
+            finish_reason: "length" where it was cut off.
+            cut: what to say of that.
+        """
         if self.name == "reference":
             return _parse_reference(raw)
         text, problem = self._answer(raw)
@@ -70,7 +78,6 @@ class Parser:
             return Parsed("failed", None, problem or "the model answered with nothing")
         parsed = _parse_json(text) if self.output == "json" else _parse_text(text)
         if finish_reason == "length" and parsed.instruction is not None:
-            cut = "the answer was cut off at the token limit"
             status: ParseStatus = "fallback" if parsed.status == "fallback" else "repaired"
             return Parsed(status, parsed.instruction, f"{parsed.reason}; {cut}" if parsed.reason else cut)
         return parsed

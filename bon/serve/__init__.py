@@ -10,6 +10,7 @@ HTTP, as a restart does not bring that back; see ``health.py``.
     settings.py    what can be set
     protocol.py    OpenAI's requests, plus the ``best_of_n`` extension
     responses.py   what is sent back, for the OpenAPI document
+    bodies.py      the bytes of a request
     plan.py        a checked request -> what to run
     job.py         its work, from the queue to the result
     answers.py     a result -> OpenAI's response, whole or as chunks
@@ -17,6 +18,7 @@ HTTP, as a restart does not bring that back; see ``health.py``.
     failures.py    every error in OpenAI's shape
     admission.py   how many run and how many wait
     health.py      whether the models answer
+    connections.py what a connection may cost before it has brought a request
     edge.py        the outermost layer: hosts, keys, security headers, one log line per request
     metrics.py     Prometheus metrics; dashboard.json shows them in Grafana
     process.py     uvicorn, signals, drain

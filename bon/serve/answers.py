@@ -9,15 +9,14 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, cycle
 from typing import Any
 
-import orjson
-
-from bon.serve.failures import ApiError, bad
+from bon.data.sink import to_json
+from bon.serve.failures import ApiError, bad, public
 from bon.serve.plan import Plan
-from bon.similarity import matched_words
+from bon.similarity import matched_words, missed_words
 from bon.task import canonical_calls
 from bon.types import Candidate, Result, Score, Usage
 
@@ -36,6 +35,7 @@ class Answer:
         self._plan, self._chat, self._options = plan, plan.chat, plan.request.options
         self.id = ("chatcmpl-" if plan.chat else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
+        self._shown: dict[int, int] = {}  # characters of each candidate that the client has
 
     def whole(self, result: Result, queue_s: float) -> dict[str, Any]:
         """The response in one piece."""
@@ -61,19 +61,26 @@ class Answer:
             return {"event": "candidate", **_sampled(event)}
         return {"event": "score", **self._scored(event)}
 
+    def growth(self, texts: Mapping[int, str]) -> Iterator[dict[str, Any]]:
+        """What was added to the texts of candidates since the last time."""
+        for index, text in list(texts.items()):
+            if more := text[self._shown.get(index, 0) :]:
+                self._shown[index] = len(text)
+                yield {"event": "text", "index": index, "more": more}
+
     def closing(self, result: Result, queue_s: float) -> Iterator[bytes]:
         """The winner's chunks, the evidence, the usage, the end."""
         picks = self._picks(result)
         for place, pick in enumerate(picks):
             if self._chat and place:
                 yield self._chunk({"role": "assistant", "content": ""}, place)
-            for piece in _PIECE.findall(_content(pick) or ""):
+            for piece in _PIECE.findall(self._content(pick) or ""):
                 yield self._chunk({"content": piece}, place)
-            if self._chat and pick and pick.tool_calls:
-                calls = [{"index": i, **call} for i, call in enumerate(pick.tool_calls)]
-                yield self._chunk({"tool_calls": calls}, place)
-            if self._chat and pick is None:
-                yield self._chunk({"refusal": result.selection.reason}, place)
+            apart = _apart(pick, result) if self._chat else {}
+            if calls := apart.get("tool_calls"):
+                apart["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+            if any(apart.values()):
+                yield self._chunk(apart, place)
             evidence = {"best_of_n": self._evidence(result, picks, queue_s)} if place == len(picks) - 1 else {}
             yield self._chunk({}, place, _ended(pick), self._logprobs(pick), **evidence)
         if self._plan.request.stream_options and self._plan.request.stream_options.include_usage:
@@ -103,10 +110,17 @@ class Answer:
     def _choice(self, place: int, pick: Candidate | None, result: Result) -> dict[str, Any]:
         choice = {"index": place, "logprobs": self._logprobs(pick), "finish_reason": _ended(pick)}
         if not self._chat:
-            return {**choice, "text": pick.text if pick else ""}
-        refusal = None if pick else result.selection.reason
-        calls = {"tool_calls": list(pick.tool_calls)} if pick and pick.tool_calls else {}
-        return {**choice, "message": {"role": "assistant", "content": _content(pick), "refusal": refusal, **calls}}
+            return {**choice, "text": self._content(pick) or ""}
+        return {**choice, "message": {"role": "assistant", "content": self._content(pick), **_apart(pick, result)}}
+
+    def _content(self, pick: Candidate | None) -> str | None:
+        """What the policy wrote: no prefill, nor the canonical form of tool calls, which is there to be scored."""
+        if pick is None:
+            return None
+        text = pick.text.removeprefix(self._plan.task.prefill)
+        if not pick.tool_calls:
+            return text
+        return text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
 
     def _logprobs(self, pick: Candidate | None) -> dict[str, Any] | None:
         """The answer's tokens with their log-probabilities; in a stream they come with the end of the answer.
@@ -118,10 +132,14 @@ class Answer:
             return None
         if pick.logprobs is None:
             raise bad("logprobs", "the policy does not have them.", "unsupported_parameter")
-        spoken = _spoken(pick, pick.logprobs)
+        spoken = _spoken(self._content(pick) or "", pick.logprobs)
         if self._chat:
-            known = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
-            return {"content": [{**token, "top_logprobs": []} for token in known], "refusal": None}
+            likely = [top for (piece, _), top in zip(pick.logprobs, pick.top_logprobs, strict=False) if piece]
+            tokens = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
+            content = [
+                {**token, "top_logprobs": top} for token, top in zip(tokens, likely or cycle([()]), strict=False)
+            ]
+            return {"content": content, "refusal": None}
         return {
             "tokens": [piece for piece, _ in spoken],
             "token_logprobs": [logprob for _, logprob in spoken],
@@ -143,7 +161,8 @@ class Answer:
             "best": result.best,
             "reward": result.reward,
             "mean_reward": sum(rewards) / len(rewards) if rewards else None,
-            "reason": result.selection.reason or passed,
+            "reason": public(result.selection.reason) if result.selection.reason else passed,
+            "warnings": list(result.warnings),
             "deadline_passed": late,
             "statuses": result.counts,
             "choices": [self._about(pick, result, "text") for pick in picks if pick],
@@ -171,14 +190,15 @@ class Answer:
             "precision",
             "recall",
             "upper_bound",
-            "reason",
             "same_as",
         )
         inferred = known.get("inferred")
         return {
             "index": score.candidate,
             **{name: known.get(name) for name in names},
+            "reason": None if score.reason is None else public(score.reason),
             "matched": matched_words(inferred, self._plan.task.instruction) if inferred else [],
+            "missed": missed_words(inferred, self._plan.task.instruction) if inferred else [],
             "scored_s": (score.started, score.finished) if score.finished else None,
         }
 
@@ -195,6 +215,19 @@ class Answer:
         content = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
         choice = {"index": place, **content, "logprobs": logprobs, "finish_reason": ended}
         return _event({**self._head(self._kind), "choices": [choice], **more})
+
+
+def joined(answers: Sequence[dict[str, Any]], results: Sequence[Result]) -> dict[str, Any]:
+    """The answers to several prompts as one: choices in order, the sum of what they cost, evidence of each."""
+    if len(answers) == 1:
+        return answers[0]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    return {
+        **answers[0],
+        "choices": [{**choice, "index": place} for place, choice in enumerate(choices)],
+        "usage": usage_body(sum((result.usage for result in results), Usage())),
+        "best_of_n": [answer["best_of_n"] for answer in answers],
+    }
 
 
 def failure(error: ApiError) -> bytes:
@@ -229,15 +262,15 @@ def _sampled(candidate: Candidate) -> dict[str, Any]:
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+    return b"data: " + to_json(body) + b"\n\n"
 
 
-def _spoken(pick: Candidate, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+def _spoken(text: str, logprobs: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """The tokens of the answer's text: no special ones, and none past a stop string."""
     spoken = [(piece, logprob) for piece, logprob in logprobs if piece]
     said = "".join(piece for piece, _ in spoken)
-    if said.startswith(pick.text):
-        surplus = len(said) - len(pick.text)
+    if said.startswith(text):
+        surplus = len(said) - len(text)
         while spoken and len(spoken[-1][0]) <= surplus:
             surplus -= len(spoken.pop()[0])
     return spoken
@@ -248,11 +281,13 @@ def _bytes(piece: str) -> list[int] | None:
     return None if "\ufffd" in piece else list(piece.encode())
 
 
-def _content(pick: Candidate | None) -> str | None:
-    """The text without the canonical form of its tool calls, which is there to be scored."""
-    if pick is None or not pick.tool_calls:
-        return pick.text if pick else None
-    return pick.text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
+def _apart(pick: Candidate | None, result: Result) -> dict[str, Any]:
+    """What a message holds beside its content."""
+    if pick is None:
+        return {"refusal": public(result.selection.reason or "")}
+    calls = {"tool_calls": list(pick.tool_calls)} if pick.tool_calls else {}
+    thought = {"reasoning_content": pick.reasoning} if pick.reasoning else {}
+    return {"refusal": pick.refusal or None, **thought, **calls}
 
 
 def _ended(pick: Candidate | None) -> str:

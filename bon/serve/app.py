@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,9 +19,11 @@ from starlette.responses import Response
 
 from bon import __version__
 from bon.best_of_n import BestOfN
+from bon.mini.tasks import FAMILIES, instruction, sample_tasks
 from bon.models import MINI
 from bon.serve.admission import Admission
-from bon.serve.answers import Answer, usage_body
+from bon.serve.answers import Answer, joined, usage_body
+from bon.serve.bodies import Bodies
 from bon.serve.edge import Edge
 from bon.serve.failures import ApiError, ClientGone, api_error, json_response
 from bon.serve.health import Health
@@ -40,8 +41,6 @@ log = logging.getLogger("bon.serve")
 
 # A request that fails within this time gets its own HTTP status although it asked for a stream.
 STREAM_OPENS_AFTER_S = 0.05
-# What is read and thrown away of a request that is too large, so that the client is there to read why.
-_MOST_DISCARDED = 64 * 1024 * 1024
 
 
 class Server:
@@ -57,9 +56,10 @@ class Server:
         scorers = offered_scorers(bon)
         concurrent = bon.policy.concurrent and all(scorer.concurrent for scorer in scorers.values())
         self.admission = Admission(settings.max_running or (64 if concurrent else 1), settings.max_waiting)
+        self.bodies = Bodies(settings)
         self.metrics = Metrics(self.admission)
         self.health = Health(bon, self.admission)
-        self.planner = Planner(bon, scorers, settings.model_names or (public_name(bon.policy.name),), settings)
+        self.planner = Planner(bon, scorers, settings)
         self.started = int(time.time())
         self._jobs: set[Job] = set()
 
@@ -72,18 +72,23 @@ class Server:
         return await self._complete(CompletionRequest, request)
 
     async def _complete(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Response:
-        plan = self.planner.plan(parse(kind, await read_body(request, self.settings)))
-        job = Job(plan, self.admission.ticket(), partial(self._ended, plan, request))
-        self._jobs.add(job)
+        asked, jobs = parse(kind, await self.bodies.read(request)), list[Job]()
         try:
-            if plan.request.stream:
+            for one in asked.each:
+                plan = self.planner.plan(one)
+                jobs.append(Job(plan, self.admission.ticket(), partial(self._ended, plan, request)))
+                self._jobs.add(jobs[-1])
+            if asked.stream:
+                [job] = jobs
                 await asyncio.wait([job.task], timeout=STREAM_OPENS_AFTER_S)
                 if not job.task.done() or job.task.exception() is None:
                     return EventStream(job, self.settings.heartbeat_s, self.settings.status_s)
-            result = await while_connected(request, asyncio.shield(job.task))
-            return json_response(Answer(plan).whole(result, job.ticket.queue_s))
+            results = [await while_connected(request, asyncio.shield(job.task)) for job in jobs]
+            wholes = [Answer(j.plan).whole(r, j.ticket.queue_s) for j, r in zip(jobs, results, strict=True)]
+            return json_response(joined(wholes, results))
         except BaseException as error:
-            await job.abort()
+            for job in jobs:
+                await job.abort()
             if isinstance(error, ApiError) or not isinstance(error, Exception):
                 raise
             raise api_error(error, plan.passed) from error
@@ -126,7 +131,9 @@ class Server:
 
     def _model(self, name: str) -> dict[str, Any]:
         names = list(self.planner.scorers)
-        about = {"n": self.bon.n, "max_n": self.planner.max_n, "scorers": names, "scorer": names[0]}
+        about: dict[str, Any] = {"n": self.bon.n, "max_n": self.planner.max_n, "scorers": names, "scorer": names[0]}
+        if self.bon.policy.name == MINI:
+            about["kinds"] = {task.family: instruction(task) for task in sample_tasks(len(FAMILIES))}
         return {"id": name, "object": "model", "created": self.started, "owned_by": "bon", "best_of_n": about}
 
     async def alive(self) -> Response:
@@ -135,7 +142,6 @@ class Server:
 
     async def ready(self) -> Response:
         """Report whether a request sent now would be answered."""
-        self.health.probe()
         if self.admission.draining:
             return json_response({"status": "draining", "reason": "the server is shutting down"}, 503)
         if self.health.reason is not None:
@@ -166,7 +172,9 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await server.health.start()
         yield
+        await server.health.aclose()
         await bon.aclose()
 
     app = _App(title="bon", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -192,45 +200,17 @@ def create_app(bon: BestOfN, settings: Settings | None = None) -> FastAPI:
         app.get("/", include_in_schema=False)(server.page)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(HTTPException, _answer)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
-        )
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(Edge, settings=settings, metrics=server.metrics, paths=paths)
+    if settings.cors_origins:  # outermost: a preflight carries no key, and a page may read what an error says
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app
-
-
-def public_name(name: str) -> str:
-    """What clients call a model: a folder's own name without its path, "bon-mini" for the embedded model."""
-    path = Path(name)
-    return "bon-mini" if name == MINI else path.name if path.is_absolute() else name
-
-
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """Read a JSON body of bounded size in bounded time.
-
-    Raises:
-        ApiError: 415 for another content type (which keeps pages of other origins from sending forms here), 413, 408.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise ApiError(415, "send the header 'Content-Type: application/json'.", "unsupported_media_type")
-    body, size = [], 0
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= settings.max_body_bytes:
-                    body.append(chunk)
-                elif size > _MOST_DISCARDED:
-                    break
-    except TimeoutError:
-        raise ApiError(408, f"the request did not arrive within {settings.body_timeout_s:g} s.", "timeout") from None
-    if size > settings.max_body_bytes:
-        said = f"the request has more than the {settings.max_body_bytes} bytes that this server takes."
-        raise ApiError(413, said, "request_too_large", headers={"connection": "close"})
-    return b"".join(body)
 
 
 _ERRORS = {

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bon.serve.failures import ApiError, ClientGone, api_error
+from bon.serve.failures import ApiError, api_error
 from bon.serve.metrics import Metrics
 from bon.serve.settings import Settings
 
@@ -73,8 +73,6 @@ class Edge:
         try:
             self._check(scope, headers)
             await self._app(scope, receive, guarded)
-        except ClientGone:
-            fields["client_gone"] = True
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("request failed", extra={"fields": {"event": "error", "request_id": request_id}})
@@ -88,13 +86,13 @@ class Edge:
             line = {
                 "event": "request",
                 "request_id": request_id,
-                "method": scope["method"],
+                "method": scope["method"][:20],
                 "path": scope["path"][:200],
                 "status": status or 499,
                 "duration_ms": round((perf_counter() - started) * 1000, 2),
                 **fields,
             }
-            log.info("%s %s", scope["method"], path, extra={"fields": line})
+            log.info("%s %s", scope["method"][:20], path, extra={"fields": line})
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = re.sub(r":\d*$", "", headers.get("host", "").lower())

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from bon.engines.base import Partial
 from bon.serve.admission import Ticket
-from bon.serve.failures import ApiError, ClientGone
+from bon.serve.failures import ApiError, ClientGone, bad
 from bon.serve.plan import Plan
 from bon.types import Candidate, Result, Score
 
@@ -26,12 +27,14 @@ class Job:
 
     Attributes:
         events: candidates and scores as they come, and None when the work has ended.
+        texts: of the candidates that are being written, where the client wants to see all.
         task: ends with the ``Result``.
     """
 
     def __init__(self, plan: Plan, ticket: Ticket, ended: Callable[[Job, Result | BaseException], None]) -> None:
         self.plan, self.ticket, self._ended = plan, ticket, ended
         self.events: asyncio.Queue[Candidate | Score | None] = asyncio.Queue()
+        self.texts: dict[int, str] = {}
         self._sampled, self._scored = set[int](), set[int]()
         self._best: float | None = None
         self._stopped: ApiError | None = None
@@ -53,16 +56,24 @@ class Job:
             said = f"the deadline of {deadline:g} s passed before it was this request's turn."
             raise ApiError(408, said, "deadline_exceeded", "best_of_n.deadline_s") from None
         left = None if deadline is None else max(0.0, deadline - self.ticket.queue_s)
-        return await self.plan.bon.run(self.plan.task, callback=self._tell, deadline=left)
+        follow = self._follow if self.plan.request.stream and self.plan.request.options.return_candidates else None
+        return await self.plan.bon.run(self.plan.task, callback=self._tell, follow=follow, deadline=left)
 
     def _done(self, task: asyncio.Task[Result]) -> None:
         self.ticket.leave()
         self.events.put_nowait(None)
         self._ended(self, ClientGone() if task.cancelled() else task.exception() or task.result())
 
+    def _follow(self, partial: Partial) -> None:
+        self.texts[partial.sample_index] = partial.text
+
     def _tell(self, event: Candidate | Score) -> None:
         if isinstance(event, Candidate):
             self._sampled.add(event.index)
+            self.texts.pop(event.index, None)
+            if self.plan.bon.sampling.logprobs and event.text and event.logprobs is None:
+                # Nor will the others have any.
+                self.stop(bad("logprobs", "the policy does not have them.", "unsupported_parameter"))
         else:
             self._scored.add(event.candidate)
             if event.reward is not None and (self._best is None or event.reward > self._best):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bon.best_of_n import BestOfN
 from bon.budget import Budget, Fixed, StopAt, as_budget
+from bon.engines.base import Rates, Remote
 from bon.engines.function import FunctionEngine
 from bon.errors import InputError
+from bon.models import MINI
 from bon.scorers.base import ModelScorer, Scorer
-from bon.serve.failures import ApiError, bad
+from bon.serve.failures import ApiError, bad, public
 from bon.serve.protocol import ChatRequest, CompletionRequest
 from bon.serve.settings import Settings
 from bon.spec import SCORERS
@@ -57,14 +60,26 @@ class Planner:
     Args:
         bon: the server's models and defaults.
         scorers: by name; the first is the default.
-        models: names to answer to; the first is the one that responses carry.
-        settings: limits.
+        settings: names to answer to, and limits.
     """
 
     bon: BestOfN
     scorers: Mapping[str, Scorer]
-    models: tuple[str, ...]
     settings: Settings
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names to answer to; the first is the one that responses carry.
+
+        Raises:
+            ApiError: 503 while a server behind this one has not said what its model is called.
+        """
+        name = self.bon.policy.name
+        if not self.settings.model_names and isinstance(self.bon.policy, Remote) and "://" in name:
+            raise ApiError(
+                503, "the model's server has not answered yet.", "engine_error", headers={"retry-after": "5"}
+            )
+        return self.settings.model_names or (public_name(name),)
 
     def plan(self, request: ChatRequest | CompletionRequest) -> Plan:
         """Check a request against what the server can do.
@@ -87,9 +102,9 @@ class Planner:
             min_reward=options.min_reward,
             prune=self.bon.prune and request.returned == 1,
         )
-        passed = request.passed | (request.about_tools if isinstance(request, ChatRequest) else {})
-        model = request.model or self.models[0]
-        return Plan(request, self._task(request), bon, name, model, self._deadline(options.deadline_s), passed)
+        task, model = self._task(request), request.model or self.models[0]
+        passed = request.passed | _about_tools(task)
+        return Plan(request, task, bon, name, model, self._deadline(options.deadline_s), passed)
 
     def check_model(self, name: str) -> None:
         """Raise a 404 for a model that is not served."""
@@ -137,9 +152,18 @@ class Planner:
         try:
             task = Task.of(request.conversation)
             name = "best_of_n.instruction"
-            return Task.of(task, request.options.instruction)
+            task = Task.of(task, request.options.instruction)
         except InputError as error:
-            raise bad(name, str(error)) from error
+            raise bad(error.field or name, str(error)) from error
+        if isinstance(request, ChatRequest):
+            for name, wanted in (
+                ("continue_final_message", bool(task.prefill)),
+                ("add_generation_prompt", not task.prefill),
+            ):
+                if getattr(request, name) not in (None, wanted):
+                    said = "a last message of the assistant is continued, and no other"
+                    raise bad(name, f"can only be {str(wanted).lower()} here: {said}.")
+        return task
 
     def _sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
         names = ("temperature", "top_p", "top_k", "min_p", "seed")
@@ -157,12 +181,23 @@ class Planner:
         return most if asked is None else asked
 
 
+def _about_tools(task: Task) -> dict[str, Any]:
+    """Path -> value of what the messages hold that only a policy behind HTTP can read."""
+    turns = enumerate(task.messages)
+    return {f"messages[{i}].{name}": value for i, turn in turns for name, value in turn.about_tools.items()}
+
+
+def public_name(name: str) -> str:
+    """What clients call a model: a folder's own name without its path, "bon-mini" for the embedded model."""
+    return "bon-mini" if name == MINI else Path(name).name if name.startswith(("/", ".", "~")) else name
+
+
 def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
     """The scorers that requests may name: the server's own first, then what else can run on the models it has.
 
     A scorer has the name under which it is registered; one of the user's own has its ``name``.
     """
-    own, others = bon.scorer.name, dict[str, Scorer]()
+    own, others = public(bon.scorer.name), dict[str, Scorer]()
     engines = [bon.scorer.engine] if isinstance(bon.scorer, ModelScorer) else []
     engines += [] if isinstance(bon.policy, FunctionEngine) else [bon.policy]
     for name in SCORERS:
@@ -172,6 +207,7 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
                 own = name
             elif isinstance(kind, type) and issubclass(kind, ModelScorer):
                 able = [engine for engine in engines if isinstance(engine, kind.ability)]
+                able = [engine for engine in able if kind.ability is not Rates or getattr(engine, "rates", True)]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
         except Exception as error:  # of another package, whose code may raise anything
             log.warning("the scorer %r is not offered: %s", name, error)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from bon.serve.failures import ApiError, bad
-from bon.task import Message
+from bon.task import ROLES
+from bon.types import NO_LIMIT
 
 _ABOUT_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _NEUTRAL = {
@@ -27,28 +27,36 @@ _NEUTRAL = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
+    "top_logprobs": 0,
     **{"repetition_penalty": 1, "ignore_eos": False, "min_tokens": 0},  # vLLM's, which its own clients send
 }
 # Handed to the policy's engine when they change anything.
-POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity")
+POLICY_FIELDS = (*_ABOUT_TOOLS, *_NEUTRAL, "reasoning_effort", "verbosity", "chat_template_kwargs")
+
+
+# Entries of a list or an object, as OpenAI has it: a body of 4 MB could bring a million, each with work of its own.
+MOST = 2048
+# A list that is left at its first error, as a client is told of one.
+FirstError = Field(fail_fast=True, max_length=MOST)
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.keys() <= cls.__pydantic_fields__.keys():
+            first = next(name for name in data if name not in cls.__pydantic_fields__)
+            told = InitErrorDetails(type="extra_forbidden", loc=(first,), input=None)
+            raise ValidationError.from_exception_data(cls.__name__, [told])
+        return data
 
-def _text_part(part: Any) -> Any:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(kind, str) and kind != "text":
-        raise PydanticCustomError("unsupported_content", "only text parts can be honoured, not {kind}", {"kind": kind})
-    return part
 
-
-class TextPart(_Body):
-    """A part of a message's content; text is the only kind."""
-
-    type: Literal["text"]
-    text: str
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MOST:
+        raise PydanticCustomError("too_long", "must have at most {max_length} items", {"max_length": MOST})
+    return value
 
 
 def _refuse_others(value: Any) -> Any:
@@ -60,64 +68,20 @@ def _refuse_others(value: Any) -> Any:
 No = Annotated[bool, AfterValidator(_refuse_others), WithJsonSchema({"const": False})]
 # Log-probabilities are known of the chosen tokens only.
 Zero = Annotated[int, AfterValidator(_refuse_others), WithJsonSchema({"type": "integer", "const": 0})]
-Nothing = Annotated[None, Field(description="Accepted when null, as other servers send it back.")]
-
-
-def _belongs(role: str) -> BeforeValidator:
-    """Refuse a field in a message of another role."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        if value and info.data.get("role", role) != role:
-            raise PydanticCustomError("misplaced", "belongs to messages of the role {role!r}", {"role": role})
-        return value or None
-
-    return BeforeValidator(check)
-
-
-def _not_missing(value: Any, info: ValidationInfo) -> Any:
-    if value is None and not info.data.get("tool_calls"):
-        raise PydanticCustomError("missing", "must be text; only an assistant that called tools may have none")
-    return value
-
-
-class CalledFunction(BaseModel):
-    """What was called."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    name: str
-    arguments: str
-
-
-class ToolCall(BaseModel):
-    """A call of a tool by the assistant; servers add fields of their own, which go back to them."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
-
-
-class ChatMessage(_Body):
-    """One turn of the conversation. What is about tools is for a policy behind HTTP."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: Annotated[list[ToolCall] | None, _belongs("assistant")] = None
-    tool_call_id: Annotated[str | None, _belongs("tool")] = None
-    content: Annotated[
-        str | list[Annotated[TextPart, BeforeValidator(_text_part)]] | None, BeforeValidator(_not_missing)
-    ] = Field(default=None, validate_default=True)
-    name: str | None = None
-    refusal: Nothing = None
-    annotations: list[Any] | None = Field(default=None, max_length=0)
-    audio: Nothing = None
-    function_call: Nothing = None
-
-    @property
-    def message(self) -> Message:
-        """The turn with its content as one string."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        calls = tuple(call.model_dump() for call in self.tool_calls or ())
-        return Message(self.role, text, calls, self.tool_call_id)
+Text = Annotated[str, Field(min_length=1)]
+Length = Literal[-1] | Annotated[int, Field(ge=1, le=NO_LIMIT)]  # -1 is no limit, as in other servers
+# ``bon.task`` reads messages, here as in files and in Python; this is what it takes, less what it does not use.
+_PART = {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["text", "image_url"]}}}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"enum": list(ROLES)},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]},
+        "tool_calls": {"type": "array", "items": {"type": "object", "required": ["function"]}},
+        "tool_call_id": {"type": "string"},
+    },
+}
 
 
 class StreamOptions(_Body):
@@ -136,7 +100,9 @@ class BestOfNOptions(_Body):
     stop_at: float | None = Field(default=None, description="Stop everything once a candidate has this reward.")
     min_reward: float | None = Field(default=None, description="Refuse to answer when the best reward is below this.")
     scorer: str | None = Field(default=None, description="Which of the server's scorers; GET /v1/models lists them.")
-    return_candidates: bool = Field(default=False, description="Return, or stream, every candidate with its score.")
+    return_candidates: bool = Field(
+        default=False, description="Return every candidate with its score; a stream has their texts as they grow."
+    )
     deadline_s: float | None = Field(default=None, gt=0, description="Seconds after which the best so far is returned.")
     instruction: str | None = Field(
         default=None, min_length=1, description="The part of the last user message that is the instruction proper."
@@ -149,18 +115,18 @@ class _Common(_Body):
     n: int | None = Field(default=None, ge=1, le=128, description="The n best are returned, best first.")
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
-    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    max_tokens: Length | None = None
+    stop: Text | Annotated[list[Text], FirstError] | None = None
+    seed: int | None = Field(default=None, ge=-1, le=2**63 - 1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_few)] = None
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = None
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
@@ -203,11 +169,14 @@ class _Common(_Body):
 class ChatRequest(_Common):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    messages: Annotated[list[Annotated[Any, WithJsonSchema(_MESSAGE)]], FirstError] = Field(min_length=1)
+    continue_final_message: bool | None = Field(default=None, description="A last message of the assistant is, always.")
+    add_generation_prompt: bool | None = None
+    max_completion_tokens: Length | None = None
     logprobs: bool | None = None
-    top_logprobs: Zero | None = None
-    tools: list[dict[str, Any]] | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="For a policy behind HTTP.")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="For a policy behind HTTP.")
+    tools: Annotated[list[dict[str, Any]], FirstError] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -215,20 +184,19 @@ class ChatRequest(_Common):
     verbosity: str | None = None
     store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FirstError] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @property
-    def conversation(self) -> list[Message]:
-        """What the policy continues."""
-        return [message.message for message in self.messages]
+    def each(self) -> list[Self]:
+        """The request itself, which has one conversation."""
+        return [self]
 
     @property
-    def about_tools(self) -> dict[str, Any]:
-        """Path -> value of what the messages hold that only a policy behind HTTP can read."""
-        turns = enumerate(self.conversation)
-        return {f"messages[{i}].{name}": value for i, turn in turns for name, value in turn.about_tools.items()}
+    def conversation(self) -> list[Any]:
+        """What the policy continues."""
+        return self.messages
 
     @property
     def length(self) -> int | None:
@@ -239,9 +207,9 @@ class ChatRequest(_Common):
 
 
 class CompletionRequest(_Common):
-    """Body of ``POST /v1/completions``; the prompt is taken as a user's message."""
+    """Body of ``POST /v1/completions``; each prompt is taken as a user's message."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[Text], FirstError, Field(min_length=1)]
     best_of: int | None = Field(default=None, ge=1, le=128, description="Candidates to sample, as best_of_n.n.")
     echo: No | None = None
     logprobs: Zero | None = None
@@ -258,8 +226,16 @@ class CompletionRequest(_Common):
 
     @property
     def conversation(self) -> str:
-        """What the policy continues."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        """What the policy continues, of a request with one prompt."""
+        return str(self.prompt)
+
+    @property
+    def each(self) -> list[Self]:
+        """One request for each prompt."""
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if self.stream and len(prompts) > 1:
+            raise bad("prompt", f"a stream is of one prompt, and here are {len(prompts)}.")
+        return [self.model_copy(update={"prompt": prompt}) for prompt in prompts]
 
 
 B = TypeVar("B", bound=_Common)
@@ -296,17 +272,43 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _failure(kind: type[_Common], errors: list[ErrorDetails], data: dict[str, Any]) -> ApiError:
     """Name the field at fault: the deepest one with an error, as a union reports the errors of all its members."""
     found = [(_path(error, data), error) for error in errors]
-    path, worst = max(found, key=lambda pair: (len(pair[0]), pair[1]["type"] == "unsupported_content"))
+    path, worst = max(found, key=lambda pair: len(pair[0]))
     name = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in path)[1:] or "body"
     if worst["type"] == "extra_forbidden":
         known = kind.model_fields if len(path) == 1 else BestOfNOptions.model_fields
         close = difflib.get_close_matches(str(path[-1]), list(known), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return bad(name, f"there is no such field, or it cannot be honoured.{hint}", "unknown_parameter")
-    if worst["type"] == "unsupported_content":
-        return bad(name, f"{worst['msg']}.", worst["type"])
-    wanted = " or ".join(dict.fromkeys(error["msg"] for where, error in found if where == path))
-    return bad(name, f"{wanted[:1].lower()}{wanted[1:]}.")
+    first, *others = dict.fromkeys(_wanted(error) for where, error in found if where == path)
+    got = f", got {json.dumps(worst['input'], default=str):.60}" if first.startswith("must ") else ""
+    return bad(name, f"{' or '.join([first, *(other.removeprefix('must be ') for other in others)])}{got}.")
+
+
+# pydantic's types of errors, in the words of JSON.
+_WANTED = {
+    "missing": "is missing",
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "must not be empty",
+    "too_long": "must have at most {max_length} items",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+}
+
+
+def _wanted(error: ErrorDetails) -> str:
+    kind = error["type"]
+    return _WANTED[kind].format(**error.get("ctx", {})) if kind in _WANTED else error["msg"]
 
 
 def _path(error: ErrorDetails, data: Any) -> tuple[str | int, ...]:

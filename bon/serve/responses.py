@@ -48,6 +48,7 @@ class ScoreBody(BaseModel):
     explanation: str | None = Field(description="What the scorer says about the reward.")
     inferred: str | None = Field(description="The instruction that was inferred from the candidate.")
     matched: list[tuple[int, int]] = Field(description="Spans of ``inferred`` whose words are in the instruction.")
+    missed: list[tuple[int, int]] = Field(description="Spans of the instruction whose words are not in ``inferred``.")
     precision: float | None
     recall: float | None
     upper_bound: float | None = Field(description="The reward of a pruned candidate could not have exceeded this.")
@@ -69,6 +70,9 @@ class BestOfNBody(BaseModel):
     reward: float | None
     mean_reward: float | None
     reason: str | None = Field(description="Why there is no winner, or why no more was done.")
+    warnings: list[str] = Field(
+        description="What to know before relying on the answer: rewards that say nothing, a cut."
+    )
     deadline_passed: bool
     statuses: dict[ScoreStatus, int]
     choices: list[ScoreBody] = Field(description="Scores of the returned choices, in their order.")
@@ -119,10 +123,11 @@ class ChatResponse(_Response):
 
 
 class CompletionResponse(_Response):
-    """OpenAI's text completion."""
+    """OpenAI's text completion; several prompts have their choices one after the other, and evidence each."""
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
+    best_of_n: BestOfNBody | list[BestOfNBody]  # type: ignore[assignment]
 
 
 class ModelDefaults(BaseModel):
@@ -132,6 +137,9 @@ class ModelDefaults(BaseModel):
     max_n: int
     scorers: list[str]
     scorer: str
+    kinds: dict[str, str] | None = Field(
+        default=None, description="What the embedded model can write, each with a prompt."
+    )
 
 
 class ModelBody(BaseModel):

@@ -21,6 +21,10 @@ class Settings:
             64 for those whose requests join a running batch.
         max_waiting: requests that may wait for their turn; the next one gets 429.
         deadline_s: seconds a request may take, waiting included; requests may ask for less. None sets no limit.
+        max_connections: at the same time; beyond them the one without a request for the longest is closed. None takes
+            half of the open files that the process may have, and 4,096 at most.
+        head_timeout_s: seconds a client may take to send the head of a request.
+        stall_timeout_s: seconds in which it must read what it was sent.
         max_body_bytes: size of a request.
         body_timeout_s: seconds a client may take to send it.
         heartbeat_s: a stream on which nothing happened for so long gets a comment.
@@ -41,6 +45,9 @@ class Settings:
     max_running: int | None = None
     max_waiting: int = 256
     deadline_s: float | None = 600.0
+    max_connections: int | None = None
+    head_timeout_s: float = 10.0
+    stall_timeout_s: float = 60.0
     max_body_bytes: int = 4 * 1024 * 1024
     body_timeout_s: float = 30.0
     heartbeat_s: float = 10.0
@@ -52,8 +59,9 @@ class Settings:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        least = {"max_n": 1, "max_running": 1, "max_waiting": 0, "max_body_bytes": 1, "port": 0}
-        for name in (*least, "deadline_s", "body_timeout_s", "heartbeat_s", "drain_s"):
+        least = {"max_n": 1, "max_running": 1, "max_waiting": 0, "max_connections": 1, "max_body_bytes": 1, "port": 0}
+        seconds = ("deadline_s", "head_timeout_s", "stall_timeout_s", "body_timeout_s", "heartbeat_s", "drain_s")
+        for name in (*least, *seconds):
             value = getattr(self, name)
             if value is not None and not (value >= least[name] if name in least else value > 0):
                 wanted = f"at least {least[name]}" if name in least else "above 0"

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from time import perf_counter
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from bon.serve.answers import Answer, failure
 from bon.serve.failures import ClientGone, api_error
 from bon.serve.job import Job, while_connected
+from bon.types import Candidate, Score
 
 HEARTBEAT = b": still here\n\n"
 
@@ -69,21 +71,26 @@ class EventStream(Response):
         yield b"".join(rest)
 
     async def _while_working(self) -> AsyncGenerator[bytes, None]:
-        """Every event where the client wants all candidates, else now and then how far the work is."""
-        job, told = self._job, -self._status_s
+        """Every event and how texts grow where the client wants all candidates, else now and then how far it all is."""
+        job, answer, everything = self._job, self._answer, self._job.plan.request.options.return_candidates
+        pause = min(max(0.01, self._status_s), self._heartbeat_s) if everything else self._heartbeat_s
+        said, told = perf_counter(), -self._status_s  # when anything was sent, and when how far the work is
         if job.ticket.position:
-            yield self._answer.progress(job.progress())
+            yield answer.progress(job.progress())
         while True:
-            try:
-                async with asyncio.timeout(self._heartbeat_s):
+            event: Candidate | Score | Literal["pause"] | None = "pause"
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
                     event = await job.events.get()
-            except TimeoutError:
-                yield self._answer.progress(job.progress()) if job.ticket.position else HEARTBEAT
-                continue
             if event is None:
                 return
-            if job.plan.request.options.return_candidates:
-                yield self._answer.progress(self._answer.news(event))
-            elif perf_counter() - told >= self._status_s:
+            news = [answer.news(event)] if everything and event != "pause" else []
+            if perf_counter() - told >= self._status_s and (everything or event != "pause"):
                 told = perf_counter()
-                yield self._answer.progress(job.progress())
+                news += answer.growth(job.texts) if everything else [job.progress()]
+            for about in news:
+                yield answer.progress(about)
+            if news or perf_counter() - said >= self._heartbeat_s:
+                if not news:
+                    yield answer.progress(job.progress()) if job.ticket.position else HEARTBEAT
+                said = perf_counter()

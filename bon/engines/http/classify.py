@@ -39,7 +39,7 @@ async def ask_head(
             continue
         body = wire.Body({**model.extra_body, **fields, "use_activation": False}, "the conversation")
         try:
-            data = await model.ask(link, f"../{way}", body, {}, link.fetch, NOTHING)
+            data, _ = await model.ask(link, f"../{way}", body, {}, link.fetch, NOTHING)
         except wire.StatusError as error:
             said = error.message.lower()
             if "not support" not in said and (error.status not in (404, 405) or "model" in said):

@@ -6,6 +6,7 @@ Retries are written here and not with tenacity: each try picks its replica, and 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from bon.engines.http.wire import BadAnswerError, RequestRefusedError, StatusErr
 from bon.errors import BonError, EngineError, ModelNotFoundError, RefusedError, UnavailableError
 
 T = TypeVar("T")
+log = logging.getLogger("bon")
 
 RETRYABLE = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
@@ -45,6 +47,12 @@ class Endpoints:
     cooldown_s: float
     loops: dict[asyncio.AbstractEventLoop, tuple[list[Link], AsyncGenerator[None, None]]] = field(default_factory=dict)
     closed: bool = False
+
+    def learn(self, endpoint: Endpoint, field: str, said: str) -> None:
+        """Note that an address refuses something, and say so once."""
+        if field not in endpoint.refused:
+            endpoint.refused.add(field)
+            log.warning("%s refuses %s (%.200s): bon does without it there.", endpoint.url, field, self._redact(said))
 
     def share(self, items: int, most: int) -> int:
         """How many of some items to send with one request, so that every replica gets its part."""
@@ -179,7 +187,7 @@ class Endpoints:
         said = said if len(said) <= 400 else said[:400] + "…"
         if status < 400:
             there = error.headers.get("Location", "").partition("?")[0][:200]
-            return RefusedError(f"{url} redirects to {there!r} ({status}). Give that address if you trust it.")
+            return RequestRefusedError(f"{url} redirects to {there!r} ({status}). Give that address if you trust it.")
         if status in RETRYABLE and error.code != "insufficient_quota":
             wait = retry_after(error.headers)
             asks = "" if wait is None else f" and asks to wait {wait:g} s"
@@ -189,13 +197,12 @@ class Endpoints:
             what = "does not accept the API key" if self.api_key else "wants an API key"
             return RefusedError(f"{url} {what} (401: {said}). {remedy}")
         if status == 403:
-            return RefusedError(f"{url} forbids this (403: {said}). Check what the API key may use.")
+            return RequestRefusedError(f"{url} forbids this (403: {said}). Check what the API key may use.")
         if status == 404 and "model" in f"{said} {error.code}".lower():
             return ModelNotFoundError(f"{url} has no such model: {said} {url}/models lists those it has.")
         if status == 404:
             return RefusedError(f"{url} has no such page (404: {said}). Does the base URL end as it should, in /v1?")
-        kind = RequestRefusedError if status in (400, 413, 422) else RefusedError
-        return kind(f"{url} refuses the request ({status}): {said}")
+        return RequestRefusedError(f"{url} refuses the request ({status}): {said}")
 
     def _redact(self, text: str) -> str:
         for secret in [self.api_key, *(secret for endpoint in self.all for secret in endpoint.secrets)]:

@@ -11,6 +11,9 @@ Tokens are streamed only where ``keep`` reads them; a completion that it gives u
 that prefixes match exactly, text never becomes a control token, and ``loglikelihood`` works; else they go to the chat
 endpoint and the server renders them.
 
+What the caller did not say is not sent, so that a server's own defaults apply. A field or a role that a server names as
+refused is left out there from then on, with a line in the log; options of the user's own are not, but for temperature.
+
 What it does not do: it does not count the tokens of a prompt beforehand without a tokenizer, so a prompt that is too
 long is noticed when the server says so.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -40,7 +44,7 @@ from bon.engines.base import (
 from bon.engines.http import wire
 from bon.engines.http.classify import ask_head
 from bon.engines.http.endpoints import Endpoints
-from bon.engines.http.link import Endpoint, Link
+from bon.engines.http.link import Endpoint, Link, room
 from bon.engines.http.model import NOTHING, Model
 from bon.engines.http.samples import BATCH, MOST_TOGETHER, Job, make_together
 from bon.errors import BonError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError, whole_number
@@ -56,8 +60,8 @@ RATINGS: Sequence[Mapping[str, Any]] = (
     {"prompt_logprobs": 0, "max_tokens": 1},
 )
 
-
 T = TypeVar("T")
+log = logging.getLogger("bon")
 
 ASK_AGAIN_S = 0.02
 """How often requests that are not streamed are looked at: are they still wanted?"""
@@ -135,18 +139,24 @@ class HTTPEngine:
         )
         named = next((endpoint.named for endpoint in endpoints if endpoint.named), None)
         named = named if model is None else str(model)
+        self._said = "temperature" in extra_body
         self._model = Model(self.endpoints, named, extra_body, measured=tokenizer is not None)
 
     @property
     def name(self) -> str:
         """The model's name, or where it is while that is not known."""
-        first = self.endpoints.all[0]
-        return self._model.name or first.model or first.url
+        asked = next((endpoint.model for endpoint in self.endpoints.all if endpoint.model), None)
+        return self._model.name or asked or self.endpoints.all[0].url
 
     @property
     def max_model_len(self) -> int | None:
         """What the servers said; None before the first request, and for those that do not say."""
         return self._model.max_model_len
+
+    @property
+    def rates(self) -> bool:
+        """Whether ``loglikelihood`` may work: it needs the model's tokenizer."""
+        return self._tokenizer is not None
 
     def __repr__(self) -> str:
         return f"HTTPEngine({self.name!r} at {', '.join(e.url for e in self.endpoints.all)})"
@@ -163,6 +173,9 @@ class HTTPEngine:
         """
         for request in requests:
             wire.check_extra(request.sampling.extra, self._model.extra_body)
+            if request.sampling.temperature is None and not self._said:
+                log.info("no temperature was given: %s applies its own default", self.endpoints)
+                self._said = True
         return self._generate(requests, keep)
 
     async def _generate(self, requests: Sequence[Request], keep: Keep | None) -> AsyncGenerator[Completion, None]:
@@ -282,7 +295,7 @@ class HTTPEngine:
         async def classify(conversation: Prompt) -> Classification:
             try:
                 rendered = self._tokenizer is not None and self.renderer.tokenizer.chat_template
-                row = self.renderer.render(conversation, generation=False) if rendered else None
+                row = self.renderer.render(conversation, closed=True) if rendered else None
             except InputError as error:
                 return Classification.failed(error)
             try:
@@ -300,6 +313,14 @@ class HTTPEngine:
             return await asyncio.gather(*asked)
         finally:
             await _cancel(asked)
+
+    async def check(self) -> None:
+        """Ask whether a server is there and takes the key, and what it calls its model.
+
+        Raises:
+            BonError: what is wrong.
+        """
+        await self.endpoints.call(partial(self._model.name_at, ask=True))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -328,17 +349,19 @@ class HTTPEngine:
         """The token ids of each prompt, None where its messages are sent, and what is wrong with some of them."""
         rows: list[tuple[int, ...] | None] = [None] * len(requests)
         errors: dict[int, BonError] = {}
-        if self._tokenizer is None:
-            return rows, errors
-        renderer = self.renderer
+        renderer = None if self._tokenizer is None else self.renderer
         for index, request in enumerate(requests):
             options = request.sampling.extra.keys() | self._model.extra_body.keys()
-            if wire.TOOLS & options or any(turn.about_tools for turn in request.prompt.turns):
-                continue  # only the chat endpoint knows how its model sees tools
+            tools = wire.TOOLS & options or any(turn.about_tools for turn in request.prompt.turns)
             try:
-                rows[index] = renderer.render(request.prompt)
+                if renderer is None or tools:  # only the chat endpoint knows how its model sees tools
+                    request.prompt.refuse_prefill(f"the server of {self.name!r}")
+                else:
+                    rows[index] = renderer.render(request.prompt)
             except InputError as error:
                 errors[index] = error
+        if renderer is None:
+            return rows, errors
         return rows, await self._too_long([len(row or ()) for row in rows], "prompt", until) | errors
 
     async def _too_long(self, lengths: Sequence[int], what: str, until: float | None) -> dict[int, BonError]:
@@ -351,20 +374,27 @@ class HTTPEngine:
 
     async def _rate(self, row: tuple[int, ...], link: Link) -> tuple[list[float], int]:
         """Log-probabilities of a row of tokens (0.0 for the first, which has none), and how many were cached."""
+        refused, refusal = link.endpoint.refused, None
         for attempt, way in enumerate(RATINGS):
-            if f"rating {attempt}" in link.endpoint.refused:
+            if f"rating {attempt}" in refused:
                 continue
             body = wire.Body({**self._model.extra_body, "prompt": row, "temperature": 0.0, **way})
+            send = partial(link.fetch, most=room(len(row)))
             try:
-                data = await self._model.ask(link, wire.PLAIN, body, {}, link.fetch, NOTHING)
+                data, _ = await self._model.ask(link, wire.PLAIN, body, {}, send, NOTHING)
             except wire.StatusError as error:
                 if error.status not in (400, 404, 422):
                     raise
+                if error.status != 404 and not any(name in error.message for name in way):
+                    refusal = error  # which may be about this row alone
+                    continue
                 data = {}
             values = wire.prompt_logprobs(data, len(row))
             if values is not None:
                 return values, wire.read_usage(data.get("usage"))[2]
-            link.endpoint.refused.add(f"rating {attempt}")
+            refused.add(f"rating {attempt}")
+        if refusal is not None:
+            raise refusal
         raise InputError(
             f"{link.endpoint.url} gives no log-probabilities of a prompt (neither echo nor prompt_logprobs). "
             "Load the model itself (NAME,engine=torch or engine=vllm), or score with Flip, which only samples."

@@ -21,7 +21,8 @@ from yarl import URL
 from bon.engines.http.wire import BadAnswerError, StatusError
 from bon.errors import InputError
 
-MOST_BODY, MOST_ERROR, MOST_LINE = 64 << 20, 1 << 20, 8 << 20  # bytes of an answer, of an error, of a stream's line
+MOST_BODY, MOST_LIST, MOST_ERROR = 64 << 20, 8 << 20, 1 << 20  # bytes of an answer, of a list of models, of an error
+MOST_FIXED, BYTES_PER_TOKEN = 1 << 20, 4 << 10  # of an answer: with 20 other likely tokens a token is 2 KiB of JSON
 LONGEST_COOLDOWN_S = 60.0
 
 
@@ -90,11 +91,11 @@ class Link:
         endpoint = self.endpoint
         return endpoint.aside_until <= monotonic() and (not endpoint.failures or not self.outstanding)
 
-    async def fetch(self, path: str, body: bytes | None = None) -> dict[str, Any]:
+    async def fetch(self, path: str, body: bytes | None = None, *, most: int = MOST_LIST) -> dict[str, Any]:
         """Send a request, a GET where there is no body, and wait for the JSON object that answers it."""
         response = await self.open(path, body)
         try:
-            return _json_object(await _read(response, MOST_BODY))
+            return _json_object(await _read(response, most))
         finally:
             response.close()  # aborts what was not read to its end; a connection that was is back in the pool by now
 
@@ -118,7 +119,8 @@ class Link:
             encoding = response.headers.get("Content-Encoding", "identity")
             if response.status >= 300:
                 text = await _read(response, MOST_ERROR) if encoding == "identity" else b""
-                raise StatusError(response.status, text or str(response.reason).encode(), response.headers)
+                reason = str(response.reason).encode(errors="replace")
+                raise StatusError(response.status, text or reason, response.headers)
             if encoding != "identity":  # a few bytes may unpack to gigabytes
                 raise BadAnswerError(f"sent an answer compressed with {encoding[:20]!r}, which was not asked for.")
         except BaseException:
@@ -127,10 +129,15 @@ class Link:
         return response
 
 
-async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, Any], None]:
+def room(tokens: int) -> int:
+    """Bytes that an answer of some tokens may have: parsed, JSON takes thirty times the memory."""
+    return min(MOST_FIXED + BYTES_PER_TOKEN * tokens, MOST_BODY)
+
+
+async def events(response: aiohttp.ClientResponse, most: int) -> AsyncGenerator[dict[str, Any], None]:
     """The JSON objects of a stream of server-sent events; from a server that does not stream, its whole answer."""
     if response.content_type.endswith("json"):
-        yield _json_object(await _read(response, MOST_BODY))
+        yield _json_object(await _read(response, most))
         return
     buffer, scanned, size = bytearray(), 0, 0
     async for chunk in response.content.iter_any():
@@ -144,8 +151,8 @@ async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, A
                     return
                 yield _json_object(event)
         scanned = len(buffer)
-        if scanned > MOST_LINE or size > MOST_BODY:
-            raise BadAnswerError(f"sent a stream with a line above {MOST_LINE} or a whole above {MOST_BODY} bytes.")
+        if size > most:
+            raise BadAnswerError(f"sent a stream of more than {most} bytes.")
 
 
 async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:

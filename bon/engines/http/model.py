@@ -27,15 +27,15 @@ class Model:
         self, endpoints: Endpoints, name: str | None, extra_body: Mapping[str, Any], *, measured: bool
     ) -> None:
         self.endpoints, self.name, self.extra_body, self._measured = endpoints, name, extra_body, measured
-        self._optional = wire.OPTIONAL.difference(extra_body)
+        self.optional = wire.OPTIONAL.difference(extra_body)  # what the user asked for is never left out
 
     @property
     def max_model_len(self) -> int | None:
         """Tokens of prompt and completion together, as the servers said; None while they did not."""
         return min((e.max_model_len for e in self.endpoints.all if e.max_model_len is not None), default=None)
 
-    async def name_at(self, link: Link) -> str:
-        """The name to send: the one that was given, else the only one that the server has.
+    async def name_at(self, link: Link, *, ask: bool = False) -> str:
+        """The name to send: the one that was given, unless the server is to be asked, else the only one that it has.
 
         Raises:
             ModelNotFoundError: the server has none, or several.
@@ -43,7 +43,7 @@ class Model:
         endpoint = link.endpoint
         if endpoint.model is not None:
             return endpoint.model
-        if self.name is not None and not self._measured:
+        if self.name is not None and not self._measured and not ask:
             return self.name
         async with link.asking_for_model:
             if endpoint.model is None:
@@ -77,26 +77,32 @@ class Model:
         varying: Mapping[str, int],
         send: Callable[[str, bytes], Awaitable[T]],
         optional: frozenset[str] | None = None,
-    ) -> T:
+    ) -> tuple[T, frozenset[str]]:
         """Send a body without what the server is known to refuse, and learn what else it refuses.
+
+        A field is left out for good once the server has named it and has answered without it. After a refusal that
+        explains nothing this one request is made again, without whatever bon can do without.
 
         Args:
             body, varying: what to send; the model's name is added.
             optional: fields that may be left out; None for all that bon can do without.
 
+        Returns:
+            The answer, and the fields that were left out.
+
         Raises:
             StatusError: what remains.
             PromptTooLongError: the server says so.
         """
-        optional = self._optional if optional is None else optional
-        refused, guessed = link.endpoint.refused, set[str]()
+        optional = self.optional if optional is None else optional
         name = await self.name_at(link)
+        named, guessed = dict[str, str](), NOTHING
         while True:
-            dropped = optional & (refused | guessed) if refused or guessed else NOTHING
+            dropped = optional & (link.endpoint.refused | guessed | named.keys())
             try:
                 answer = await send(path, body.encode(name, varying, dropped))
             except wire.StatusError as error:
-                if error.status not in (400, 413, 422):
+                if error.status not in (400, 403, 413, 422, 500):  # llama.cpp: 500 where its template refuses a role
                     raise
                 if sizes := wire.overflow(error):
                     tokens, limit = sizes
@@ -107,10 +113,14 @@ class Model:
                     if varying.get("max_tokens", 0) > limit - tokens:
                         varying = {**varying, "max_tokens": limit - tokens}
                         continue
-                fields, said = wire.refusal(error, {*body.fields, *varying} - dropped, optional - dropped)
-                if not fields:
+                left = body.optional(varying, dropped) & optional
+                if field := wire.refused_field(error, left, {*body.fields, *varying} - dropped):
+                    named[field] = error.message
+                elif error.status in (400, 413, 422) and left & wire.GUESSED:
+                    guessed |= left & wire.GUESSED
+                else:
                     raise
-                (refused if said else guessed).update(fields)
             else:
-                refused |= guessed
-                return answer
+                for field, said in named.items():
+                    self.endpoints.learn(link.endpoint, field, said)
+                return answer, dropped

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 from bon.engines.base import Completion, Keep, Partial, Request
 from bon.engines.http import wire
-from bon.engines.http.link import Link, events
+from bon.engines.http.link import Link, events, room
 from bon.engines.http.model import Model
 from bon.errors import PromptTooLongError
+from bon.types import NO_LIMIT
 
 BATCH = "batch"
+PIECES_PER_TOKEN = 8  # some servers send each letter by itself
 MOST_TOGETHER = 64
 """Samples or prompts in one HTTP request: what one failure costs is bounded, and so is the size of an answer."""
 
@@ -34,6 +37,7 @@ class Job:
         self._model, self._ids, self._as_tokens = model, ids, as_tokens
         self._at_once = at_once or (model.endpoints.share(request.n, MOST_TOGETHER) if request.together else 1)
         self._options = {**model.extra_body, **wire.sampling_fields(request.sampling)}
+        self._optional = model.optional.difference(request.sampling.extra)
         self._keep = None if wire.TOOLS & self._options.keys() else keep
         self._bodies: dict[tuple[str, bool], wire.Body] = {}
 
@@ -86,7 +90,8 @@ class Job:
                 if error.status not in (400, 404, 422):
                     raise
                 done = await self._ask(wire.CHAT, link, samples, keep)
-                refused.add("token ids")
+                if error.status == 404 or "prompt" in error.message:
+                    self._model.endpoints.learn(link.endpoint, "token ids", error.message)
                 return done
         return await self._ask(wire.CHAT, link, samples, keep)
 
@@ -95,18 +100,22 @@ class Job:
         key = path, keep is not None
         body = self._bodies.get(key) or self._bodies.setdefault(key, self._body(*key))
         varying = self._varying(path, samples, link.endpoint.max_model_len)
+        tokens = len(samples) * self.request.sampling.max_tokens
         if keep is None:
-            data = await self._model.ask(link, path, body, varying, link.fetch)
+            fetch = partial(link.fetch, most=room(tokens))
+            data, dropped = await self._model.ask(link, path, body, varying, fetch, self._optional)
             done = wire.read_answer(data, self._places(samples), self._as_tokens)
-            if len(samples) > 1 and len(data["choices"]) < len(samples):
+            if len(data["choices"]) < len(samples) and "n" not in dropped:
                 link.endpoint.refused.add("n")
             return done
         growing, aborted = wire.Growing(), False
-        response = await self._model.ask(link, path, body, varying, link.open)
+        response, _ = await self._model.ask(link, path, body, varying, link.open, self._optional)
         try:
-            async with aclosing(events(response)) as stream:
+            async with aclosing(events(response, room(tokens))) as stream:
                 async for event in stream:
                     grew = growing.add(event)
+                    if growing.events > PIECES_PER_TOKEN * tokens:
+                        raise wire.BadAnswerError(f"sent more than the {tokens} tokens that it was asked for.")
                     if grew and not keep(Partial(self.index, samples[0], growing.text, growing.tokens)):
                         aborted = True
                         break
@@ -123,25 +132,25 @@ class Job:
         sampling, varying = self.request.sampling, dict[str, int]()
         if path == wire.PLAIN and self._ids is not None and max_model_len is not None:
             varying["max_tokens"] = min(sampling.max_tokens, max_model_len - len(self._ids))
-        elif max_model_len is None or sampling.max_tokens < max_model_len:
+        elif sampling.max_tokens < (max_model_len or NO_LIMIT):
             varying["max_tokens"] = sampling.max_tokens  # else: whatever room the context has
         if len(samples) > 1:
             varying["n"] = len(samples)
-        if sampling.seed is not None and sampling.temperature > 0:
+        if sampling.seed is not None and sampling.temperature != 0:
             varying["seed"] = wire.seed_of(sampling.seed, samples[0])
         return varying
 
     def _body(self, path: str, streamed: bool) -> wire.Body:
         prompt, fields = self.request.prompt, dict(self._options)
         if path == wire.CHAT:
-            fields["messages"] = [turn.to_dict() for turn in prompt.turns]
             if prompt.template:
                 fields["chat_template_kwargs"] = {**fields.get("chat_template_kwargs", {}), **prompt.template}
         else:
             fields |= {"prompt": self._ids, "return_token_ids": True}
         if self.request.sampling.logprobs:
             fields["logprobs"] = True if path == wire.CHAT else 0
-        return wire.Body(fields | (wire.STREAM if streamed else {}), f"prompt {self.index}")
+        turns = prompt.turns if path == wire.CHAT else ()
+        return wire.Body(fields | (wire.STREAM if streamed else {}), f"prompt {self.index}", turns)
 
 
 async def make_together(jobs: Sequence[Job], until: float | None) -> list[Completion]:
@@ -153,9 +162,9 @@ async def make_together(jobs: Sequence[Job], until: float | None) -> list[Comple
         BonError: what concerns all of them.
     """
     first = jobs[0]
-    body = first._body(wire.CHAT, streamed=False)
-    messages = [[turn.to_dict() for turn in job.request.prompt.turns] for job in jobs]
-    body = wire.Body({**body.fields, "messages": messages, "return_token_ids": True}, "a batch of prompts")
+    fields = {**first._body(wire.CHAT, streamed=False).fields, "return_token_ids": True}
+    body = wire.Body(fields, "a batch of prompts", batch=[job.request.prompt.turns for job in jobs])
+    most = room(len(jobs) * first.request.sampling.max_tokens)
 
     async def send(link: Link) -> list[Completion]:
         if BATCH in (refused := link.endpoint.refused):
@@ -163,7 +172,8 @@ async def make_together(jobs: Sequence[Job], until: float | None) -> list[Comple
         await first._model.name_at(link)
         varying = first._varying(wire.CHAT, first.request.samples, link.endpoint.max_model_len)
         try:
-            data = await first._model.ask(link, wire.CHAT_BATCH, body, varying, link.fetch)
+            send_all = partial(link.fetch, most=most)
+            data, _ = await first._model.ask(link, wire.CHAT_BATCH, body, varying, send_all, first._optional)
             if len(data.get("choices") or ()) == len(jobs):
                 return wire.read_answer(data, [(job.index, job.request.first_sample) for job in jobs])
         except PromptTooLongError:
@@ -171,7 +181,7 @@ async def make_together(jobs: Sequence[Job], until: float | None) -> list[Comple
         except wire.StatusError as error:
             if error.status in (401, 429, 503):
                 raise
-            if error.status in (400, 413, 422):
+            if error.status not in (404, 405, 501):
                 return []
         except wire.BadAnswerError:
             pass

@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from bon.engines.base import Completion
+from bon.engines.base import Completion, Turn, developer_as_system, fold_system
 from bon.errors import InputError, RefusedError, UnavailableError, UnknownNameError
 from bon.task import canonical_calls
 from bon.types import FinishReason, Sampling, Tokens
@@ -33,18 +33,23 @@ def _names(text: str) -> frozenset[str]:
 # Fields of a request that bon sets itself.
 RESERVED = _names(
     "model messages prompt n stream stream_options temperature top_p top_k min_p max_tokens max_completion_tokens stop "
-    "seed logprobs top_logprobs echo"
+    "seed logprobs echo"
 )
 # What may be passed in Sampling.extra without being named to the engine: OpenAI's own fields.
 EXTRAS = _names(
     "frequency_penalty presence_penalty logit_bias response_format tools tool_choice parallel_tool_calls "
-    "reasoning_effort verbosity user safety_identifier prompt_cache_key service_tier metadata store"
+    "reasoning_effort verbosity user safety_identifier prompt_cache_key service_tier metadata store "
+    "chat_template_kwargs top_logprobs"
 )
 TOOLS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
-# What bon asks for and can do without: dropped where a server refuses it ("max_tokens" gets its newer name).
-OPTIONAL = _names("n logprobs chat_template_kwargs stream_options continuous_usage_stats return_token_ids max_tokens")
+# Roles that a server may refuse: a system message then goes before the first user's, a developer's becomes a system's.
+SYSTEM, DEVELOPER = "the system role", "the developer role"
+# What bon asks for and can do without where a server does not explain what it refuses.
+GUESSED = _names("n logprobs chat_template_kwargs stream_options continuous_usage_stats return_token_ids")
+# What it can do without where a server names it ("max_tokens" gets its newer name).
+OPTIONAL = GUESSED | {"max_tokens", "temperature", SYSTEM, DEVELOPER}
 STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-_DEFAULTS = Sampling()
+_ROLE = re.compile(r"\broles?\b|\b(?:system|developer) (?:message|prompt|instruction)", re.I)
 _NAMES_N = re.compile(r"""['"`]n['"`]|\bn (?:must|should|is|has|=|>)|\bonly one (?:completion )?choice|\bbest_of\b""")
 _FINISH: Mapping[str, FinishReason] = {"length": "length", "max_tokens": "length"}
 
@@ -97,10 +102,9 @@ def check_extra(extra: Collection[str], listed: Collection[str]) -> None:
 
 
 def sampling_fields(sampling: Sampling) -> dict[str, Any]:
-    """Sampling options under the server's names, only where they are set; ``Job`` adds max_tokens and seed."""
-    options = {name: getattr(sampling, name) for name in ("top_p", "top_k", "min_p", "stop")}
-    chosen = {name: value for name, value in options.items() if value != getattr(_DEFAULTS, name)}
-    return {"temperature": sampling.temperature, **chosen, **sampling.extra}
+    """Sampling options under the server's names, only where they are said; ``Job`` adds max_tokens and seed."""
+    options = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p", "stop")}
+    return {name: value for name, value in options.items() if value not in (None, ())} | {**sampling.extra}
 
 
 def seed_of(seed: int, sample: int) -> int:
@@ -115,10 +119,19 @@ def seed_of(seed: int, sample: int) -> int:
 
 @dataclass
 class Body:
-    """A request's body, of which all but what varies between requests is encoded once; ``where`` is for errors."""
+    """A request's body, of which all but what varies between requests is encoded once.
+
+    Args:
+        fields: what it holds, but for the messages.
+        where: what it is about, for errors.
+        turns: the conversation to send as messages.
+        batch: several conversations, in place of ``turns``.
+    """
 
     fields: Mapping[str, Any]
     where: str = "the prompt"
+    turns: tuple[Turn, ...] = ()
+    batch: Sequence[tuple[Turn, ...]] = ()
     _heads: dict[tuple[str, frozenset[str]], bytes] = field(default_factory=dict)
 
     def encode(self, model: str, varying: Mapping[str, int], dropped: frozenset[str]) -> bytes:
@@ -131,6 +144,10 @@ class Body:
             kept = {name: value for name, value in self.fields.items() if name not in dropped}
             if "continuous_usage_stats" in dropped and "stream_options" in kept:
                 kept["stream_options"] = {"include_usage": True}
+            if self.turns:
+                kept["messages"] = _messages(self.turns, dropped)
+            if self.batch:
+                kept["messages"] = [_messages(turns, dropped) for turns in self.batch]
             try:
                 self._heads[model, dropped] = orjson.dumps({**kept, "model": model})[:-1]
             except TypeError as error:
@@ -140,20 +157,41 @@ class Body:
         tail = "".join([f',"{name}":{value}' for name, value in varying.items() if name not in dropped])
         return self._heads[model, dropped] + tail.encode() + b"}"
 
+    def optional(self, varying: Collection[str], dropped: Collection[str]) -> set[str]:
+        """What it holds that bon can do without."""
+        roles = {turn.role for turns in (self.turns, *self.batch) for turn in turns}
+        developer = "developer" in roles and DEVELOPER not in dropped
+        asked = {SYSTEM: "system" in roles or ("developer" in roles and not developer), DEVELOPER: developer}
+        held = {*self.fields, *varying, *(role for role, is_there in asked.items() if is_there)}
+        if "stream_options" in held:
+            held.add("continuous_usage_stats")
+        return (held & OPTIONAL) - {*dropped}
 
-def refusal(error: StatusError, sent: Collection[str], optional: Collection[str]) -> tuple[set[str], bool]:
-    """Which optional fields a 400 or 422 is about, and whether it says so (else: all that were sent, a guess)."""
-    stats = {"continuous_usage_stats"} if "stream_options" in sent else set()
-    present = ({*sent} | stats) & {*optional}
+
+def _messages(turns: tuple[Turn, ...], dropped: Collection[str]) -> list[dict[str, Any]]:
+    if DEVELOPER in dropped:
+        turns = developer_as_system(turns)
+    if SYSTEM in dropped:
+        turns = fold_system(turns) or turns
+    return [turn.to_dict() for turn in turns]
+
+
+def refused_field(error: StatusError, optional: Collection[str], sent: Collection[str]) -> str | None:
+    """Which one of the optional fields a refusal names; None where it names none of them, or another that was sent."""
     text = f"{error.param} {error.message}".lower()
-    named = {name for name in present - {"n", "max_tokens"} if re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)}
-    if "continuous_usage_stats" in named:
-        named.discard("stream_options")  # which it is a part of
-    if "n" in present and (error.param == "n" or _NAMES_N.search(text)):
-        named.add("n")
-    if "max_tokens" in present and "max_completion_tokens" in text:
-        named.add("max_tokens")
-    return (named, True) if named else (present - {"max_tokens"}, False)
+    if "max_tokens" in optional and "max_completion_tokens" in text:
+        return "max_tokens"
+    if "n" in optional and (error.param == "n" or _NAMES_N.search(text)):
+        return "n"
+    if error.param in sent and error.param not in optional:
+        return None
+    names = {name: re.search(rf"(?<![a-z_]){name}(?![a-z_])", text) for name in {*optional} - {"n", "max_tokens"}}
+    places = {name: found.start() for name, found in names.items() if found}
+    if "continuous_usage_stats" in places:
+        return "continuous_usage_stats"  # which is a part of ``stream_options``
+    if not places and _ROLE.search(text):
+        return next((role for role in (DEVELOPER, SYSTEM) if role in optional), None)
+    return min(places, key=places.__getitem__, default=None)
 
 
 _LIMIT = re.compile(
@@ -234,7 +272,9 @@ def _read_choice(choice: Mapping[str, Any], as_tokens: AsTokens | None) -> dict[
     """The fields of ``Completion`` that a choice has."""
     message, reason = choice.get("message"), choice.get("finish_reason")
     calls: tuple[Mapping[str, Any], ...] = ()
+    reasoning = refusal = ""
     if isinstance(message, Mapping):
+        reasoning, refusal = said_apart(message)
         text = _content(message.get("content"))
         calls = tuple(message.get("tool_calls") or ())
     elif isinstance(choice.get("text"), str):
@@ -260,7 +300,16 @@ def _read_choice(choice: Mapping[str, Any], as_tokens: AsTokens | None) -> dict[
         "finish_reason": _FINISH.get(str(reason), "stop"),
         "tokens": as_tokens(ids, text) if as_tokens and ids else None,
         "tool_calls": calls,
+        "reasoning": reasoning,
+        "refusal": refusal,
+        "top_logprobs": top_logprobs(choice.get("logprobs")),
     }
+
+
+def said_apart(message: Mapping[str, Any]) -> tuple[str, str]:
+    """What a message, or a piece of one, says beside its content: what the model thought, and why it refuses."""
+    thought, refusal = message.get("reasoning_content") or message.get("reasoning"), message.get("refusal")
+    return thought if isinstance(thought, str) else "", refusal if isinstance(refusal, str) else ""
 
 
 def _content(content: object) -> str:
@@ -292,6 +341,17 @@ def read_logprobs(logprobs: object) -> tuple[tuple[float, ...] | None, tuple[str
         return None, None
     known = isinstance(texts, list) and len(texts) == len(values) and all(isinstance(t, str) for t in texts)
     return tuple(map(float, values)), tuple(texts or ()) if known else None
+
+
+def top_logprobs(logprobs: object) -> tuple[Sequence[Mapping[str, Any]], ...]:
+    """The likeliest tokens at each place of a chat answer, as the server gave them; () where it gave none."""
+    content = logprobs.get("content") if isinstance(logprobs, Mapping) else None
+    likely = [item.get("top_logprobs") or [] for item in content or () if isinstance(item, Mapping)]
+    if not any(likely) or not all(
+        isinstance(t, Mapping) and _is_logprob(t.get("logprob")) for ts in likely for t in ts
+    ):
+        return ()
+    return tuple(likely)
 
 
 def read_usage(usage: object) -> tuple[int, int, int]:
@@ -334,6 +394,8 @@ class Growing:
     """A completion that comes in pieces."""
 
     text: str = ""
+    reasoning: list[str] = field(default_factory=list)
+    refusal: list[str] = field(default_factory=list)
     events: int = 0  # chunks with text: about one token each
     finish_reason: str | None = None
     logprobs: list[float] = field(default_factory=list)
@@ -358,6 +420,9 @@ class Growing:
                 return False
             delta = choice.get("delta")
             piece = _content(delta.get("content") if isinstance(delta, Mapping) else choice.get("text"))
+            thought, refusal = said_apart(delta if isinstance(delta, Mapping) else {})
+            self.reasoning.append(thought)
+            self.refusal.append(refusal)
             logprobs, pieces = read_logprobs(choice.get("logprobs"))
             self.text += piece
             self.events += bool(piece)
@@ -383,7 +448,9 @@ class Growing:
         if self.finish_reason is None and not aborted:
             raise BadAnswerError("broke off in the middle of an answer.")
         known = {"token_logprobs": self.logprobs, "tokens": self.pieces} if len(self.logprobs) >= self.events else None
-        choice = {"text": self.text, "finish_reason": self.finish_reason, "token_ids": self.ids, "logprobs": known}
+        apart = {"reasoning": "".join(self.reasoning), "refusal": "".join(self.refusal)}
+        message = {"content": self.text, **apart}
+        choice = {"finish_reason": self.finish_reason, "token_ids": self.ids, "logprobs": known, "message": message}
         prompt, _, cached = read_usage(self.usage)
         usage = {"prompt_tokens": prompt, "completion_tokens": self.tokens}
         return {"choices": [choice], "usage": {**usage, "prompt_tokens_details": {"cached_tokens": cached}}}

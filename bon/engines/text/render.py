@@ -5,7 +5,7 @@ hold control tokens (``<|im_end|>``, ``<think>``, ...); whatever comes from user
 of the tokenizer that knows none of them, so the same characters inside a message are plain characters. For ordinary
 conversations the ids are those of ``tokenizer.apply_chat_template(..., tokenize=True)``.
 
-It does not continue an unfinished assistant turn, and knows no tools and no images.
+An assistant's turn at the end is continued: nothing of the template comes behind it. It knows no tools and no images.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.meta
 
-from bon.engines.base import Piece, Prompt, Turn
+from bon.engines.base import Piece, Prompt, Turn, developer_as_system, fold_system
 from bon.engines.text.vocabulary import PlainEncoder
 from bon.errors import InputError, UnknownNameError
 from bon.types import Tokens
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 _PAD = "\t\t \t\t"  # white space around a placeholder: a template that trims a content takes it away
 _SLOT = re.compile(rf"({_PAD})?BONxSLOTx(\d+)xEND({_PAD})?")
+_MOST_WAITING = 8  # tokens whose text is held back
+_MOST_TURNS = 64  # of a conversation whose rendering is worth keeping
+_MOST_SKELETONS = 256
 _ALWAYS_ACCEPTED = {"enable_thinking"}  # callers pass it without knowing the template
 
 
@@ -90,8 +94,8 @@ class Renderer:
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self.end_ids: frozenset[int] = frozenset((*eos_ids, *own, *(() if self.end_id is None else (self.end_id,))))
 
-    def render(self, prompt: Prompt, *, generation: bool = True) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the assistant's answer starts; without ``generation`` to its end.
+    def render(self, prompt: Prompt, *, closed: bool = False) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the assistant's answer starts or goes on; ``closed`` ends it there.
 
         Every piece of a turn is encoded by itself; a ``Tokens`` piece of the same vocabulary is taken as it is, unless
         it holds control tokens or the template trims it.
@@ -100,7 +104,7 @@ class Renderer:
             InputError: the chat template refuses this sequence of roles, or a turn is about tools.
         """
         prompt.refuse_tools("an engine that runs the model here")
-        turns, parts = self._skeleton(prompt, generation)
+        turns, parts = self._skeleton(prompt, closed)
         ids: list[int] = []
         text, inner = "", False  # plain text not yet encoded, and whether it continues a run of plain text
         for part in parts:
@@ -147,33 +151,36 @@ class Renderer:
     def as_tokens(self, ids: Sequence[int], text: str) -> Tokens | None:
         """The ids of a completion without special tokens, or None where they do not decode to ``text``."""
         kept = tuple(i for i in ids if i not in self.plain.special_ids)
-        while kept and len(self.decode(kept)) > len(text):
-            kept = kept[:-1]
-        return Tokens(text, kept, self.fingerprint) if self.decode(kept) == text else None
+        if self.decode(kept) != text:  # cut before a stop string, or the ids of something else
+            fits = bisect_right(range(len(kept)), len(text), key=lambda count: len(self.decode(kept[:count])))
+            kept = kept[: max(0, fits - 1)]
+            if self.decode(kept) != text:
+                return None
+        return Tokens(text, kept, self.fingerprint)
 
     def _known_ids(self, piece: Piece) -> tuple[int, ...] | None:
         if isinstance(piece, str) or piece.vocabulary != self.fingerprint or self.plain.control_ids & set(piece.ids):
             return None
         return piece.ids
 
-    def _skeleton(self, prompt: Prompt, generation: bool) -> tuple[tuple[Turn, ...], list[_Part]]:
+    def _skeleton(self, prompt: Prompt, closed: bool) -> tuple[tuple[Turn, ...], list[_Part]]:
         """The template's pieces for these roles, and the turns they ask for (system turns folded where refused)."""
         turns = self._known_roles(prompt.turns)
         try:
-            return turns, self._parts(tuple(t.role for t in turns), prompt.template, generation)
+            return turns, self._parts(tuple(t.role for t in turns), prompt.template, closed)
         except _RefusedError as refusal:
-            folded = _fold_system(turns)
+            folded = fold_system(turns)
             if folded is None:
                 raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
         try:
-            return folded, self._parts(tuple(t.role for t in folded), prompt.template, generation)
+            return folded, self._parts(tuple(t.role for t in folded), prompt.template, closed)
         except _RefusedError as refusal:
             raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
 
     def _known_roles(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         if "developer" in str(self.tokenizer.chat_template):
             return turns
-        return tuple(Turn("system", t.pieces) if t.role == "developer" else t for t in turns)
+        return developer_as_system(turns)
 
     def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
         template = self.tokenizer.chat_template or ""
@@ -183,15 +190,22 @@ class Renderer:
             if name not in known | _ALWAYS_ACCEPTED:
                 raise UnknownNameError("chat template argument", name, known)
 
-    def _parts(self, roles: tuple[str, ...], arguments: Mapping[str, Any], generation: bool) -> list[_Part]:
-        key = (roles, generation, *((name, repr(value)) for name, value in sorted(arguments.items())))
+    def _parts(self, roles: tuple[str, ...], arguments: Mapping[str, Any], closed: bool) -> list[_Part]:
+        key = (roles, closed, *((name, repr(value)) for name, value in sorted(arguments.items())))
         if key not in self._skeletons:
             self._check_arguments(arguments)
-            parts = self._split(self._apply(roles, {**self._kwargs, **arguments}, generation=generation))
+            continued = roles[-1] == "assistant"
+            parts = self._split(self._apply(roles, {**self._kwargs, **arguments}, generation=not continued))
+            if continued and not closed:
+                parts = _up_to(len(roles) - 1, parts)
             if missing := set(range(len(roles))) - {p.turn for p in parts if isinstance(p, _Slot)}:
                 raise _RefusedError(f"it leaves out the {roles[min(missing)]} message")
             if not self.tokenizer.chat_template:
                 parts = [*self.plain.start_ids, *parts]
+            if len(roles) > _MOST_TURNS:
+                return parts
+            if len(self._skeletons) == _MOST_SKELETONS:
+                del self._skeletons[next(iter(self._skeletons))]
             self._skeletons[key] = parts
         return self._skeletons[key]
 
@@ -237,28 +251,32 @@ class Renderer:
 class TextStream:
     """Decodes one completion as it grows; bytes of an unfinished character are held back."""
 
-    __slots__ = ("_decode", "_ids", "_read", "_start", "text")
+    __slots__ = ("_decode", "_ids", "_read", "_skipped", "_start", "count", "text")
 
     def __init__(self, renderer: Renderer) -> None:
-        self._decode = renderer.decode
+        self._decode, self._skipped = renderer.decode, renderer.plain.special_ids
         self._ids: list[int] = []
         self._start = 0  # decoding restarts here, a few tokens back, so that joined pieces come out right
         self._read = 0  # tokens whose text is in ``text``
+        self.count = 0  # tokens pushed so far, special ones included
         self.text = ""
 
-    @property
-    def count(self) -> int:
-        """Tokens pushed so far."""
-        return len(self._ids)
-
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: Sequence[int]) -> str:
         """Add token ids; return all the text that is certain so far."""
-        self._ids += ids
+        self.count += len(ids)
+        self._ids += [i for i in ids if i not in self._skipped]
         before = self._decode(self._ids[self._start : self._read])
-        now = self._decode(self._ids[self._start :])
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            self.text += now[len(before) :]
-            self._start, self._read = self._read, len(self._ids)
+        # A character has four bytes at most, so of tokens that have waited for long at most three still wait for it.
+        for held in range(4) if len(self._ids) - self._read > _MOST_WAITING else (0,):
+            end = len(self._ids) - held
+            now = self._decode(self._ids[self._start : end])
+            if len(now) > len(before) and not now.endswith("\ufffd"):
+                break
+        else:
+            if not held:
+                return self.text
+        self.text += now[len(before) :]
+        self._start, self._read = self._read, end
         return self.text
 
 
@@ -266,15 +284,11 @@ class _RefusedError(Exception):
     """The chat template refused a sequence of roles."""
 
 
-def _fold_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...] | None:
-    """Put the system text in front of the first user turn; None where there is nothing to fold."""
-    system: tuple[Piece, ...] = tuple(p for t in turns if t.role == "system" for p in (*t.pieces, "\n\n"))
-    rest = [t for t in turns if t.role != "system"]
-    first = next((i for i, t in enumerate(rest) if t.role == "user"), None)
-    if not system or first is None:
-        return None
-    rest[first] = Turn("user", (*system, *rest[first].pieces))
-    return tuple(rest)
+def _up_to(turn: int, parts: list[_Part]) -> list[_Part]:
+    """The parts up to a turn's content, whose end is as it is given: a completion goes on from it."""
+    at = max((i for i, part in enumerate(parts) if isinstance(part, _Slot) and part.turn == turn), default=-1)
+    last = parts[at]
+    return [*parts[:at], replace(last, trim_right=False)] if isinstance(last, _Slot) else parts
 
 
 def _trimmed(pieces: Sequence[Piece], slot: _Slot) -> Sequence[Piece]:

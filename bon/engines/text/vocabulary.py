@@ -87,27 +87,33 @@ class PlainEncoder:
         return text
 
     def _encode(self, text: str) -> list[int]:
-        if self._clone is not None:
-            # Behind the anchor, as template text stands behind a control token: what a tokenizer does at the very
-            # start of a text (a word-start mark) it does there or not, exactly as in the whole string.
-            ids = list(self._clone.encode(self._anchor + text, add_special_tokens=False).ids)[1:]
-        else:
-            ids = list(self._tokenizer.encode(text, add_special_tokens=False))
-        if self._forbidden.isdisjoint(ids):
-            return ids
-        return self._encode_apart(text)
+        ids = self._raw(text)
+        return ids if self._forbidden.isdisjoint(ids) else self._encode_apart(text)
 
     def _encode_apart(self, text: str) -> list[int]:
         """Encode a text whose own characters make a control token: that token's characters go one by one."""
-        match = self._pattern.search(text)
-        if match is None or len(text) == 1:
-            return [i for char in text for i in self._raw(char) if i not in self._forbidden]
-        middle = [i for char in match[0] for i in self._raw(char) if i not in self._forbidden]
-        before, after = text[: match.start()], text[match.end() :]
-        return [*(self._encode(before) if before else []), *middle, *(self._encode(after) if after else [])]
+        ids: list[int] = []
+        at = 0
+        for match in self._pattern.finditer(text):
+            ids += self._allowed(text[at : match.start()])
+            for char in match[0]:
+                ids += self._allowed(char)
+            at = match.end()
+        return ids + self._allowed(text[at:])
+
+    def _allowed(self, text: str) -> list[int]:
+        """Encode; characters that still come out as control tokens are left out."""
+        if not text:
+            return []
+        ids = self._raw(text)
+        if self._forbidden.isdisjoint(ids):
+            return ids
+        return [i for char in text for i in self._raw(char) if i not in self._forbidden]
 
     def _raw(self, text: str) -> list[int]:
         if self._clone is not None:
+            # Behind the anchor, as template text stands behind a control token: what a tokenizer does at the very
+            # start of a text (a word-start mark) it does there or not, exactly as in the whole string.
             return list(self._clone.encode(self._anchor + text, add_special_tokens=False).ids)[1:]
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 

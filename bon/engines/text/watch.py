@@ -5,7 +5,7 @@ Used by every engine that decodes tokens itself, so that stop strings and ``keep
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from bon.engines.base import Keep, Partial
 from bon.engines.text.render import Renderer, TextStream
@@ -43,7 +43,7 @@ class Watch:
         """What ``keep`` is asked about."""
         return Partial(self._index, self._sample, self._stream.text, self._stream.count)
 
-    def push(self, ids: Iterable[int], *, ended: bool = False, ask: bool = False) -> tuple[FinishReason, str] | None:
+    def push(self, ids: Sequence[int], *, ended: bool = False, ask: bool = False) -> tuple[FinishReason, str] | None:
         """Add tokens; say why the completion is over and what its text is, or None when it goes on.
 
         Args:

@@ -18,7 +18,7 @@ from bon.engines.text.render import Renderer
 from bon.engines.text.watch import KEEP_EVERY, Watch
 from bon.engines.torch.rows import Rows
 from bon.engines.torch.sampling import Uniforms, choose, row_key
-from bon.types import FinishReason, Sampling
+from bon.types import Drawing, FinishReason
 
 MAX_ROWS = 256  # rows of one batch: bounds the logits; a row costs no less in a larger batch
 
@@ -93,7 +93,7 @@ class Batch:
         rows: fresh rows, nothing prefilled.
         jobs: the prompts and samples of this batch.
         renderer: decodes, and knows which tokens end a completion.
-        sampling: how tokens are chosen; what differs from job to job is read from the jobs.
+        drawing: how tokens are chosen; what differs from job to job is read from the jobs.
         keep: ``keep`` of ``Generates.generate``, for many completions at once.
         counted: requests whose prompt a completion has carried already; those of this batch are added.
     """
@@ -103,12 +103,12 @@ class Batch:
         rows: Rows,
         jobs: Sequence[Job],
         renderer: Renderer,
-        sampling: Sampling,
+        drawing: Drawing,
         keep: KeepAll | None,
         counted: set[int],
     ) -> None:
         self._rows, self._jobs, self._renderer = rows, jobs, renderer
-        self._sampling, self._keep, self._counted = sampling, keep, counted
+        self._drawing, self._keep, self._counted = drawing, keep, counted
         self._job = np.repeat(np.arange(len(jobs)), [len(j.samples) for j in jobs])
         self._sample = np.concatenate([np.arange(j.samples.start, j.samples.stop) for j in jobs])
         self._limit = np.array([j.limit for j in jobs])[self._job]
@@ -120,7 +120,7 @@ class Batch:
         self._steps = 0
         pairs = [(jobs[int(j)], int(s)) for j, s in zip(self._job, self._sample, strict=True)]
         self._uniforms: Uniforms | None = None
-        if sampling.temperature > 0:
+        if drawing.temperature > 0:
             self._uniforms = Uniforms(np.stack([row_key(job.seed, job.ids, s) for job, s in pairs]))
         stops = any(job.stop for job in jobs)
         self._watch_every = 1 if stops else KEEP_EVERY if keep else 0
@@ -134,7 +134,7 @@ class Batch:
             uniforms = None
             if self._uniforms is not None:
                 uniforms = torch.from_numpy(self._uniforms.next()).to(logits.device, torch.float32)
-            tokens, logprobs = choose(logits, self._sampling, uniforms)
+            tokens, logprobs = choose(logits, self._drawing, uniforms)
             done = self._append(tokens.cpu().numpy(), logprobs.cpu().numpy(), emit)
             if done.all():
                 return

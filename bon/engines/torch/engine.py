@@ -27,6 +27,7 @@ from bon.engines.base import (
     check_pairs,
     too_long,
 )
+from bon.engines.defaults import own_drawing
 from bon.engines.loading import load
 from bon.engines.memory import available_bytes, give_back, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
@@ -38,6 +39,7 @@ from bon.engines.torch.threads import choose_threads
 from bon.engines.torch.worker import Call, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
 from bon.mini import shown_name
+from bon.types import Drawing
 
 _MEMORY_SHARE = 0.25  # of the memory that is free once the weights are there, for keys and values
 _MOST_ON_CPU = 3 << 27  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
@@ -111,6 +113,7 @@ class TorchEngine:
         self.renderer = Renderer(
             tokenizer, chat_template_kwargs, chat_template=chat_template, eos_ids=_eos_ids(self._model)
         )
+        self._drawing, _ = own_drawing(self.name, _generation_config(self._model), penalises=False)
         self.max_model_len = context_of(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
         pack(self._model)
@@ -165,22 +168,20 @@ class TorchEngine:
         for i, error in errors.items():
             for sample in requests[i].samples:
                 call.emit(Completion.failed(i, sample, error))
-        groups: dict[tuple[float, ...], list[int]] = {}
+        groups: dict[Drawing, list[int]] = {}
         for i, request in enumerate(requests):
             if i not in errors:
-                s = request.sampling
-                groups.setdefault((s.temperature, s.top_p, s.top_k, s.min_p), []).append(i)
+                groups.setdefault(request.sampling.drawing_on(self._drawing), []).append(i)
         counted: set[int] = set()
-        for group in groups.values():
-            sampling = requests[group[0]].sampling
-            drafts = sampling.temperature == 0 and all(requests[i].n == 1 for i in group)
+        for drawing, group in groups.items():
+            drafts = drawing.temperature == 0 and all(requests[i].n == 1 for i in group)
             jobs = [self._job(i, requests[i], rendered[i], drafts) for i in group]
             path = self._paths.choose(
                 [job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs), call.check
             )
             for batch in batches([jobs[at] for at in path.order], self.max_batch_tokens, path.cost):
                 asked = None if keep is None else _in_event_loop(keep, call)
-                Batch(path.rows(), batch, self.renderer, sampling, asked, counted).run(call.emit)
+                Batch(path.rows(), batch, self.renderer, drawing, asked, counted).run(call.emit)
 
     def _job(self, index: int, request: Request, ids: tuple[int, ...], drafts: bool) -> Job:
         sampling = request.sampling
@@ -225,17 +226,18 @@ class TorchEngine:
         """
         most, positions = self._pass
         batch: list[int] = []
+        real = longest = asked = 0  # tokens in sum, of the longest, and of the longest continuation
         for i in order:
-            together = [*batch, i]
-            real = sum(own[j] for j in together)
+            real, longest, asked = real + own[i], max(longest, lengths[i]), max(asked, wanted[i])
             large = real > min(self.max_batch_tokens, _RATED_PASSES * most)
             if pads:
-                tokens = len(together) * max(lengths[j] for j in together)
+                rows = len(batch) + 1
+                tokens = rows * longest
                 large = tokens > min(most, self.max_batch_tokens) or tokens - real > _PADDING * tokens
-                large |= len(together) * max(wanted[j] for j in together) > positions
+                large |= rows * asked > positions
             if batch and large:
                 yield batch
-                batch = []
+                batch, real, longest, asked = [], own[i], lengths[i], wanted[i]
             batch.append(i)
         if batch:
             yield batch
@@ -269,9 +271,15 @@ def _in_event_loop(keep: Keep, call: Call) -> KeepAll:
     return ask
 
 
+def _generation_config(model: Any) -> dict[str, Any]:
+    """What a model's generation_config.json says."""
+    config = getattr(model, "generation_config", None)
+    return {} if config is None else dict(config.to_diff_dict())
+
+
 def _eos_ids(model: Any) -> tuple[int, ...]:
     """End tokens of the generation config, which may name none, one or several."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    eos = _generation_config(model).get("eos_token_id")
     return tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
 
 

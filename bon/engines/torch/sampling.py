@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bon.types import Sampling
+from bon.types import Drawing
 
 _CHUNK = 64  # uniforms drawn at a time for one row
 _NUCLEUS = 1024  # likeliest tokens looked at before a whole vocabulary is sorted
@@ -58,12 +58,12 @@ class Uniforms:
         self._keys, self._chunk = self._keys[order], self._chunk[order]
 
 
-def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, drawing: Drawing, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     """Draw one token per row; its log-probability is the model's own, before temperature and filters.
 
     Args:
         logits: shape (rows, vocabulary).
-        sampling: temperature 0, or nearly 0, takes the likeliest token. The order of the rest is vLLM's: temperature,
+        drawing: temperature 0, or nearly 0, takes the likeliest token. The order of the rest is vLLM's: temperature,
             min-p, top-k, top-p.
         uniforms: shape (rows,), in [0, 1), on the logits' device; not read at temperature 0.
 
@@ -71,18 +71,18 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> tuple
         Token ids and log-probabilities, both of shape (rows,).
     """
     logits = logits.float()
-    if sampling.temperature < _COLDEST or uniforms is None:
+    if drawing.temperature < _COLDEST or uniforms is None:
         tokens = logits.argmax(-1)
     else:
-        tokens = _draw(logits / sampling.temperature, sampling, uniforms.float().unsqueeze(-1))
+        tokens = _draw(logits / drawing.temperature, drawing, uniforms.float().unsqueeze(-1))
     return tokens, logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def _draw(scaled: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+def _draw(scaled: Tensor, drawing: Drawing, uniforms: Tensor) -> Tensor:
     vocabulary = scaled.shape[-1]
-    top_k = sampling.top_k if 0 < sampling.top_k < vocabulary else 0
-    floor = math.log(sampling.min_p) if sampling.min_p > 0 else None
-    if not top_k and sampling.top_p >= 1:
+    top_k = drawing.top_k if 0 < drawing.top_k < vocabulary else 0
+    floor = math.log(drawing.min_p) if drawing.min_p > 0 else None
+    if not top_k and drawing.top_p >= 1:
         if floor is not None:
             scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + floor, -math.inf)
         return _invert(scaled.softmax(-1), uniforms)
@@ -100,15 +100,15 @@ def _draw(scaled: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
             total = values.logsumexp(-1, keepdim=True)
     probabilities = (values - total).exp()
     before = probabilities.cumsum(-1) - probabilities
-    chosen = ids.gather(-1, _invert(probabilities * (before < sampling.top_p), uniforms).unsqueeze(-1)).squeeze(-1)
+    chosen = ids.gather(-1, _invert(probabilities * (before < drawing.top_p), uniforms).unsqueeze(-1)).squeeze(-1)
     if not top_k and vocabulary > _NUCLEUS:
-        reached = before[:, -1] + probabilities[:, -1] >= sampling.top_p
+        reached = before[:, -1] + probabilities[:, -1] >= drawing.top_p
         if not bool(reached.all()):  # a flat distribution: the nucleus is wider than what was looked at
             rows = (~reached).nonzero().squeeze(-1)
             ranked = kept[rows].sort(dim=-1, descending=True, stable=True)
             probabilities = (ranked.values - total[rows]).exp()
             before = probabilities.cumsum(-1) - probabilities
-            picked = _invert(probabilities * (before < sampling.top_p), uniforms[rows])
+            picked = _invert(probabilities * (before < drawing.top_p), uniforms[rows])
             chosen[rows] = ranked.indices.gather(-1, picked.unsqueeze(-1)).squeeze(-1)
     return chosen
 

@@ -11,7 +11,6 @@ import asyncio
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -21,6 +20,8 @@ from typing import Any
 
 from bon import portal
 from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt, Request, check_pairs, too_long
+from bon.engines.defaults import PENALTY, own_drawing
+from bon.engines.lora import adapter_of
 from bon.engines.text.render import Renderer
 from bon.engines.text.watch import KEEP_EVERY
 from bon.engines.vllm.running import Running, SharedPrompt, last
@@ -60,7 +61,7 @@ class VLLMEngine:
     or what the memory holds where that is less. Any of it can be overridden.
 
     Args:
-        model: a folder or a Hugging Face name.
+        model: a folder or a Hugging Face name; the folder of a LoRA adapter stands for its base with the adapter.
         chat_template: what to use in place of the tokenizer's own template: Jinja text, or the file that holds it.
         chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
         lora: folder of a LoRA adapter to apply.
@@ -88,6 +89,8 @@ class VLLMEngine:
         **options: Any,
     ) -> None:
         self.name = shown_name(model)
+        if lora is None and (adapter := adapter_of(model)) is not None:
+            model, lora = adapter.base, model
         self._lora, lora_options = _lora(lora)
         self._engine: Started | None = start(model, {**lora_options, **options}, threads)
         self._failure: EngineError | None = None
@@ -97,7 +100,9 @@ class VLLMEngine:
             tokenizer = llm.renderer.tokenizer
             if tokenizer is None:
                 raise InputError(f"{self.name!r} has no tokenizer here; name one with tokenizer=...")
-            eos = (llm.model_config.try_get_generation_config() or {}).get("eos_token_id")
+            config = llm.model_config.try_get_generation_config() or {}
+            self._drawing, self._penalty = own_drawing(self.name, config, penalises=True)
+            eos = config.get("eos_token_id")
             ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
             self.renderer = Renderer(tokenizer, chat_template_kwargs, chat_template=chat_template, eos_ids=ends)
             self.max_model_len = int(llm.model_config.max_model_len)
@@ -219,7 +224,7 @@ class VLLMEngine:
         vLLM makes logits of the whole prompt to rate its end.
         """
         sampling = request.sampling
-        if not request.prompt.draft or request.n > 1 or sampling.temperature > 0 or sampling.stop or sampling.extra:
+        if not request.prompt.draft or request.n > 1 or sampling.temperature != 0 or sampling.stop or sampling.extra:
             return ()
         most = min(MOST_DRAFT, sampling.max_tokens - 1, self.max_model_len - len(ids) - 1)
         draft = self.renderer.encode(request.prompt.draft)[:most]
@@ -260,6 +265,9 @@ class VLLMEngine:
     def _params(self, request: Request, ids: Sequence[int], sample: int, keep: Keep | None) -> Any:
         """vLLM's sampling parameters of one sample."""
         sampling, extra = request.sampling, dict(request.sampling.extra)
+        drawing = sampling.drawing_on(self._drawing)
+        if self._penalty is not None and drawing.temperature > 0:
+            extra.setdefault(PENALTY, self._penalty)
         refuse_unknown("sampling option of the vllm engine", extra, EXTRA)
         ends = [] if extra.get("ignore_eos") else sorted(self.renderer.end_ids)
         extra["stop_token_ids"] = [*ends, *extra.get("stop_token_ids", ())]
@@ -276,10 +284,7 @@ class VLLMEngine:
                 refuse_unknown("kind of structured output", extra["structured_outputs"], known)
                 extra["structured_outputs"] = StructuredOutputsParams(**extra["structured_outputs"])
             return SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
+                **drawing._asdict(),
                 max_tokens=max(1, min(sampling.max_tokens, self.max_model_len - len(ids))),
                 seed=None if sampling.seed is None else _seed(sampling.seed, ids, sample),
                 logprobs=0 if sampling.logprobs else None,
@@ -297,14 +302,14 @@ def _seed(seed: int, prompt: Sequence[int], sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest()) >> 1
 
 
-def _lora(adapter: str | Path | None) -> tuple[Any, dict[str, Any]]:
+def _lora(folder: str | Path | None) -> tuple[Any, dict[str, Any]]:
     """A LoRA adapter as vLLM's request and the options that it needs."""
-    if adapter is None:
+    if folder is None:
         return None, {}
-    folder = Path(adapter).expanduser()
-    try:
-        rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelNotFoundError(f"there is no LoRA adapter in {str(adapter)!r} (adapter_config.json).") from error
-    allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
-    return LoRARequest(folder.name, 1, str(folder)), {"enable_lora": True, "max_lora_rank": allowed}
+    adapter = adapter_of(folder)
+    if adapter is None:
+        raise ModelNotFoundError(f"there is no LoRA adapter in {str(folder)!r} (adapter_config.json).")
+    allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= adapter.rank), adapter.rank)
+    request = LoRARequest(adapter.folder.name, 1, str(adapter.folder))
+    tokenizer = {} if adapter.tokenizer is None else {"tokenizer": adapter.tokenizer}
+    return request, {"enable_lora": True, "max_lora_rank": allowed, **tokenizer}

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from bon.engines.base import Completion, Loglikelihood, Partial, Prompt
 from bon.errors import EngineError, PromptTooLongError
 from bon.scorers.base import Pending
+from bon.scorers.flip.repeats import Repeats
 from bon.scorers.parsing import Parsed, Parser
-from bon.similarity import Bound, Match, Similarity, mean_bound
-from bon.types import Score, ScoreStatus, Usage
+from bon.similarity import Bound, Match, Similarity, characters, mean_bound
+from bon.types import REWARDED, Score, ScoreStatus, Usage, without_text
 
-_WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
+_LOOK_AGAIN = 16  # a text is read again when it has grown by this part of its length
+_RUN = 4  # words: that many in a row are seldom the same in an instruction and in its answer by chance
+_ECHO = 0.8  # share of such runs of a reconstruction above which it is a piece of the response
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,9 @@ class Reconstruction:
     matches: dict[int, Match] = field(default_factory=dict)
     bounds: list[float] = field(default_factory=list)
     counters: list[Bound | None] = field(default_factory=list)
+    repeats: list[Repeats] = field(default_factory=list)
+    echoed: bool = False
+    next_look: list[int] = field(default_factory=list)
     spent: Usage = field(default_factory=Usage)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -63,6 +69,8 @@ class Reconstruction:
         instruction = self.pending.task.instruction
         self.counters = [self.similarity.bound(instruction) for _ in range(self.samples)]
         self.bounds = [self.similarity.maximum] * self.samples
+        self.repeats = [Repeats() for _ in range(self.samples)]
+        self.next_look = [0] * self.samples
 
     def restarted(self) -> Reconstruction:
         """Another try with further samples, which remembers what was spent."""
@@ -88,10 +96,15 @@ class Reconstruction:
         return self.pending.group.stop_at is not None
 
     def keep(self, partial: Partial, stop: Iterable[str] = ()) -> bool:
-        """Tighten the bound with what a sample has written so far; False when the candidate cannot win."""
+        """Tighten the bound with what a sample has written so far; False when it repeats itself or cannot win."""
         sample = partial.sample_index - self.first_sample
-        counter = self.counters[sample]
-        settled = self.parser.settled(before_stop(partial.text, stop))
+        if self.repeats[sample].end(partial.text) is not None:
+            return False  # before the bound sees words that ``finish`` will cut off
+        counter, length = self.counters[sample], len(partial.text)
+        settled = None
+        if counter is not None and length >= self.next_look[sample]:
+            self.next_look[sample] = length + length // _LOOK_AGAIN
+            settled = self.parser.settled(before_stop(partial.text, stop))
         with self.lock:
             if counter is not None and settled is not None:
                 self.bounds[sample] = counter.update(settled)
@@ -105,10 +118,16 @@ class Reconstruction:
             parsed = Parsed("failed", None, str(completion.error))
             if isinstance(completion.error, PromptTooLongError):
                 self.too_long = str(completion.error)
+        elif (end := Repeats().end(completion.text)) is not None:
+            parsed = self.parser.parse(completion.text[:end], "length", "the answer repeats itself")
         elif completion.finish_reason != "abort":
             parsed = self.parser.parse(completion.text, completion.finish_reason)
-            if parsed.instruction is not None:
-                match = self.similarity(parsed.instruction, self.pending.task.instruction)
+            if parsed.status == "failed" and not completion.text.strip():
+                reason = without_text(completion.refusal, completion.reasoning, completion.finish_reason)
+                parsed = Parsed("failed", None, reason)
+        if parsed is not None and parsed.instruction is not None:
+            match = self.similarity(parsed.instruction, self.pending.task.instruction)
+            self.echoed |= echoes(parsed.instruction, self.pending.candidate.text)
         with self.lock:
             self.completions[sample] = completion
             if parsed is not None:
@@ -131,14 +150,14 @@ class Reconstruction:
         if len(self.parsed) < len(self.completions):
             return "pruned"
         usable = [p.status for s, p in self.parsed.items() if s in self.matches]
-        return max(usable, key=_WORST_LAST.index) if usable else "failed"
+        return "echo" if self.echoed else max(usable, key=REWARDED.index) if usable else "failed"
 
     @property
     def reward(self) -> float | None:
-        """Mean similarity over the samples that could be parsed."""
+        """Mean similarity over the samples that could be parsed, without the last digit, which is rounding noise."""
         if self.status in ("pruned", "failed"):
             return None
-        return math.fsum(m.f1 for m in self.matches.values()) / len(self.matches)
+        return round(math.fsum(m.f1 for m in self.matches.values()) / len(self.matches), 15)
 
     @property
     def usage(self) -> Usage:
@@ -205,6 +224,18 @@ def _per_token(completion: Completion) -> float | None:
     if completion.cumulative_logprob is None or not completion.completion_tokens:
         return None
     return completion.cumulative_logprob / completion.completion_tokens
+
+
+def echoes(inferred: str, response: str) -> bool:
+    """Whether a reconstruction is a piece of the response: nearly all of its runs of words are."""
+    inside = characters(inferred)
+    size = min(_RUN, len(inside))
+    runs, known = _runs(inside, size), {*_runs(characters(response), size)}
+    return bool(size) and sum(run in known for run in runs) > _ECHO * len(runs)
+
+
+def _runs(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [*zip(*(words[first:] for first in range(size)), strict=False)]
 
 
 def before_stop(text: str, stop: Iterable[str]) -> str:

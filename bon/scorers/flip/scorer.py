@@ -30,6 +30,7 @@ TieBreak = Literal["logprob", "likelihood", "none"]
 TIE_BREAKS: tuple[TieBreak, ...] = ("logprob", "likelihood", "none")
 MAX_TOKENS = 512
 """Tokens of a reconstruction, as in the paper."""
+_SPARE = 64  # tokens of a reconstruction beyond one for each byte of the instruction, which has fewer
 RETRY_TEMPERATURE = 0.7
 
 
@@ -46,7 +47,10 @@ class Flip(ModelScorer):
         similarity: a name in ``bon.similarity.SIMILARITIES``, or a ``Similarity``.
         samples: reconstructions per candidate; the reward is the mean over those that could be parsed.
         sampling: how reconstructions are sampled: a ``Sampling``, or what is to differ from the usual (greedy for one
-            sample, temperature 1 for several, 512 tokens).
+            sample, temperature 1 for several).
+        max_tokens: tokens of a reconstruction. None takes 512 where the model reasons first (a style whose answer is
+            JSON, ``thinking``), and else 64 and one for each byte of the instruction, 512 at most: what is much longer
+            than the instruction has no reward to gain. One that repeats itself is cut off before that.
         tie_break: between equal rewards, "logprob" prefers the likelier reconstruction, "likelihood" the higher mean
             log p(instruction | response), which costs one more prefill. "none" leaves it to the number of tokens and
             the index, and asks for no log-probabilities: they cost up to a tenth of the time where vLLM's batch is
@@ -76,6 +80,7 @@ class Flip(ModelScorer):
         similarity: str | Similarity = "word_f1",
         samples: int = 1,
         sampling: Sampling | Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
         tie_break: TieBreak = "logprob",
         retries: int = 0,
         thinking: bool = False,
@@ -89,9 +94,16 @@ class Flip(ModelScorer):
         self.parser = Parser(parser, self.style.output, thinking)
         self.similarity = as_similarity(similarity)
         self.range = (0.0, self.similarity.maximum)
-        usual = Sampling(temperature=0.0 if samples == 1 else 1.0, max_tokens=MAX_TOKENS)
+        usual = {
+            "temperature": 0.0 if samples == 1 else 1.0,
+            "max_tokens": MAX_TOKENS if max_tokens is None else max_tokens,
+        }
+        said = max_tokens is not None or isinstance(sampling, Sampling) or "max_tokens" in (sampling or {})
+        self._scaled = not said and self.style.output == "text" and not thinking
         if not isinstance(sampling, Sampling):
-            sampling = Sampling.of({**usual.to_dict(), **(sampling or {})})
+            sampling = Sampling.of({**usual, **(sampling or {})})
+        elif max_tokens is not None:
+            sampling = sampling.replace(max_tokens=max_tokens)
         self.sampling = sampling.replace(logprobs=sampling.logprobs or tie_break == "logprob")
         self.tie_break: TieBreak = tie_break
         self.template = {"enable_thinking": thinking}
@@ -152,9 +164,12 @@ class Flip(ModelScorer):
         """Run all reconstructions as one batch and yield each run when its last one ends."""
         sampling = self._held(self.sampling)
         if attempt:
-            sampling = sampling.replace(temperature=max(sampling.temperature, RETRY_TEMPERATURE))
+            sampling = sampling.replace(temperature=max(sampling.drawing.temperature, RETRY_TEMPERATURE))
         keep = _keep(runs, sampling.stop)
-        requests = [Request(run.prompt, sampling, self.samples, run.first_sample, keep is None) for run in runs]
+        requests = [
+            Request(run.prompt, self._limited(sampling, run), self.samples, run.first_sample, keep is None)
+            for run in runs
+        ]
         async with aclosing(self.engine.generate(requests, keep=keep)) as completions:
             async for completion in completions:
                 run = runs[completion.request_index]
@@ -162,6 +177,12 @@ class Flip(ModelScorer):
                     self._drafting.learn(completion)
                 if run.finish(completion):
                     yield run
+
+    def _limited(self, sampling: Sampling, run: Reconstruction) -> Sampling:
+        if not self._scaled:
+            return sampling
+        enough = _SPARE + len(run.pending.task.instruction.encode(errors="surrogatepass"))
+        return sampling if enough >= sampling.max_tokens else sampling.replace(max_tokens=enough)
 
     def _held(self, sampling: Sampling) -> Sampling:
         """Hold the engine to the style's JSON schema where it can be held, and need not think first."""

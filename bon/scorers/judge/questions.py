@@ -12,9 +12,7 @@ from bon.errors import BonError, EngineError, PromptTooLongError
 from bon.scorers.base import Pending
 from bon.scorers.judge.contests import Contest, Shown, Weights, Wins
 from bon.scorers.judge.verdict import Verdict
-from bon.types import Score, ScoreStatus, Usage
-
-_WORST_LAST: tuple[ScoreStatus, ...] = ("ok", "repaired", "fallback")
+from bon.types import REWARDED, Score, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class Case:
         assert self.rewards is not None
         # What a judge is unsure of is not told apart by rounding, whatever the order of the sums.
         reward = round(self.rewards[entrant], 12)
-        status = max((verdict.status for verdict in known), key=_WORST_LAST.index)
+        status = max((verdict.status for verdict in known), key=REWARDED.index)
         reason = next(verdict.reason for verdict in known if verdict.status == status)
         if failed:
             status = "repaired" if status == "ok" else status
