@@ -162,6 +162,41 @@ class WeightedVote(Specified):
 
 
 @dataclass(frozen=True)
+class LowerBound(Specified):
+    """Pick the best by reward minus c standard deviations of it (``Score.spread``): be right rather than bold.
+
+    It ranks, and ``MinReward`` compares, these lower bounds. A candidate whose spread is unknown is not picked.
+
+    Args:
+        c: how many standard deviations.
+    """
+
+    c: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= number("c", self.c) < math.inf:
+            raise InputError(f"lcb:c takes a number >= 0 of standard deviations, got {self.c!r}.")
+
+    def bounds(self, scores: Sequence[Score]) -> Array:
+        """The lower bound of each candidate, NaN where there is none.
+
+        Raises:
+            InputError: no reward comes with a spread.
+        """
+        known = [score.reward is not None and score.spread is not None for score in scores]
+        if not any(known):
+            raise InputError(
+                "the selector lcb needs rewards whose spread is known, and this scorer knows none: head:FILE does, "
+                "and flip:MODEL,samples=4."
+            )
+        return _floats([s.reward for s in scores]) - self.c * _floats([s.spread for s in scores])
+
+    def __call__(self, rewards: Array, order: Order, texts: Sequence[str], /) -> Selection:
+        """Select, by what ``bounds`` gave."""
+        return Best()(rewards, order, texts)
+
+
+@dataclass(frozen=True)
 class MinReward(Specified):
     """Abstain when the best reward is below ``least``; otherwise leave the choice to ``selector``.
 
@@ -186,7 +221,7 @@ def only_the_best_counts(selector: Selector) -> bool:
 
 
 def as_selector(spec: str | Selector, min_reward: float | None = None, *, seed: int | None = None) -> Selector:
-    """Read a selector's spec ("best", "top-k:3", "softmax:0.5", "vote:REGEX"); a selector passes through.
+    """Read a selector's spec ("best", "top-k:3", "softmax:0.5", "vote:REGEX", "lcb:1"); a selector passes through.
 
     Args:
         spec: what to read.
@@ -220,6 +255,9 @@ def select(selector: Selector, scores: Sequence[Score], candidates: Sequence[Can
     if [s.candidate for s in scores] != [c.index for c in candidates]:
         raise UserCodeError(f"{len(scores)} scores do not belong to {len(candidates)} candidates one by one.")
     rewards = _floats([s.reward for s in scores])
+    inner = selector.selector if isinstance(selector, MinReward) else selector
+    if isinstance(inner, LowerBound) and not np.isnan(rewards).all():
+        rewards = inner.bounds(scores)
     bounds = _floats([s.upper_bound if s.status == "pruned" else None for s in scores])
     order = rank(rewards, _floats([s.tie_break for s in scores]), _floats([s.tokens for s in scores]), bounds)
     if np.isnan(rewards).all():

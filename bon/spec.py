@@ -358,6 +358,7 @@ SCORERS = Registry(
         "slot": "bon.scorers.slot:Slot",
         "forward": "bon.scorers.forward:ForwardLikelihood",
         "implicit": "bon.scorers.forward:Implicit",
+        "head": "bon.scorers.head:Head",
         "logprob": "bon.scorers.free:Logprob",
         "majority": "bon.scorers.free:Majority",
         "longest": "bon.scorers.free:Longest",
@@ -373,6 +374,7 @@ SELECTORS = Registry(
         "top-k": "bon.selectors:TopK",
         "softmax": "bon.selectors:Softmax",
         "vote": "bon.selectors:WeightedVote",
+        "lcb": "bon.selectors:LowerBound",
     },
 )
 BUDGETS = Registry("budget", {"fixed": "bon.budget:Fixed", "stop-at": "bon.budget:StopAt"})

@@ -253,6 +253,8 @@ class Score:
         parts: rewards that this one is made of, by name.
         details: what this kind of scorer alone knows, a dataclass of its own (``FlipDetails``).
         tie_break: larger wins between equal rewards (mean log-probability of the reconstruction).
+        spread: standard deviation of the reward, in its unit, where the scorer knows it: a head's, or the standard
+            error of the mean of several samples. The selector ``lcb`` goes by it.
         upper_bound: for "pruned": the reward could not have exceeded this.
         usage: tokens that this score cost.
         error: what went wrong where that says nothing about the candidate (the scorer's model cannot be reached). Such
@@ -273,6 +275,7 @@ class Score:
     parts: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     details: Any = None
     tie_break: float | None = None
+    spread: float | None = None
     upper_bound: float | None = None
     usage: Usage = field(default_factory=Usage)
     error: BonError | None = None

@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 import tiny
+from planted import trained
 from scoring import Own, scored
 from scoring import group_of as plain_group_of
 
@@ -62,6 +63,8 @@ WAYS = [
     "flip:tie_break=likelihood",
     "implicit:mini,reference=mini",
     "majority:number",
+    "head:probe",
+    "head:bnrm",
     "judge:style=pairwise,reasoning=false",
     "judge:style=pairwise,pairs=knockout,reasoning=false",
     "judge:style=listwise,times=2,reasoning=false",
@@ -89,8 +92,12 @@ def classifier(tmp_path_factory):
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: way if isinstance(way, str) else getattr(way, "__name__", repr(way)))
-def scorer(request, pool, classifier):
+def scorer(request, pool, classifier, tmp_path):
     way = request.param.replace("TINY", str(classifier)) if isinstance(request.param, str) else request.param
+    if isinstance(way, str) and way.startswith("head:"):
+        reader = pool.engine("mini")
+        sizes = {"fingerprint": reader.fingerprint, "width": 128}
+        way = f"head:{trained(tmp_path, way.removeprefix('head:'), **sizes)},model=mini"
     return pool.scorer(SCORERS.make(way, {"sampling": {"max_tokens": 24}}) if isinstance(way, str) else way)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``bon run``, ``rerank``, ``eval``, ``models``, ``fetch``, ``tasks``, ``bench``, ...
+"""The command line: ``bon run``, ``rerank``, ``eval``, ``models``, ``fetch``, ``tasks``, ``bench``, ``train``, ...
 
 Results go to standard output, everything else to standard error. Exit codes: 0; 2 for bad usage or input; 130 after
 Ctrl-C; 1 otherwise. Commands import what they need when they run, so ``bon --help`` loads no model library.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from bon import __version__
-from bon.cli import bench, doctor, evaluate, models, rerank, run, serve, tasks
+from bon.cli import bench, doctor, evaluate, models, rerank, run, serve, tasks, train
 from bon.cli.terminal import INTERRUPTED, StoppedError, say, sentence, shown_log
 from bon.errors import BonError, InputError
 
@@ -52,6 +52,7 @@ app.command("tasks")(tasks.tasks)
 app.command("bench")(bench.bench)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
+app.add_typer(train.app, name="train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

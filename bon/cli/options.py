@@ -89,7 +89,10 @@ class Choice:
     selector: Annotated[
         str | None,
         option(
-            _SCORING, "--selector", metavar="SELECTOR", help="best (the default), top-k:3, softmax:0.5, vote:REGEX."
+            _SCORING,
+            "--selector",
+            metavar="SELECTOR",
+            help="best (the default), top-k:3, softmax:0.5, vote:REGEX, lcb:1.",
         ),
     ] = None
     min_reward: Annotated[

@@ -1,8 +1,8 @@
 """The engine contract: what a language model behind bon can do, each ability a small protocol of its own.
 
 An engine has a name, a context and ``aclose``; beyond that ``Generates`` samples completions, ``Rates`` gives
-log-probabilities of given ones and ``Classifies`` the logits of a classification head. Which of them an engine has is
-found by ``isinstance``, never by trying. Nothing here imports torch, vllm or an HTTP client.
+log-probabilities of given ones, ``Classifies`` the logits of a classification head and ``Reads`` hidden states. Which
+of them an engine has is found by ``isinstance``, never by trying. Nothing here imports torch, vllm or an HTTP client.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from bon.errors import BonError, InputError, PromptTooLongError
 from bon.task import Message, openai_message
@@ -288,6 +291,31 @@ class Classification:
         return cls((), error=error)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What a model holds of a response after it has read it.
+
+    Args:
+        pools: shape (layers, width), float32: of each layer that was asked for, the mean hidden state over the
+            response's tokens.
+        last: shape (width,), float32: the last layer's hidden state at the response's last token, which is what the
+            model goes on from; at the end of the turn, a token that chat models are not trained to continue, it says
+            little.
+        tokens: how many tokens were read, the prompt's among them.
+        error: why it could not be read; None when it was.
+    """
+
+    pools: npt.NDArray[np.float32]
+    last: npt.NDArray[np.float32]
+    tokens: int = 0
+    error: BonError | None = None
+
+    @classmethod
+    def failed(cls, error: BonError) -> Reading:
+        """A response that could not be read."""
+        return cls(np.zeros((0, 0), np.float32), np.zeros(0, np.float32), error=error)
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What every engine has.
@@ -381,6 +409,42 @@ class Classifies(Engine, Protocol):
 
         Raises:
             InputError: the model has no classification head.
+            EngineError: the model failed.
+        """
+
+
+@runtime_checkable
+class Reads(Engine, Protocol):
+    """An engine that shows its hidden states.
+
+    Attributes:
+        fingerprint: tells the model from every other, in whatever dtype and on whatever device it runs.
+        layers: how many there are; layer 0 is the embeddings.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the model from every other."""
+
+    @property
+    def layers(self) -> int:
+        """The number of the last layer."""
+
+    async def hidden_states(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, layers: Sequence[int]
+    ) -> list[Reading]:
+        """Read responses[i] as the answer to prompts[i], by prefill alone.
+
+        One that cannot be read (too long, no tokens, states that are no numbers) comes back with its ``error``, and
+        the others are read.
+
+        Args:
+            prompts: as in ``Request``.
+            responses: as many as there are prompts.
+            layers: whose states are pooled.
+
+        Raises:
+            InputError: the two lists differ in length, or a layer that the model does not have.
             EngineError: the model failed.
         """
 

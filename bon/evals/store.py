@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS scores (
   PRIMARY KEY (scorer, model, task, candidate)
 ) WITHOUT ROWID
 """
-_REST = ("reason", "explanation", "parts", "usage", "details")
+_REST = ("reason", "explanation", "parts", "usage", "details", "spread")
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "tokenizer*", "*.jinja")
 
 
@@ -221,7 +221,7 @@ class Stored(Scorer):
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate: those first that are in the store."""
         if self._model is None:
-            self._model = " + ".join(fingerprint(engine.name) for engine in self.engines)
+            self._model = " + ".join(fingerprint(engine.name) for engine in self.engines) + self._scorer.version
         keys = [self._key(each, self._model) for each in pending]
         found = await asyncio.to_thread(self._store.find, keys)
         missing = {position: each for position, each in enumerate(pending) if keys[position] not in found}

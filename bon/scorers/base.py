@@ -68,12 +68,14 @@ class Scorer(ABC, Specified):
         range: the least and the largest reward, where there is one; stopping and pruning may rely on it.
         concurrent: whether calls may run at the same time, each candidate scored as it finishes.
         models: the models that it runs and that are still to be loaded; None is the policy's own.
+        version: changes with what decides its rewards and is not in its spec, such as what a file of it holds.
     """
 
     needs: ClassVar[Needs] = Needs()
     range: tuple[float, float] | None = None
     concurrent: bool = False
     models: Sequence[Model | None] = ()
+    version: str = ""
 
     @property
     def name(self) -> str:
@@ -190,6 +192,7 @@ class ModelScorer(Scorer):
                 "Generates": "be sampled",
                 "Rates": "give log-probabilities of a text",
                 "Classifies": "classify a text (a reward model)",
+                "Reads": "show its hidden states (engine=torch)",
             }
             what = able.get(self.ability.__name__, self.ability.__name__)
             remedy = "" if rates else " Over HTTP it can where its tokenizer is named: tokenizer=NAME."

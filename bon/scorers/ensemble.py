@@ -66,6 +66,11 @@ class Ensemble(Scorer):
         return " + ".join(part.name for part in self.parts)
 
     @property
+    def version(self) -> str:  # type: ignore[override]
+        """The parts'."""
+        return " ".join(part.version for part in self.parts).strip()
+
+    @property
     def models(self) -> Sequence[Model | None]:  # type: ignore[override]
         """What is still to be loaded for any of the parts."""
         return [model for part in self.parts for model in part.models]

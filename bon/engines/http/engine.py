@@ -282,6 +282,14 @@ class HTTPEngine:
         finally:
             await _cancel(rating)
 
+    async def check(self) -> None:
+        """Ask whether a server is there and takes the key, and what it calls its model.
+
+        Raises:
+            BonError: what is wrong.
+        """
+        await self.endpoints.call(partial(self._model.name_at, ask=True))
+
     async def classify(self, conversations: Sequence[Prompt]) -> list[Classification]:
         """Classify conversations; see ``Classifies.classify``. One that fails after all retries has an ``error``.
 
@@ -295,7 +303,7 @@ class HTTPEngine:
         async def classify(conversation: Prompt) -> Classification:
             try:
                 rendered = self._tokenizer is not None and self.renderer.tokenizer.chat_template
-                row = self.renderer.render(conversation, closed=True) if rendered else None
+                row = self.renderer.render(conversation, generation=False) if rendered else None
             except InputError as error:
                 return Classification.failed(error)
             try:
@@ -313,14 +321,6 @@ class HTTPEngine:
             return await asyncio.gather(*asked)
         finally:
             await _cancel(asked)
-
-    async def check(self) -> None:
-        """Ask whether a server is there and takes the key, and what it calls its model.
-
-        Raises:
-            BonError: what is wrong.
-        """
-        await self.endpoints.call(partial(self._model.name_at, ask=True))
 
     async def aclose(self) -> None:
         """Close the connections."""

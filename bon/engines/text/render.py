@@ -94,8 +94,8 @@ class Renderer:
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self.end_ids: frozenset[int] = frozenset((*eos_ids, *own, *(() if self.end_id is None else (self.end_id,))))
 
-    def render(self, prompt: Prompt, *, closed: bool = False) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the assistant's answer starts or goes on; ``closed`` ends it there.
+    def render(self, prompt: Prompt, *, generation: bool = True) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the assistant's answer starts or goes on; else all of it.
 
         Every piece of a turn is encoded by itself; a ``Tokens`` piece of the same vocabulary is taken as it is, unless
         it holds control tokens or the template trims it.
@@ -104,7 +104,7 @@ class Renderer:
             InputError: the chat template refuses this sequence of roles, or a turn is about tools.
         """
         prompt.refuse_tools("an engine that runs the model here")
-        turns, parts = self._skeleton(prompt, closed)
+        turns, parts = self._skeleton(prompt, generation)
         ids: list[int] = []
         text, inner = "", False  # plain text not yet encoded, and whether it continues a run of plain text
         for part in parts:
@@ -163,17 +163,17 @@ class Renderer:
             return None
         return piece.ids
 
-    def _skeleton(self, prompt: Prompt, closed: bool) -> tuple[tuple[Turn, ...], list[_Part]]:
+    def _skeleton(self, prompt: Prompt, generation: bool) -> tuple[tuple[Turn, ...], list[_Part]]:
         """The template's pieces for these roles, and the turns they ask for (system turns folded where refused)."""
         turns = self._known_roles(prompt.turns)
         try:
-            return turns, self._parts(tuple(t.role for t in turns), prompt.template, closed)
+            return turns, self._parts(tuple(t.role for t in turns), prompt.template, generation)
         except _RefusedError as refusal:
             folded = fold_system(turns)
             if folded is None:
                 raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
         try:
-            return folded, self._parts(tuple(t.role for t in folded), prompt.template, closed)
+            return folded, self._parts(tuple(t.role for t in folded), prompt.template, generation)
         except _RefusedError as refusal:
             raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
 
@@ -190,13 +190,15 @@ class Renderer:
             if name not in known | _ALWAYS_ACCEPTED:
                 raise UnknownNameError("chat template argument", name, known)
 
-    def _parts(self, roles: tuple[str, ...], arguments: Mapping[str, Any], closed: bool) -> list[_Part]:
-        key = (roles, closed, *((name, repr(value)) for name, value in sorted(arguments.items())))
+    def _parts(self, roles: tuple[str, ...], arguments: Mapping[str, Any], generation: bool) -> list[_Part]:
+        key = (roles, generation, *((name, repr(value)) for name, value in sorted(arguments.items())))
         if key not in self._skeletons:
             self._check_arguments(arguments)
-            continued = roles[-1] == "assistant"
-            parts = self._split(self._apply(roles, {**self._kwargs, **arguments}, generation=not continued))
-            if continued and not closed:
+            continued = generation and roles[-1] == "assistant"
+            parts = self._split(
+                self._apply(roles, {**self._kwargs, **arguments}, generation=generation and not continued)
+            )
+            if continued:
                 parts = _up_to(len(roles) - 1, parts)
             if missing := set(range(len(roles))) - {p.turn for p in parts if isinstance(p, _Slot)}:
                 raise _RefusedError(f"it leaves out the {roles[min(missing)]} message")

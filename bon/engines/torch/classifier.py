@@ -166,7 +166,7 @@ class TorchClassifier:
     def _row(self, conversation: Prompt) -> _Row:
         conversation.refuse_tools("a reward model")
         if self._template is not None:
-            return _Row(self._template.render(conversation, closed=True))
+            return _Row(self._template.render(conversation, generation=False))
         *before, response = (turn.text for turn in conversation.turns)
         asked = "\n\n".join(before)
         if not self.stepwise:

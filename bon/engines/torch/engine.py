@@ -23,6 +23,7 @@ from bon.engines.base import (
     Loglikelihood,
     Partial,
     Prompt,
+    Reading,
     Request,
     check_pairs,
     too_long,
@@ -34,6 +35,7 @@ from bon.engines.text.render import Renderer
 from bon.engines.torch.decode import Batch, Job, KeepAll, batches
 from bon.engines.torch.pack import pack
 from bon.engines.torch.paths import Paths
+from bon.engines.torch.reading import fingerprint, in_batches, read
 from bon.engines.torch.rows import Run, Stats
 from bon.engines.torch.threads import choose_threads
 from bon.engines.torch.worker import Call, Worker
@@ -71,6 +73,7 @@ class TorchEngine:
     Attributes:
         stats: what was computed and stored so far.
         renderer: messages to token ids and back.
+        fingerprint, layers: see ``Reads``.
 
     Raises:
         UnknownNameError: an option that does not exist.
@@ -116,6 +119,8 @@ class TorchEngine:
         self._drawing, _ = own_drawing(self.name, _generation_config(self._model), penalises=False)
         self.max_model_len = context_of(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
+        self.layers = int(config.num_hidden_layers)
+        self.fingerprint = fingerprint(self._model, self.renderer.fingerprint)
         pack(self._model)
         self.stats = Stats()
         self._pass = pass_limits(config, self._model)
@@ -143,6 +148,18 @@ class TorchEngine:
         results = self._stream(lambda call: self._rate(prompts, continuations, end, call))
         rated: dict[int, Loglikelihood] = {index: value async for index, value in results}
         return [rated[i] for i in range(len(prompts))]
+
+    async def hidden_states(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, layers: Sequence[int]
+    ) -> list[Reading]:
+        """Read responses by prefill alone, each with a context of its own; see ``Reads.hidden_states``."""
+        check_pairs(prompts, responses)
+        for layer in layers:
+            if not 0 <= layer <= self.layers:
+                raise InputError(f"{self.name!r} has the layers 0 to {self.layers}, and no layer {layer}.")
+        results = self._stream(lambda call: self._read(prompts, responses, layers, call))
+        found: dict[int, Reading] = {index: value async for index, value in results}
+        return [found[i] for i in range(len(prompts))]
 
     async def aclose(self) -> None:
         """Stop what is running after its current step and free the model."""
@@ -241,6 +258,24 @@ class TorchEngine:
             batch.append(i)
         if batch:
             yield batch
+
+    def _read(self, prompts: Sequence[Prompt], responses: Sequence[str], layers: Sequence[int], call: Call) -> None:
+        contexts = [self.renderer.render(prompt) for prompt in prompts]
+        answers = [self.renderer.encode(text) for text in responses]
+        lengths = [len(a) + len(b) for a, b in zip(contexts, answers, strict=True)]
+        errors: dict[int, BonError] = {**too_long(lengths, self.max_model_len, "prompt and response")}
+        errors |= {i: InputError("the response has no tokens.") for i, answer in enumerate(answers) if not answer}
+        for i, error in errors.items():
+            call.emit((i, Reading.failed(error)))
+        self._paths.plain()
+        wanted = {i: length for i, length in enumerate(lengths) if i not in errors}
+        for batch in in_batches(wanted, min(self._pass[0], self.max_batch_tokens)):
+            call.check()
+            rows = [(*contexts[i], *answers[i]) for i in batch]
+            for i, reading in zip(
+                batch, read(self._model, rows, [len(contexts[i]) for i in batch], layers), strict=True
+            ):
+                call.emit((i, reading))
 
 
 @contextlib.contextmanager

@@ -125,6 +125,10 @@ class Paths:
         self._attend(NAME if shared else self._plain)
         return (SharedPath if shared else PlainPath)(replace(self._run, check=check), prompts)
 
+    def plain(self) -> None:
+        """Let the model attend as transformers has it, for calls that take no path."""
+        self._attend(self._plain)
+
     def close(self) -> None:
         """Let go of the model."""
         self._run = Run(None)

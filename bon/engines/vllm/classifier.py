@@ -48,7 +48,7 @@ class VLLMClassifier(VLLMEngine):
         rows: list[tuple[int, ...] | BonError] = []
         for conversation in conversations:
             try:
-                rows.append(self.renderer.render(conversation, closed=True))
+                rows.append(self.renderer.render(conversation, generation=False))
             except InputError as error:
                 rows.append(error)
         lengths = [0 if isinstance(row, BonError) else len(row) for row in rows]

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 
 from bon.engines.base import Completion, Loglikelihood, Partial, Prompt
 from bon.errors import EngineError, PromptTooLongError
@@ -190,8 +191,9 @@ class Reconstruction:
             samples=tuple(self.matches[s].f1 for s in sorted(self.matches)) if self.samples > 1 else (),
             compared=self.matches[nearest].compared,
         )
-        reason = self._reason(status)
-        return Score(reward, status, reason, inferred, details=details, tie_break=tie_break, usage=usage)
+        reason, count = self._reason(status), len(self.matches)
+        spread = stdev(details.samples) / math.sqrt(count) if count > 1 else None
+        return Score(reward, status, reason, inferred, details=details, tie_break=tie_break, spread=spread, usage=usage)
 
     def _reason(self, status: ScoreStatus) -> str | None:
         group = self.pending.group

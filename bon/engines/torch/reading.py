@@ -1,0 +1,76 @@
+"""Hidden states of responses: one plain pass of transformers over padded rows, nothing generated, nothing shared."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from bon.engines.base import Reading
+from bon.engines.torch.rows import Ids
+from bon.errors import EngineError
+
+_SEEN = 64  # numbers of each weight that the fingerprint looks at
+
+
+def fingerprint(model: Any, tokenizer: str) -> str:
+    """Tell a model from every other by some numbers of each weight, rounded to bfloat16: dtypes and devices agree.
+
+    Args:
+        model: of transformers, its weights where transformers put them.
+        tokenizer: fingerprint of its tokenizer.
+    """
+    digest = hashlib.blake2b(tokenizer.encode(), digest_size=12)
+    for name, weight in model.named_parameters():
+        some = weight.detach().reshape(-1)[:: max(1, weight.numel() // _SEEN)]
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        digest.update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def in_batches(lengths: Mapping[int, int], most: int) -> Iterator[list[int]]:
+    """What is about equally long together.
+
+    Args:
+        lengths: tokens of each row, by its name.
+        most: tokens of a batch, padding included; a longer row is alone.
+    """
+    batch: list[int] = []
+    for i in sorted(lengths, key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def read(model: Any, rows: Sequence[Ids], starts: Sequence[int], layers: Sequence[int]) -> Iterator[Reading]:
+    """Read some rows in one pass.
+
+    Rows are padded behind their ends. A causal model never looks ahead, so no token that counts sees the padding, and
+    positions are what they would be alone.
+
+    Args:
+        model: a causal language model of transformers.
+        rows: token ids of prompt and response.
+        starts: index of the first token of each response; from there to the end is pooled.
+        layers: whose states are pooled.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    accepted = inspect.signature(model.forward).parameters
+    few = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **few).hidden_states
+    for at, (row, first) in enumerate(zip(rows, starts, strict=True)):
+        last = states[-1][at, len(row) - 1].float()
+        pools = [states[layer][at, first : len(row)].float().mean(0) for layer in layers]
+        found = torch.stack([*pools, last]).cpu().numpy()
+        if torch.isfinite(torch.from_numpy(found)).all():
+            yield Reading(found[:-1], found[-1], len(row))
+        else:
+            yield Reading.failed(EngineError("the model's hidden states are no finite numbers."))
