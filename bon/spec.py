@@ -353,6 +353,7 @@ SCORERS = Registry(
         "judge": "bon.scorers.judge:Judge",
         "consensus": "bon.scorers.consensus:Consensus",
         "ensemble": "bon.scorers.ensemble:Ensemble",
+        "guard": "bon.scorers.guard:Guard",
         "default": "bon.scorers.default:Default",
         "reward-model": "bon.scorers.reward_model:RewardModel",
         "slot": "bon.scorers.slot:Slot",
@@ -382,6 +383,7 @@ DATASETS = Registry(
     "dataset",
     {
         "mini": "bon.evals.mini:MiniWorld",
+        "attacks": "bon.evals.attacks:Attacks",
         "jsonl": "bon.evals.jsonlines:JSONLines",
         "llmbar": "bon.evals.named:LLMBar",
         "judgebench": "bon.evals.named:JudgeBench",

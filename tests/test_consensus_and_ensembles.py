@@ -82,9 +82,37 @@ def test_an_ensemble_adds_what_each_scorer_says_on_one_scale():
     assert [*group.scores[0].parts.values()] == pytest.approx([rows[0][0], rows[1][0]]), "rewards as they were"
 
 
+def given(*rewards):
+    return Own(lambda entry: rewards[entry.candidate.index])
+
+
+@pytest.mark.parametrize(
+    ("normalise", "rewards"),
+    [
+        ("rank", [0, 0.5, 0.5, 1]),
+        ("minmax", [0, 0.1, 0.1, 1]),
+        ("zscore", [-3 / 4.062, -2 / 4.062, -2 / 4.062, 7 / 4.062]),
+    ],
+)
+def test_an_ensemble_brings_rewards_to_the_scale_that_is_asked_for(normalise, rewards):
+    """By rank an outlier counts no more than any other best."""
+    [group] = scored(Ensemble([given(-1, 0, 0, 9)], normalise=normalise), ("x", TEXTS))
+    assert group.rewards == pytest.approx(rewards, abs=1e-3)
+
+
+@pytest.mark.parametrize("normalise", ["rank", "minmax", "zscore"])
+def test_a_reward_that_is_missing_stands_at_the_mean_of_the_others(normalise):
+    """At 0 it would be the worst of all, by rank and from 0 to 1."""
+    [group] = scored(Ensemble([Silent(1), given(5, 5, 5, 5)], normalise=normalise), ("x", TEXTS))
+    lowest, missing, *others = group.rewards
+    assert missing == pytest.approx(np.mean([lowest, *others]))
+
+
 def test_a_scorer_that_finds_all_alike_says_nothing():
-    [group] = scored(Ensemble([Own(lambda e: 0.1 + 0.2), Own(lengths)]), ("x", TEXTS))
-    assert np.argsort(group.rewards).tolist() == np.argsort([len(t) for t in TEXTS]).tolist()
+    for normalise in ("zscore", "rank", "minmax"):
+        ensemble = Ensemble([Own(lambda e: 0.1 + 0.2), Own(lengths)], normalise=normalise)
+        [group] = scored(ensemble, ("x", TEXTS))
+        assert np.argsort(group.rewards).tolist() == np.argsort([len(t) for t in TEXTS]).tolist()
 
 
 def test_a_reward_that_one_scorer_lacks_is_told_and_the_others_count():
@@ -122,13 +150,19 @@ def test_an_ensemble_loads_each_model_once_and_is_written_as_it_is_read():
         (([],), "at least one scorer"),
         ((["consensus"], [1, 2]), "as many positive weights"),
         ((["consensus"], [0]), "positive weights"),
+        ((["consensus", "longest"], [0, 0]), "positive weights"),
+        ((["consensus", "longest"], [1, -1]), "positive weights"),
+        ((["consensus"], [float("inf")]), "positive weights"),
+        (("consensus + longest + consensus",), "names 'consensus' twice"),
+        (("consensus + ensemble:longest",), "no part of an ensemble"),
+        (("consensus", None, "softmax"), "scale of an ensemble"),
         ((["consensus", "nope"],), "nope"),
         (("os:system",), "os"),
     ],
 )
 def test_an_ensemble_of_nonsense_is_refused(arguments, error):
     with pytest.raises(InputError, match=error):
-        Ensemble(*arguments)
+        Ensemble(*arguments[:2], **dict(zip(["normalise"], arguments[2:], strict=False)))
 
 
 def test_of_two_candidates_consensus_prefers_neither_however_it_compares():

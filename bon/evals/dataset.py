@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from bon.data.formats import NAMED
 from bon.errors import InputError
@@ -68,6 +68,10 @@ class Dataset(ABC, Specified):
             limit: how many at most; None leaves it to the dataset.
             seed: of the choice among more than ``limit``.
         """
+
+    def figures(self, report: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What else a report on this dataset says, made of what it says already (see ``Summary.report``)."""
+        return {}
 
     def official(self, rows: Sequence[Example], rewards: Sequence[Sequence[float]]) -> Mapping[str, float] | None:
         """Figures of the dataset's own protocol, by name; None where it has none but the share of right picks.

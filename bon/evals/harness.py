@@ -203,13 +203,15 @@ class _Evaluation:
         if errors:
             log.warning("%d of %d rows are left out; the first: %s", len(errors), len(done), errors[0])
         spent = {name: (_tokens(some), seconds[name]) for name, some in scored.items()}
+        report = Summary(good, dataset, spent, policy, bigger, self.seed).report()
         return {
             "dataset": dataset.name,
             "left_out": len(errors),
             "policy": None if self.policy is None else self.policy.name,
             "sampling": None if self.policy is None else self.sampling.to_dict(),
             "seed": self.seed,
-            **Summary(good, dataset, spent, policy, bigger, self.seed).report(),
+            **report,
+            **dataset.figures(report),
             "seconds": perf_counter() - started,
         }
 

@@ -29,6 +29,9 @@ def _section(report: Mapping[str, Any]) -> str:
     sizes = next(iter(rules.values()))["best_of"]
     best_of = {name: [_number(value) for value in rule["best_of"].values()] for name, rule in rules.items()}
     scorers = {name: rule for name, rule in rules.items() if rule["kind"] == "scorer"}
+    costs = _blocks("rewards", _COSTS, {name: _costs(rule) for name, rule in scorers.items()})
+    if "attacks" in report:  # to pick an honest candidate is no merit: labels and baselines say nothing
+        return "\n".join([title, *_attacks(report["attacks"]), *costs])
     blocks = [
         title,
         *_blocks("label of the pick", _PICKS, first),
@@ -36,7 +39,7 @@ def _section(report: Mapping[str, Any]) -> str:
         *_blocks("best of", dict.fromkeys(sizes, 7), best_of),
         *_equal_time(report["bigger"]),
         *_blocks("own protocol", *_official(rules)),
-        *_blocks("rewards", _COSTS, {name: _costs(rule) for name, rule in scorers.items()}),
+        *costs,
         *_blocks("inversion", _INVERSION, {name: _inversion(check) for name, check in report["inversion"].items()}),
         *_blocks(
             "by subset",
@@ -46,6 +49,17 @@ def _section(report: Mapping[str, Any]) -> str:
         textwrap.fill(report["diagnosis"], WIDTH),
     ]
     return "\n".join(blocks)
+
+
+def _attacks(attacks: Mapping[str, Any]) -> list[str]:
+    """How often each kind of attack wins."""
+    names = next(iter(attacks.values()))["by_scorer"]
+    columns = {"rows": 5, "chance": 7, **{_short(name, 18): 19 for name in names}}
+    cells = {
+        kind: [str(found["rows"]), _number(found["chance"]), *map(_number, found["by_scorer"].values())]
+        for kind, found in attacks.items()
+    }
+    return _blocks("attack wins", columns, cells)
 
 
 def _equal_time(bigger: Mapping[str, Any] | None) -> list[str]:

@@ -108,6 +108,47 @@ class Scorer(ABC, Specified):
         """Free what the scorer itself holds. Its models belong to whoever loaded them."""
 
 
+class Compound(Scorer):
+    """A scorer that is made of others.
+
+    Attributes:
+        parts: these.
+    """
+
+    parts: Sequence[Scorer]
+
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        """The parts'."""
+        return " ".join(part.version for part in self.parts).strip()
+
+    @property
+    def models(self) -> Sequence[Model | None]:  # type: ignore[override]
+        """What is still to be loaded for the parts."""
+        return [model for part in self.parts for model in part.models]
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """What the parts run on."""
+        return [engine for part in self.parts for engine in part.engines]
+
+    @property
+    def concurrent(self) -> bool:  # type: ignore[override]
+        """Whether calls may run at the same time: where they may for all parts."""
+        return all(part.concurrent for part in self.parts)
+
+    def bound(self, find: Callable[[Model | None], Engine]) -> Self:
+        """The same with all models in place."""
+        other = copy.copy(self)
+        other.parts = [part.bound(find) for part in self.parts]
+        return other
+
+    async def aclose(self) -> None:
+        """Free what the parts hold."""
+        for part in self.parts:
+            await part.aclose()
+
+
 class ModelScorer(Scorer):
     """A scorer that runs one language model.
 

@@ -2,56 +2,69 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from bon.engines.base import Engine
-from bon.errors import InputError, number
-from bon.scorers.base import Needs, Pending, Scorer, by_group
+from bon.errors import InputError, UnknownNameError, number
+from bon.scorers.base import Compound, Needs, Pending, Scorer, by_group
 from bon.scorers.function import RewardFunction
 from bon.spec import SCORERS
 from bon.types import Score, Usage
 
 if TYPE_CHECKING:
-    from bon.models import Model
+    pass
+
+Normalise = Literal["zscore", "rank", "minmax"]
 
 
-class Ensemble(Scorer):
+class Ensemble(Compound):
     """Scores candidates by the weighted mean of several scorers' rewards.
 
-    Each scorer's rewards are standardised within the task (minus their mean, divided by their standard deviation), so
-    that scales and signs of different kinds can be added; a scorer that finds all candidates alike says nothing. Where
-    a scorer has no reward for a candidate, it says nothing about it either, and the score's ``reason`` tells. The
-    rewards as they were are in ``Score.parts``.
+    Each scorer's rewards are brought to one scale within the task, so that scales and signs of different kinds can be
+    added; a scorer that finds all candidates alike says nothing. Where a scorer has no reward for a candidate, it says
+    nothing about it either (its mean stands there), and the score's ``reason`` tells. The rewards as they were are in
+    ``Score.parts``.
 
     Args:
         scorers: specs, scorers or reward functions; a text divides them with " + ":
             ``ensemble:"likelihood,style=turns + consensus"``.
         weights: one positive number for each; None weighs all alike.
+        normalise: "zscore", minus the mean, divided by the standard deviation; "minmax", from 0 to 1; or "rank", evenly
+            from 0 to 1 in their order, which no outlier moves.
 
     Raises:
-        InputError: no scorers, or weights that are no such numbers.
-        UnknownNameError: a scorer that does not exist.
+        InputError: no scorers, one named twice, an ensemble in an ensemble, or weights that are no such numbers.
+        UnknownNameError: a scorer or a scale that does not exist.
     """
 
     def __init__(
-        self, scorers: str | Sequence[str | Scorer | Callable[..., Any]], weights: Sequence[float] | None = None
+        self,
+        scorers: str | Sequence[str | Scorer | Callable[..., Any]],
+        weights: Sequence[float] | None = None,
+        *,
+        normalise: Normalise = "zscore",
     ) -> None:
         given = [part.strip() for part in scorers.split(" + ")] if isinstance(scorers, str) else list(scorers)
         if not given:
             raise InputError("an ensemble needs at least one scorer.")
-        self.parts: list[Scorer] = [
+        if twice := [each for at, each in enumerate(given) if each in given[:at]]:
+            raise InputError(f"an ensemble names {twice[0]!r} twice: name it once, with a larger weight.")
+        self.parts = [
             each if isinstance(each, Scorer) else RewardFunction(each) if callable(each) else SCORERS.make(each)
             for each in given
         ]
+        if any(isinstance(part, Ensemble) for part in self.parts):
+            raise InputError("an ensemble is no part of an ensemble: name the parts of both in one.")
         self.weights = [1.0] * len(given) if weights is None else [number("a weight", weight) for weight in weights]
-        if len(self.weights) != len(given) or min(self.weights) <= 0:
+        if len(self.weights) != len(given) or not 0 < min(self.weights) <= max(self.weights) < math.inf:
             raise InputError(f"an ensemble of {len(given)} scorers needs as many positive weights, got {weights!r}.")
+        if normalise not in get_args(Normalise):
+            raise UnknownNameError("scale of an ensemble (normalise=)", normalise, get_args(Normalise))
+        self.normalise = normalise
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
@@ -65,32 +78,6 @@ class Ensemble(Scorer):
         """The parts' names."""
         return " + ".join(part.name for part in self.parts)
 
-    @property
-    def version(self) -> str:  # type: ignore[override]
-        """The parts'."""
-        return " ".join(part.version for part in self.parts).strip()
-
-    @property
-    def models(self) -> Sequence[Model | None]:  # type: ignore[override]
-        """What is still to be loaded for any of the parts."""
-        return [model for part in self.parts for model in part.models]
-
-    @property
-    def engines(self) -> Sequence[Engine]:
-        """What the parts run on."""
-        return [engine for part in self.parts for engine in part.engines]
-
-    @property
-    def concurrent(self) -> bool:  # type: ignore[override]
-        """Whether calls may run at the same time: where they may for all parts."""
-        return all(part.concurrent for part in self.parts)
-
-    def bound(self, find: Callable[[Model | None], Engine]) -> Self:
-        """The same ensemble with all models in place."""
-        other = copy.copy(self)
-        other.parts = [part.bound(find) for part in self.parts]
-        return other
-
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate; see ``Scorer.score``."""
         found: list[dict[int, Score]] = []
@@ -101,7 +88,7 @@ class Ensemble(Scorer):
                     found[-1][position] = score
         for positions in by_group(pending):
             rewards = [[scores[p].reward if p in scores else None for p in positions] for scores in found]
-            totals = np.average([_standardised(row) for row in rewards], axis=0, weights=self.weights)
+            totals = np.average([_scaled(row, self.normalise) for row in rewards], axis=0, weights=self.weights)
             for position, total in zip(positions, totals, strict=True):
                 yield position, self._score(float(total), [scores.get(position) for scores in found])
 
@@ -124,16 +111,18 @@ class Ensemble(Scorer):
             return Score(None, "failed", "; ".join(missing), **common)
         return Score(total, "repaired" if missing else "ok", "; ".join(missing) or None, **common)
 
-    async def aclose(self) -> None:
-        """Free what the parts hold."""
-        for part in self.parts:
-            await part.aclose()
 
-
-def _standardised(rewards: Sequence[float | None]) -> list[float]:
-    """Rewards minus their mean, in standard deviations; 0 for None, and where all are alike."""
+def _scaled(rewards: Sequence[float | None], how: Normalise) -> list[float]:
+    """Rewards on a common scale; their mean for None, and 0 where all are alike."""
     known = np.array([reward for reward in rewards if reward is not None and math.isfinite(reward)])
-    spread = float(known.std()) if len(known) else 0.0
-    if spread <= 1e-12 * max(1.0, float(np.abs(known).max(initial=0.0))):
+    if not len(known) or np.ptp(known) <= 1e-12 * max(1.0, float(np.abs(known).max())):
         return [0.0] * len(rewards)
-    return [0.0 if reward is None else (reward - float(known.mean())) / spread for reward in rewards]
+    if how == "rank":
+        _, level, counts = np.unique(known, return_inverse=True, return_counts=True)
+        found = (counts.cumsum() - (counts + 1) / 2)[level] / (len(known) - 1)
+    elif how == "minmax":
+        found = (known - known.min()) / np.ptp(known)
+    else:
+        found = (known - known.mean()) / known.std()
+    each, mean = iter(found.tolist()), float(found.mean())
+    return [mean if reward is None or not math.isfinite(reward) else next(each) for reward in rewards]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from bon.engines.base import Engine, Prompt, Rates
 from bon.errors import EngineError, InputError, number
-from bon.scorers.base import ModelScorer, Pending, Scorer
+from bon.scorers.base import Compound, ModelScorer, Pending
 from bon.scorers.parsing import NO_RESPONSE, response_piece
 from bon.types import Score, Usage
 
@@ -73,7 +72,7 @@ class ForwardLikelihood(ModelScorer):
                 yield position, Score(one.mean if self.over == "mean" else one.total, usage=usage)
 
 
-class Implicit(Scorer):
+class Implicit(Compound):
     """Scores candidates by what a model was taught: beta (log p(y | x) - log r(y | x)) with a reference r.
 
     DPO's implicit reward for a policy and what it was trained from (arXiv 2305.18290), RFG's for two models of any
@@ -101,27 +100,11 @@ class Implicit(Scorer):
     @property
     def name(self) -> str:
         """Kind and both models."""
-        return f"implicit({' - '.join(part._model_name for part in self.parts)})"
-
-    @property
-    def models(self) -> Sequence[Model | None]:  # type: ignore[override]
-        """What is still to be loaded."""
-        return [model for part in self.parts for model in part.models]
-
-    @property
-    def engines(self) -> Sequence[Engine]:
-        """What rates."""
-        return [engine for part in self.parts for engine in part.engines]
-
-    @property
-    def concurrent(self) -> bool:  # type: ignore[override]
-        """Whether calls may run at the same time."""
-        return all(part.concurrent for part in self.parts)
+        return f"implicit({' - '.join(part.name for part in self.parts)})"
 
     def bound(self, find: Callable[[Model | None], Engine]) -> Self:
         """The same scorer with both models in place."""
-        other = copy.copy(self)
-        other.parts = [part.bound(find) for part in self.parts]
+        other = super().bound(find)
         known = [getattr(getattr(engine, "renderer", None), "fingerprint", None) for engine in other.engines]
         if None not in known and len({*known}) > 1:
             raise InputError(
