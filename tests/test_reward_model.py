@@ -223,8 +223,14 @@ def test_a_conversation_about_tools_fails_and_the_others_are_scored(folder):
         ]
     )
     first, second = scored(f"reward-model:{folder}", (tools, TEXTS[:1]), (TASK, TEXTS[:1]))
-    assert "knows no tools" in first.scores[0].reason
+    assert "a reward model reads only text" in first.scores[0].reason
     assert second.scores[0].status == "ok"
+
+
+def test_what_an_answer_begins_with_is_read_once(folder):
+    begun = Task.of([*(m.to_dict() for m in TASK.messages), {"role": "assistant", "content": "Dear"}])
+    first, second = rewards(f"reward-model:{folder}", (begun, TEXTS[:1]), (TASK, TEXTS[:1]))
+    assert first == pytest.approx(second, abs=1e-5)
 
 
 def test_a_spec_comes_back_from_the_scorer_and_names_the_engine_that_runs_it(tmp_path):
