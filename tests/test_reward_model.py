@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import shutil
 
 import pytest
 import tiny
@@ -224,8 +223,14 @@ def test_a_conversation_about_tools_fails_and_the_others_are_scored(folder):
         ]
     )
     first, second = scored(f"reward-model:{folder}", (tools, TEXTS[:1]), (TASK, TEXTS[:1]))
-    assert "knows no tools" in first.scores[0].reason
+    assert "a reward model reads only text" in first.scores[0].reason
     assert second.scores[0].status == "ok"
+
+
+def test_what_an_answer_begins_with_is_read_once(folder):
+    begun = Task.of([*(m.to_dict() for m in TASK.messages), {"role": "assistant", "content": "Dear"}])
+    first, second = rewards(f"reward-model:{folder}", (begun, TEXTS[:1]), (TASK, TEXTS[:1]))
+    assert first == pytest.approx(second, abs=1e-5)
 
 
 def test_a_spec_comes_back_from_the_scorer_and_names_the_engine_that_runs_it(tmp_path):
@@ -417,11 +422,10 @@ def test_engines_that_classify_say_so(folder):
 @pytest.mark.vllm
 def test_vllm_in_this_process_gives_the_logits_of_plain_transformers(tmp_path):
     made = {"hidden_size": 128, "num_labels": 1}  # vLLM's attention takes no smaller heads
-    folder = save_classifier(tmp_path, "Llama", tiny.tokenizer("chatml"), **made)
+    folder = save_classifier(tmp_path / "one", "Llama", tiny.tokenizer("chatml"), **made)
     [group] = scored(f"reward-model:{folder},engine=vllm,threads=1", (TASK, [*TEXTS, "word " * 900]))
     assert group.rewards[:-1] == pytest.approx([one for (one,) in plain(folder, TASK, TEXTS)], abs=1e-4)
     assert "more than the 512 that fit" in group.scores[-1].reason
-    shutil.rmtree(folder)
-    two_texts = save_classifier(tmp_path, "Llama", tiny.tokenizer("bare"), **made)
+    two_texts = save_classifier(tmp_path / "two", "Llama", tiny.tokenizer("bare"), **made)
     with pytest.raises(InputError, match=r"only where it is a sequence classifier whose tokenizer has a chat template"):
         scored(f"reward-model:{two_texts},engine=vllm,threads=1", (TASK, TEXTS))

@@ -106,7 +106,7 @@ class RewardModel(ModelScorer):
             else:
                 # As text, so that the tokens are those that the model was trained on, whatever the policy chose.
                 text = response if isinstance(response, str) else response.text
-                asked[position] = Prompt((*Prompt.of(each.task.messages).turns, Turn("assistant", (text,))))
+                asked[position] = Prompt((*Prompt.of(each.task.asked).turns, Turn("assistant", (text,))))
         found = await self.engine.classify([*asked.values()]) if asked else []
         for position, one in zip(asked, found, strict=True):
             yield position, self._score(one)

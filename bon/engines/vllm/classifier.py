@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm import PoolingParams
-
 from bon import portal
 from bon.engines.base import Classification, Prompt, too_long
 from bon.engines.vllm.engine import VLLMEngine
+from bon.engines.vllm.start import PoolingParams
 from bon.errors import BonError, InputError
 
 

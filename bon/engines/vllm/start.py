@@ -40,6 +40,7 @@ quiet_loggers()
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations in vLLM's and torch's own code
+        from vllm import PoolingParams as PoolingParams
         from vllm import SamplingParams as SamplingParams
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.exceptions import VLLMClientError as VLLMClientError
