@@ -30,13 +30,13 @@ from bon.pipeline import score
 from bon.types import Score
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Sample, train, score, and print one JSON object."""
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     options.add_argument("--train", type=int, default=25, help="prompts with labels")
     options.add_argument("--test", type=int, default=100, help="prompts that are scored")
     options.add_argument("--seed", type=int, default=0)
-    chosen = options.parse_args()
+    chosen = options.parse_args(argv)
     tasks = sample_tasks(chosen.train + chosen.test, chosen.seed, "heldout")
     prompts = [instruction(task) for task in tasks]
     with BestOfN(scorer="first", n=8, sampling=Sampling(seed=chosen.seed, max_tokens=96)) as policy:

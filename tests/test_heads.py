@@ -7,15 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from command import ROOT
 from planted import labelled_rows, learnt, planted, trained
 from scoring import Own, scored, scores_of
 from scoring import group_of as plain_group_of
+from tiny import save
 
 from bon import BestOfN
 from bon.cli import main
 from bon.engines.base import Prompt, Reading, Reads
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import EngineError, InputError
+from bon.evals.store import Store, stored
 from bon.heads import bnrm
 from bon.heads.data import States
 from bon.heads.file import TrainedHead, kind_of
@@ -160,8 +163,9 @@ def read(engine, *texts, layers=(1, 4)):
     return asyncio.run(engine.hidden_states(prompts, texts, layers=layers))
 
 
-def test_padding_does_not_change_what_a_model_holds(pool):
-    engine = pool.engine("mini")
+@pytest.mark.parametrize("family", ["mini", "Qwen3", "Gemma3"])
+def test_padding_does_not_change_what_a_model_holds(pool, tmp_path, family):
+    engine = pool.engine("mini" if family == "mini" else f"{save(tmp_path, family, num_hidden_layers=4)},engine=torch")
     texts = ["Good bread.", "word " * 60, "Sunrise: warm bread for every morning.", "Go"]
     for together, text in zip(read(engine, *texts), texts, strict=True):
         [alone] = read(engine, text)
@@ -200,8 +204,6 @@ def test_what_cannot_be_read_leaves_the_others(pool):
 
 
 def test_models_differ_in_their_fingerprint_and_dtypes_do_not(tmp_path):
-    from tiny import save
-
     with_seed = {seed: save(tmp_path / str(seed), seed=seed) for seed in (0, 1)}
     with_pool = ModelPool()
     prints = [
@@ -323,6 +325,27 @@ def test_hidden_states_that_are_kept_are_not_read_again(tmp_path, pool, monkeypa
     monkeypatch.setattr(engine, "fingerprint", "other")
     with pytest.raises(InputError, match="of another model"):
         train(as_dataset(str(rows)), engine, "mini", kept=kept)
+
+
+def test_scores_that_are_kept_are_those_of_the_head_that_is_in_the_file(tmp_path, pool):
+    store, reader = Store(tmp_path / "scores"), pool.engine("mini")
+    sizes = {"fingerprint": reader.fingerprint, "width": 128}
+    spreads = []
+    for kind in ("probe", "bnrm", "bnrm"):
+        path = trained(tmp_path, kind, **sizes).replace(tmp_path / "head")
+        scorer = pool.scorer(stored(Head(path, reader), store, f"head:{path}"))
+        spreads += [score.spread for score in scores_of(scorer, "Say something.", "It is so.")]
+    store.close()
+    assert spreads[0] != spreads[1] == spreads[2]
+    assert None not in spreads
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_heads_runs_to_its_last_line(capsys):
+    from runpy import run_path
+
+    run_path(str(ROOT / "benchmarks" / "heads.py"))["main"](["--train", "16", "--test", "3"])
+    assert set(json.loads(capsys.readouterr().out)) >= {"flip", "longest", "probe", "bnrm"}
 
 
 @pytest.mark.parametrize(

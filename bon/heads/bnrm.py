@@ -27,7 +27,7 @@ _LEAST, _MOST = 1e-6, 1e4
 _RATE, _DECAY = 3e-3, 1e-2
 
 
-class Head(nn.Module):
+class Factors(nn.Module):
     """Weibull means and shapes of a candidate's factors and of their weights.
 
     Args:
@@ -89,7 +89,7 @@ def choose(data: Labelled, seed: int) -> dict[str, Any]:
     for part in folds(data.names, min(4, len(data.names)), seed):
         out = data.of(part)
 
-        def note(head: Head, step: int, out: Labelled = out) -> None:
+        def note(head: Factors, step: int, out: Labelled = out) -> None:
             found[step] += float(out.in_order(_rewards(head, out.states).mean).sum())
 
         _train(data.of(np.setdiff1d(data.names, part)), max(STEPS), seed, note)
@@ -105,12 +105,12 @@ def fit(data: Labelled, settings: Mapping[str, Any], seed: int) -> Arrays:
 def rewards(arrays: Arrays, settings: Mapping[str, Any], states: States) -> Rewards:
     """Mean rewards, their spread and the factors that make most of each."""
     factors, hidden = arrays["factor_mean.2.weight"].shape
-    head = Head(len(arrays["mean"]), factors, hidden)
+    head = Factors(len(arrays["mean"]), factors, hidden)
     head.load_state_dict({name: torch.from_numpy(np.array(value, np.float32)) for name, value in arrays.items()})
     return _rewards(head, states)
 
 
-def _rewards(head: Head, states: States) -> Rewards:
+def _rewards(head: Factors, states: States) -> Rewards:
     with torch.no_grad():
         factor, shape, weight, weight_shape = head(torch.from_numpy(states.last).float())
         made = factor * weight
@@ -123,13 +123,13 @@ def _rewards(head: Head, states: States) -> Rewards:
         return Rewards(means, spread(factor, shape, weight, weight_shape).double().numpy(), factors)
 
 
-def _train(data: Labelled, steps: int, seed: int, note: Any = None) -> Head:
+def _train(data: Labelled, steps: int, seed: int, note: Any = None) -> Factors:
     """Bradley-Terry on the pairs of each row, with sampled factors and weights."""
     states = torch.from_numpy(data.states.last).float()
     better, worse, weights = (torch.from_numpy(each) for each in data.pairs())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Head(states.shape[1])
+        head = Factors(states.shape[1])
         for buffer, known in zip((head.mean, head.scale), scales(data.states.last), strict=True):
             buffer.copy_(torch.from_numpy(known))
         optimiser = torch.optim.AdamW(head.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True)

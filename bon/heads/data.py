@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bon.engines.base import Prompt, Reading
-from bon.evals.metrics import Floats, expected_best
 from bon.task import Task
 
+Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Arrays = Mapping[str, Floats]
 """A trained head: arrays by name."""
@@ -96,13 +96,6 @@ class Labelled:
         better, worse, weights = self.pairs()
         right = (rewards[better] > rewards[worse]) + 0.5 * (rewards[better] == rewards[worse])
         return np.asarray(np.bincount(np.unique(self.rows[better], return_inverse=True)[1], right * weights), float)
-
-    def gains(self, rewards: Floats) -> tuple[Floats, Floats]:
-        """What the pick has beyond a random one in each row, and what the best has: labels."""
-        rows = [self.rows == row for row in self.names]
-        means = np.array([self.labels[row].mean() for row in rows])
-        picked = np.array([expected_best(self.labels[row], rewards[row], int(row.sum())) for row in rows])
-        return picked - means, np.array([self.labels[row].max() for row in rows]) - means
 
     def centred(self, values: Floats) -> Floats:
         """Values, one or many for each candidate, minus the mean of their row."""

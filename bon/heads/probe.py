@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bon.evals.metrics import Floats
-from bon.heads.data import Arrays, Labelled, Rewards, States, folds, scales
+from bon.heads.data import Arrays, Floats, Labelled, Rewards, States, folds, scales
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the penalty, as a share of the sum of all eigenvalues."""

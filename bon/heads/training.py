@@ -19,8 +19,8 @@ from bon import portal
 from bon.engines.base import Prompt, Reading, Reads
 from bon.errors import InputError
 from bon.evals.dataset import Dataset, Example
-from bon.evals.metrics import bootstrap, interval
-from bon.heads.data import Labelled, States, folds, prompt_of
+from bon.evals.metrics import bootstrap, expected_best, interval
+from bon.heads.data import Floats, Labelled, States, folds, prompt_of
 from bon.heads.file import Header, TrainedHead, kind_of, load_states, save_states
 from bon.scorers.parsing import response_piece
 from bon.types import Candidate
@@ -99,7 +99,7 @@ def _validate(data: Labelled, made: Any, seed: int) -> dict[str, Any]:
     figures = {
         name: {
             "pairs_in_order": interval(draws, data.in_order(rewards)),
-            "share_of_the_way": interval(draws, *data.gains(rewards)),
+            "share_of_the_way": interval(draws, *_gains(data, rewards)),
         }
         for name, rewards in (("head", held[1.0]), ("longest", data.lengths))
     }
@@ -111,6 +111,14 @@ def _validate(data: Labelled, made: Any, seed: int) -> dict[str, Any]:
         "curve": {str(counts[share]): float(data.in_order(held[share]).mean()) for share in SHARES},
         "last_doubling": interval(draws, full - half),
     }
+
+
+def _gains(data: Labelled, rewards: Floats) -> tuple[Floats, Floats]:
+    """What the pick has beyond a random one in each row, and what the best has: labels."""
+    rows = [data.rows == row for row in data.names]
+    means = np.array([data.labels[row].mean() for row in rows])
+    picked = np.array([expected_best(data.labels[row], rewards[row], int(row.sum())) for row in rows])
+    return picked - means, np.array([data.labels[row].max() for row in rows]) - means
 
 
 def _labelled(
