@@ -94,7 +94,7 @@ _TO_REPEAT = re.compile(
 )
 
 _RUN = 12  # words, or characters of a script without spaces
-_LOOPING = re.compile(r"\b(?:again|times|chorus|refrain|ascii|pattern)\b", re.IGNORECASE)
+_LOOPING = re.compile(r"\b(?:again|times|chorus|refrain|ascii|pattern|song|lyrics|rap|jingle)\b", re.IGNORECASE)
 _ABOUT = re.compile(r"\b(?:prompt|chatbot|jailbreak|injection|llm|language model)", re.IGNORECASE)
 
 _FUNCTION = frozenset(
