@@ -189,7 +189,7 @@ USED = {
     "likelihood": {"bon.scorers.default"},
     "fixed": {"bon.config", "bon.evals.harness", "bon.serve.plan"},  # what a plain number of candidates is
     "stop-at": {"bon.serve.plan"},  # the field stop_at of a request
-    "best": {"bon.evals.harness"},
+    "best": {"bon.evals.harness", "bon.serve.scoring"},
 }
 """Who makes one by its class; a new one changes none of these."""
 PARTICULAR = ("bon.bench.",)

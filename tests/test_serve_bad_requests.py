@@ -317,7 +317,6 @@ def test_an_error_that_comes_at_once_is_no_stream_even_when_a_stream_was_asked_f
         ({"temperature": "hot"}, 'temperature: must be a number, got "hot".'),
         ({"n": 0}, "n: must be at least 1, got 0."),
         ({"best_of_n": {"n": [1]}}, "best_of_n.n: must be a whole number or text, got [1]."),
-        ({"messages": [{"role": "usr"}]}, "messages[0].role: must be 'system', 'developer', 'user', 'assistant'"),
         ({"messages": 5}, "messages: must be a list, got 5."),
         ({"stream_options": 5}, "stream_options: must be an object, got 5."),
     ],

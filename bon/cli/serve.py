@@ -95,7 +95,6 @@ def serve(
         ) from error
     log_json()  # first, so that whatever is said of settings and models is a line of the log
     config = configured(setup, number, choice, policy=model if policy is None else policy)
-    log.info("loading %s", " and ".join(filter(None, [config.policy or "the embedded model", config.scorer])))
     keys = [key.strip() for key in os.environ.get("BON_API_KEY", "").split(",") if key.strip()]
     if not 0 <= port < 65536:
         raise InputError(f"--port must be from 0 to 65535, got {port}.")
@@ -116,6 +115,8 @@ def serve(
         log_prompts=log_prompts,
     )
     # The address first, as models take minutes to load.
-    with bind(settings.host, settings.port) as listening, config.changed(threads=threads_for(config)).build() as bon:
-        serve(bon, settings, listening)
+    with bind(settings.host, settings.port) as listening:
+        log.info("loading %s", " and ".join(filter(None, [config.policy or "the embedded model", config.scorer])))
+        with config.changed(threads=threads_for(config)).build() as bon:
+            serve(bon, settings, listening)
     return 0
