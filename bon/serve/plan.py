@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from bon.best_of_n import BestOfN
@@ -170,7 +171,11 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
             kind = SCORERS.load(name)
             if kind is type(bon.scorer):
                 own = name
-            elif isinstance(kind, type) and issubclass(kind, ModelScorer):
+            elif (
+                isinstance(kind, type)
+                and issubclass(kind, ModelScorer)
+                and next(iter(signature(kind).parameters)) == "model"
+            ):
                 able = [engine for engine in engines if isinstance(engine, kind.ability)]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
         except Exception as error:  # of another package, whose code may raise anything
