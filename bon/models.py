@@ -68,7 +68,7 @@ class Model:
             raise InputError(f"{min(twice)} is given twice, in {str(model)!r} and beside it.")
         options = {**given, **options}
         engine = options.pop("engine", engine)
-        _check_name(name)
+        _check_name(name, engine)
         if engine is None and name in ENGINES and not ENGINES.takes_argument(name):
             engine = name
         if engine is not None:
@@ -118,8 +118,8 @@ _ELSEWHERE = (  # names that mean something, but elsewhere: what to write here
 )
 
 
-def _check_name(name: str) -> None:
-    """Refuse what can be no model's name, and say what was probably meant."""
+def _check_name(name: str, engine: str | None) -> None:
+    """Refuse what can be no model's name, and say what was probably meant; an engine that is named knows its own."""
     if not name:
         raise InputError("a model's name is empty.")
     if name == MINI:
@@ -127,7 +127,7 @@ def _check_name(name: str) -> None:
     if ":" in name and name.partition(":")[0] in SCORERS:
         raise InputError(f"{name!r} is a scorer's spec, not a model. Write --scorer {name} or scorer={name!r}.")
     advice = next((advice for pattern, advice in _ELSEWHERE if re.fullmatch(pattern, name, re.IGNORECASE)), None)
-    if advice is not None and not OBJECT.fullmatch(name) and not os.path.exists(name):
+    if advice is not None and engine is None and not OBJECT.fullmatch(name) and not os.path.exists(name):
         raise InputError(advice.format(name, name.removeprefix("openai/").removeprefix("ollama/")))
 
 

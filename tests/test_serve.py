@@ -452,7 +452,7 @@ def another_package(tmp_path, monkeypatch):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
-        "[bon.scorers]\nlength = their_package:Length\njudge = their_package:Judge\nneedy = their_package:Needy\n"
+        "[bon.scorers]\nlength = their_package:Length\ncritic = their_package:Judge\nneedy = their_package:Needy\n"
         "broken = their_package:Nothing\n[bon.selectors]\nlast = their_package:pick_last\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -471,11 +471,14 @@ def test_scorers_and_selectors_of_another_package_work_in_the_server(another_pac
         assert answer["best_of_n"]["choices"][0]["explanation"] == "it is that long"
         assert site.http.get("/v1/models").json()["data"][0]["best_of_n"]["scorers"] == [
             "length",
-            "judge",
+            "critic",
             "flip",
             "likelihood",
+            "judge",
+            "slot",
+            "forward",
         ]
-        answer = site.chat("Write about a quick red fox", best_of_n={"scorer": "judge"}).json()
+        answer = site.chat("Write about a quick red fox", best_of_n={"scorer": "critic"}).json()
         assert answer["choices"][0]["message"]["content"] == "fox"
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [name in text for name, text in zip(("needy", "broken"), said, strict=True)] == [True, True], (

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,11 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
             kind = SCORERS.load(name)
             if kind is type(bon.scorer):
                 own = name
-            elif isinstance(kind, type) and issubclass(kind, ModelScorer):
+            elif (
+                isinstance(kind, type)
+                and issubclass(kind, ModelScorer)
+                and next(iter(signature(kind).parameters)) == "model"
+            ):
                 able = [engine for engine in engines if isinstance(engine, kind.ability)]
                 able = [engine for engine in able if kind.ability is not Rates or getattr(engine, "rates", True)]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
