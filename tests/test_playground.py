@@ -443,7 +443,7 @@ def test_the_page_waits_for_a_server_behind_this_one_and_shows_what_it_calls_its
 def test_likelihood_is_offered_only_where_the_model_can_read(open_page):
     with FakeServer(lambda seen, draw: "yes") as upstream, served(BestOfN(upstream.url, "flip", n=1)) as site:
         page = open_page(site)
-        assert page.locator("#scorer option").all_inner_texts() == ["flip"]
+        assert page.locator("#scorer option").all_inner_texts() == ["flip", "judge"]
 
 
 def test_a_link_carries_the_settings(site, open_page):
@@ -495,7 +495,14 @@ def test_what_another_scorer_says_is_shown_as_text(open_page):
 
     with served(BestOfN(ScriptedEngine(), Judge(), n=1)) as site:
         page = open_page(site)
-        assert page.locator("#scorer option").all_inner_texts() == ["Judge", "flip", "likelihood"]
+        assert page.locator("#scorer option").all_inner_texts() == [
+            "Judge",
+            "flip",
+            "likelihood",
+            "judge",
+            "slot",
+            "forward",
+        ]
         ask(page)
         assert "<b>well</b> written" in page.locator("#winner .inferred").inner_text()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bon.best_of_n import BestOfN
 from bon.budget import Budget, Fixed, StopAt, as_budget
-from bon.engines.base import Rates, Remote
+from bon.engines.base import Classifies, Engine, Rates, Remote
 from bon.engines.function import FunctionEngine
 from bon.errors import InputError
 from bon.group import Callback, Follow
@@ -294,9 +294,14 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
                 and issubclass(kind, ModelScorer)
                 and next(iter(signature(kind).parameters)) == "model"
             ):
-                able = [engine for engine in engines if isinstance(engine, kind.ability)]
-                able = [engine for engine in able if kind.ability is not Rates or getattr(engine, "rates", True)]
+                able = [engine for engine in engines if _able(engine, kind.ability)]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
         except Exception as error:  # of another package, whose code may raise anything
             log.warning("the scorer %r is not offered: %s", name, error)
     return {own: bon.scorer} | {name: scorer for name, scorer in others.items() if name != own}
+
+
+def _able(engine: Engine, ability: type) -> bool:
+    """Whether an engine has an ability for sure: a server may have a model of any kind."""
+    unsure = not getattr(engine, "rates", True) if ability is Rates else isinstance(engine, Remote)
+    return isinstance(engine, ability) and not (unsure and ability in (Rates, Classifies))
