@@ -63,9 +63,9 @@ class Schedules:
         return bounds
 
     def same_rewards(self, side: str, other: str) -> int:
-        """On how many jobs two sides' winners have the same reward."""
+        """On how many jobs two sides' winners have the same reward; FLIP leaves the last digit out, others may not."""
         pairs = zip(self.timed[side], self.timed[other], strict=True)
-        return sum(a.value.reward == b.value.reward for a, b in pairs)
+        return sum(_rounded(a.value.reward) == _rounded(b.value.reward) for a, b in pairs)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row of the report for each side."""
@@ -163,3 +163,7 @@ def schedules_table(measured: Sequence[Schedules]) -> str:
     ]
     headers = ["n, side", "p50", "p95", "/ alone", "/ gather", "/ bound", "tok/s", "cached", "saved"]
     return f"{measured[0].workload}; milliseconds, and medians of ratios within a round\n" + table(headers, rows)
+
+
+def _rounded(reward: float | None) -> float | None:
+    return None if reward is None else round(reward, 12)
