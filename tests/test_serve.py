@@ -372,7 +372,7 @@ def test_models_are_listed_with_what_they_can_do(site):
     assert models[0].best_of_n == {
         "n": 4,
         "max_n": 64,
-        "scorers": ["flip", "likelihood"],
+        "scorers": ["flip", "likelihood", "judge", "slot", "forward"],
         "scorer": "flip",
     }
 
@@ -392,13 +392,14 @@ def test_requests_may_name_what_else_is_registered_and_can_run_on_the_loaded_mod
     def scorers(*models):
         return list(offered_scorers(BestOfN(*models)))
 
-    assert scorers(ScriptedEngine()) == ["default", "flip", "likelihood"]
-    assert scorers(ScriptedEngine(), "flip") == ["flip", "likelihood"]
-    assert scorers(ScriptedEngine(), Flip(ScriptedEngine(), style="json")) == ["flip", "likelihood"]
-    assert scorers(ScriptedEngine(), BackwardLikelihood(ScriptedEngine())) == ["likelihood", "flip"]
-    assert scorers(Samples(), "flip") == ["flip"], "this model cannot rate"
+    others = ["judge", "slot", "forward"]
+    assert scorers(ScriptedEngine()) == ["default", "flip", "likelihood", *others]
+    assert scorers(ScriptedEngine(), "flip") == ["flip", "likelihood", *others]
+    assert scorers(ScriptedEngine(), Flip(ScriptedEngine(), style="json")) == ["flip", "likelihood", *others]
+    assert scorers(ScriptedEngine(), BackwardLikelihood(ScriptedEngine())) == ["likelihood", "flip", *others]
+    assert scorers(Samples(), "flip") == ["flip", "judge"], "this model cannot rate"
     assert scorers(lambda prompt: "x") == ["default"]
-    assert scorers(ScriptedEngine(), Flip(Samples())) == ["flip", "likelihood"], "the policy's can"
+    assert scorers(ScriptedEngine(), Flip(Samples())) == ["flip", "likelihood", *others], "the policy's can"
     assert scorers(lambda prompt: "x", lambda prompt, texts: texts) == ["<lambda>"], "a function scores nothing"
 
 
