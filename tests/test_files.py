@@ -741,7 +741,7 @@ def test_ctrl_c_leaves_every_finished_row_and_resume_completes_the_file(slow):
     assert running.returncode == 130
     assert 0 < len(done) < 300
     assert out.read_bytes().endswith(b"\n")
-    assert f"interrupted: {len(done)} rows done and in out.jsonl" in err.decode()
+    assert f"interrupted: {len(done)} row{'s' * (len(done) > 1)} done and in out.jsonl" in err.decode()
     assert "Traceback" not in err.decode()
 
     code, _, err = in_process_of_its_own(*arguments[:-1], "slow:model", "--resume", cwd=slow)
