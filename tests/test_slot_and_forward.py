@@ -8,10 +8,12 @@ from scoring import scores_of
 from bon.engines.base import Loglikelihood
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import EngineError, InputError
+from bon.heads.data import prompt_of
 from bon.models import ModelPool
 from bon.scorers.forward import ForwardLikelihood, Implicit
 from bon.scorers.slot import Slot
 from bon.spec import SCORERS
+from bon.task import Task
 
 TASK = "Name a colour."
 
@@ -139,3 +141,12 @@ def test_an_infinite_difference_is_no_reward():
 def test_thinking_is_not_rated():
     [score] = scores_of(ForwardLikelihood(Reader(lambda text, word: -float(len(word)))), TASK, "<think>x</think>blue")
     assert score.reward == -4.0
+
+
+def test_what_an_answer_begins_with_is_rated_once_as_a_part_of_the_answer():
+    """The conversation was taken with its begun answer, so that it stood there twice."""
+    task = Task.of([{"role": "user", "content": TASK}, {"role": "assistant", "content": "My favourite is"}])
+    reader = Reader(lambda text, word: -float(len(word)))
+    [score] = scores_of(ForwardLikelihood(reader), task, "My favourite is blue")
+    assert (score.reward, reader.asked) == (-20.0, [(TASK,)])
+    assert prompt_of(task).turns[-1].role == "user", "nor is it read twice for a head"

@@ -27,9 +27,7 @@ class View:
 
     def __init__(self, n: int | None, texts: bool) -> None:
         self._n, self._texts, self._started = n, texts, monotonic()
-        self._written: dict[
-            int, tuple[int, str]
-        ] = {}  # candidate -> its tokens and the end of its text, while it grows
+        self._written: dict[int, tuple[int, str]] = {}  # of those that grow: tokens, and the end of the text
         self._tokens = self._sampled = self._scored = 0
 
     def heard(self, event: Candidate | Score) -> None:

@@ -108,7 +108,7 @@ class Labelled:
 
 def prompt_of(task: Task) -> Prompt:
     """What stands before a response that is read: the conversation alone."""
-    return replace(Prompt.of(task.messages), template={"enable_thinking": False})
+    return replace(Prompt.of(task.asked), template={"enable_thinking": False})
 
 
 def folds(rows: Ints, count: int, seed: int) -> list[Ints]:

@@ -25,7 +25,7 @@ def choose(data: Labelled, seed: int) -> dict[str, Any]:
     sets: list[Sequence[int]] = [[layer] for layer in data.states.layers]
     found = []
     for layers in (*sets, data.states.layers):
-        features = _features(data, layers)
+        features, _, _ = _features(data, layers)
         kernel = features @ features.T / features.shape[1]
         held = np.zeros((len(STRENGTHS), len(data.labels)))
         for part in parts:
@@ -39,9 +39,7 @@ def choose(data: Labelled, seed: int) -> dict[str, Any]:
 
 def fit(data: Labelled, settings: Mapping[str, Any], seed: int) -> Arrays:
     """The weights, and those with each fifth of the rows left out: by these the reward's spread is known."""
-    values = data.states.at(settings["layers"])
-    mean, scale = scales(values)
-    features = data.centred((values - mean) / scale)
+    features, mean, scale = _features(data, settings["layers"])
     kernel = features @ features.T / features.shape[1]
     weights = []
     for left_out in (np.zeros(0, np.int64), *folds(data.names, min(_FOLDS, len(data.names)), seed)):
@@ -60,10 +58,11 @@ def rewards(arrays: Arrays, settings: Mapping[str, Any], states: States) -> Rewa
     return Rewards(features @ arrays["weights"], spread)
 
 
-def _features(data: Labelled, layers: Sequence[int]) -> Floats:
+def _features(data: Labelled, layers: Sequence[int]) -> tuple[Floats, Floats, Floats]:
+    """Standardised pools, centred within each row; and the mean and the scale that standardised them."""
     values = data.states.at(layers)
     mean, scale = scales(values)
-    return data.centred((values - mean) / scale)
+    return data.centred((values - mean) / scale), mean, scale
 
 
 def _solve(kernel: Floats, data: Labelled, kept: Any, strength: float) -> Floats:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bon.engines.base import Engine, Rates
-from bon.errors import InputError, UnknownNameError
+from bon.errors import BonError, EngineError, InputError, UnknownNameError
 from bon.spec import Specified
 from bon.task import Task
-from bon.types import Candidate, Score
+from bon.types import Candidate, Score, Usage
 
 if TYPE_CHECKING:
     from bon.group import Group
@@ -58,6 +58,17 @@ def by_group(pending: Sequence[Pending]) -> list[list[int]]:
     for position, each in enumerate(pending):
         groups.setdefault(id(each.group), []).append(position)
     return [*groups.values()]
+
+
+def can(engine: Engine, ability: type) -> bool:
+    """Whether an engine has an ability; one that rates may still lack what it takes (``HTTPEngine.rates``)."""
+    return isinstance(engine, ability) and (ability is not Rates or getattr(engine, "rates", True))
+
+
+def unscored(error: BonError, usage: Usage | None = None) -> Score:
+    """The score of a candidate that a model could not be asked about; an outage says nothing about the candidate."""
+    outage = error if isinstance(error, EngineError) else None
+    return Score(None, "failed", f"not scored: {error}", usage=usage or Usage(), error=outage)
 
 
 class Scorer(ABC, Specified):
@@ -116,6 +127,12 @@ class Compound(Scorer):
     """
 
     parts: Sequence[Scorer]
+
+    @property
+    def part_names(self) -> list[str]:
+        """The parts' names; one that a part before it has as well is numbered."""
+        names = [part.name for part in self.parts]
+        return [f"{name} ({at + 1})" if name in names[:at] else name for at, name in enumerate(names)]
 
     @property
     def version(self) -> str:  # type: ignore[override]
@@ -227,8 +244,7 @@ class ModelScorer(Scorer):
         return self if self._engine is not None else self.on(find(self.model))
 
     def _able(self, engine: Engine) -> Engine:
-        rates = getattr(engine, "rates", True) or self.ability is not Rates
-        if not isinstance(engine, self.ability) or not rates:
+        if not can(engine, self.ability):
             able = {
                 "Generates": "be sampled",
                 "Rates": "give log-probabilities of a text",
@@ -236,7 +252,8 @@ class ModelScorer(Scorer):
                 "Reads": "show its hidden states (engine=torch)",
             }
             what = able.get(self.ability.__name__, self.ability.__name__)
-            remedy = "" if rates else " Over HTTP it can where its tokenizer is named: tokenizer=NAME."
+            named = isinstance(engine, self.ability)  # which says what kinds of engines can
+            remedy = " Over HTTP it can where its tokenizer is named: tokenizer=NAME." if named else ""
             raise InputError(
                 f"{type(self).__name__} needs a model that can {what}, and {engine.name!r} cannot.{remedy}"
             )

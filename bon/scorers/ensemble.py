@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from bon.scorers.base import Compound, Needs, Pending, Scorer, by_group
 from bon.scorers.function import RewardFunction
 from bon.spec import SCORERS
 from bon.types import Score, Usage
-
-if TYPE_CHECKING:
-    pass
 
 Normalise = Literal["zscore", "rank", "minmax"]
 
@@ -93,11 +90,9 @@ class Ensemble(Compound):
                 yield position, self._score(float(total), [scores.get(position) for scores in found])
 
     def _score(self, total: float, scores: Sequence[Score | None]) -> Score:
-        parts: dict[str, float | None] = {}
+        parts = dict(zip(self.part_names, (None if s is None else s.reward for s in scores), strict=True))
         missing = []
         for part, score in zip(self.parts, scores, strict=True):
-            name = part.name if part.name not in parts else f"{part.name} ({len(parts) + 1})"
-            parts[name] = None if score is None else score.reward
             if score is None or score.reward is None:
                 missing.append(f"{part.name}: {'no score' if score is None else score.reason or score.status}")
         known = [score for score in scores if score is not None]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from bon.engines.base import Engine, Prompt, Rates
-from bon.errors import EngineError, InputError, number
-from bon.scorers.base import Compound, ModelScorer, Pending
+from bon.errors import InputError, number
+from bon.scorers.base import Compound, ModelScorer, Pending, unscored
 from bon.scorers.parsing import NO_RESPONSE, response_piece
 from bon.types import Score, Usage
 
@@ -61,13 +61,12 @@ class ForwardLikelihood(ModelScorer):
                 yield position, NO_RESPONSE
             else:
                 texts[position] = response if isinstance(response, str) else response.text
-        prompts = [Prompt.of(pending[position].task.messages) for position in texts]
+        prompts = [Prompt.of(pending[position].task.asked) for position in texts]
         rated = await self.engine.loglikelihood(prompts, [*texts.values()]) if prompts else []
         for position, one in zip(texts, rated, strict=True):
             usage = Usage(scorer_prompt_tokens=one.prompt_tokens + one.tokens, cached_tokens=one.cached_tokens)
             if one.error is not None:
-                outage = one.error if isinstance(one.error, EngineError) else None
-                yield position, Score(None, "failed", f"not scored: {one.error}", usage=usage, error=outage)
+                yield position, unscored(one.error, usage)
             else:
                 yield position, Score(one.mean if self.over == "mean" else one.total, usage=usage)
 
@@ -120,11 +119,8 @@ class Implicit(Compound):
                 found.append({position: score async for position, score in scores})
         for position in range(len(pending)):
             own, other = (scores[position] for scores in found)
-            usage, names = own.usage + other.usage, [part.name for part in self.parts]
-            parts = {
-                f"{name} ({at + 1})" if at and name == names[0] else name: score.reward
-                for at, (name, score) in enumerate(zip(names, (own, other), strict=True))
-            }
+            usage = own.usage + other.usage
+            parts = dict(zip(self.part_names, (own.reward, other.reward), strict=True))
             lacking = own if own.reward is None else other
             if own.status == "empty":
                 yield position, own

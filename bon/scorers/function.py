@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from bon.errors import BonError, InputError
-from bon.scorers.base import Needs, Pending, Scorer
+from bon.scorers.base import Needs, Pending, Scorer, by_group
 from bon.types import Score, as_reward
 from bon.usercode import UserFunction
 
@@ -57,10 +57,7 @@ class RewardFunction(Scorer):
 
         A task for which the function raises, or does not return one number or None for each response, has failed.
         """
-        by_group: dict[int, list[int]] = {}
-        for position, each in enumerate(pending):
-            by_group.setdefault(id(each.group), []).append(position)
-        for positions in by_group.values():
+        for positions in by_group(pending):
             responses = [pending[i].candidate.text for i in positions]
             task = pending[positions[0]].task
             messages = [message.to_dict() for message in task.asked]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bon.engines.base import Engine, Reads
-from bon.errors import EngineError, InputError
+from bon.errors import InputError
 from bon.heads.data import States, prompt_of
 from bon.heads.file import TrainedHead
-from bon.scorers.base import ModelScorer, Pending
+from bon.scorers.base import ModelScorer, Pending, unscored
 from bon.scorers.parsing import NO_RESPONSE, response_piece
 from bon.types import Score, Usage
 
@@ -84,8 +84,7 @@ class Head(ModelScorer):
             if one.error is None:
                 read[position] = one
             else:
-                outage = one.error if isinstance(one.error, EngineError) else None
-                yield position, Score(None, "failed", f"not scored: {one.error}", error=outage)
+                yield position, unscored(one.error)
         if not read:
             return
         found = await asyncio.to_thread(self.head.rewards, States.of(layers, [*read.values()]))

@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bon.engines.base import Classification, Classifies, Engine, Prompt, Turn
-from bon.errors import EngineError, InputError, UnknownNameError
-from bon.scorers.base import ModelScorer, Pending
+from bon.errors import InputError, UnknownNameError
+from bon.scorers.base import ModelScorer, Pending, unscored
 from bon.scorers.parsing import NO_RESPONSE, response_piece
 from bon.types import Score, Usage
 
@@ -114,8 +114,7 @@ class RewardModel(ModelScorer):
     def _score(self, one: Classification) -> Score:
         usage = Usage(scorer_prompt_tokens=one.prompt_tokens)
         if one.error is not None:
-            outage = one.error if isinstance(one.error, EngineError) else None
-            return Score(None, "failed", f"not scored: {one.error}", usage=usage, error=outage)
+            return unscored(one.error, usage)
         odd = next((logit for row in one.logits for logit in row if not math.isfinite(logit)), None)
         if odd is not None:
             return Score(None, "failed", f"the model gives the logit {odd}", usage=usage)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bon.engines.base import Engine, Generates, Loglikelihood, Piece, Prompt, Rates, Request, Turn
-from bon.errors import EngineError, InputError, whole_number
+from bon.errors import InputError, whole_number
 from bon.prompts.judging import SLOT, SLOT_QUESTION
-from bon.scorers.base import ModelScorer, Pending
+from bon.scorers.base import ModelScorer, Pending, unscored
 from bon.scorers.parsing import NO_RESPONSE, response_piece, strip_think
 from bon.task import Task
 from bon.types import Sampling, Score, Usage
@@ -78,7 +78,7 @@ class Slot(ModelScorer):
                 shown[position] = _ask(each.task, response)
         said, usage, failed = await self._explained(shown)
         for position, error in failed.items():
-            yield position, _failed(error, usage[position])
+            yield position, unscored(error, usage[position])
             del shown[position]
         tasks = {id(pending[position].group): pending[position].task for position in shown}
         prompts = [_then(prompt, said.get(position)) for position, prompt in shown.items()]
@@ -120,7 +120,7 @@ class Slot(ModelScorer):
         usage += Usage(scorer_prompt_tokens=read, cached_tokens=sum(one.cached_tokens for one in rated))
         error = next((one.error for one in (*rated, *empty) if one.error is not None), None)
         if error is not None:
-            return _failed(error, usage)
+            return unscored(error, usage)
         for word, one in zip(self.labels, rated, strict=True):
             if one.tokens != 1:
                 raise InputError(f"the label {word!r} is {one.tokens} tokens of {self._model_name}: choose one of one.")
@@ -145,8 +145,3 @@ def _then(prompt: Prompt, said: str | None) -> Prompt:
 def _share(rated: Sequence[Loglikelihood]) -> float:
     good, bad = (one.total for one in rated)
     return 1 / (1 + math.exp(min(700.0, bad - good)))
-
-
-def _failed(error: Any, usage: Usage) -> Score:
-    outage = error if isinstance(error, EngineError) else None
-    return Score(None, "failed", f"not scored: {error}", usage=usage, error=outage)

@@ -12,12 +12,12 @@ from typing import Any
 
 from bon.best_of_n import BestOfN
 from bon.budget import Budget, Fixed, StopAt, as_budget
-from bon.engines.base import Classifies, Engine, Rates, Remote
+from bon.engines.base import Classifies, Remote
 from bon.engines.function import FunctionEngine
 from bon.errors import InputError
 from bon.group import Callback, Follow
 from bon.models import MINI
-from bon.scorers.base import ModelScorer, Scorer
+from bon.scorers.base import ModelScorer, Scorer, can
 from bon.serve.failures import ApiError, bad, public
 from bon.serve.protocol import ChatRequest, CompletionRequest, Options
 from bon.serve.settings import Settings
@@ -294,14 +294,10 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
                 and issubclass(kind, ModelScorer)
                 and next(iter(signature(kind).parameters)) == "model"
             ):
-                able = [engine for engine in engines if _able(engine, kind.ability)]
+                # Whether a server's model has a classification head shows when it is asked.
+                unknown = kind.ability is Classifies
+                able = [e for e in engines if can(e, kind.ability) and not (unknown and isinstance(e, Remote))]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
         except Exception as error:  # of another package, whose code may raise anything
             log.warning("the scorer %r is not offered: %s", name, error)
     return {own: bon.scorer} | {name: scorer for name, scorer in others.items() if name != own}
-
-
-def _able(engine: Engine, ability: type) -> bool:
-    """Whether an engine has an ability for sure: a server may have a model of any kind."""
-    unsure = not getattr(engine, "rates", True) if ability is Rates else isinstance(engine, Remote)
-    return isinstance(engine, ability) and not (unsure and ability in (Rates, Classifies))

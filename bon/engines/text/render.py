@@ -95,7 +95,9 @@ class Renderer:
         self.end_ids: frozenset[int] = frozenset((*eos_ids, *own, *(() if self.end_id is None else (self.end_id,))))
 
     def render(self, prompt: Prompt, *, generation: bool = True) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the assistant's answer starts or goes on; else all of it.
+        """Token ids of a conversation, up to where the assistant's answer starts or goes on.
+
+        Without ``generation`` it is the conversation to its end, what the template puts behind the last turn included.
 
         Every piece of a turn is encoded by itself; a ``Tokens`` piece of the same vocabulary is taken as it is, unless
         it holds control tokens or the template trims it.

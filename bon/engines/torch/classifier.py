@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from bon.engines.base import Classification, Prompt, too_long
@@ -24,6 +23,7 @@ from bon.engines.memory import give_back
 from bon.engines.text.render import Renderer
 from bon.engines.text.vocabulary import PlainEncoder
 from bon.engines.torch.engine import context_of, pass_limits, torch_errors
+from bon.engines.torch.reading import in_batches, padded
 from bon.engines.torch.threads import choose_threads
 from bon.engines.torch.worker import Call, Worker
 from bon.errors import InputError, whole_number
@@ -158,7 +158,7 @@ class TorchClassifier:
         for at, excess in too_long(lengths, self.max_model_len, "prompt and response").items():
             call.emit((places[at], Classification.failed(excess)))
             del rows[places[at]]
-        for batch in self._batches(rows):
+        for batch in in_batches({index: row.ids for index, row in rows.items()}, self.max_batch_tokens):
             call.check()
             for index, logits in zip(batch, self._logits([rows[index] for index in batch]), strict=True):
                 call.emit((index, Classification(logits, len(rows[index].ids))))
@@ -179,39 +179,25 @@ class TorchClassifier:
             ends.append(len(ids) - 1)
         return _Row(tuple(ids), ends=tuple(ends))
 
-    def _batches(self, rows: Mapping[int, _Row]) -> Iterator[list[int]]:
-        """Indices of rows of about the same length; in whichever order the rows came, equal ones run together."""
-        batch: list[int] = []
-        for index in sorted(rows, key=lambda index: (len(rows[index].ids), rows[index].ids)):
-            if batch and (len(batch) + 1) * len(rows[index].ids) > self.max_batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
-
     def _logits(self, rows: Sequence[_Row]) -> list[tuple[tuple[float, ...], ...]]:
         """Logits of each row (1, labels), or of each of its steps (steps, labels)."""
         if self._own_pad is None:
             # A decoder's head looks at the last token that is not the padding token: take one that ends no row.
             last = {row.ids[-1] for row in rows}
             self._config.pad_token_id = next(i for i in range(len(last) + 1) if i not in last)
+        device = self._model.device
         inputs = {
-            "attention_mask": self._padded([(1,) * len(row.ids) for row in rows], 0),
-            "token_type_ids": self._padded([row.types for row in rows], 0) if rows[0].types else None,
+            "attention_mask": padded([(1,) * len(row.ids) for row in rows], 0, device),
+            "token_type_ids": padded([row.types for row in rows], 0, device) if rows[0].types else None,
             "use_cache": False,
         }
         accepted = {k: v for k, v in inputs.items() if k in self._accepted and v is not None}
-        ids = self._padded([row.ids for row in rows], self._config.pad_token_id)
+        ids = padded([row.ids for row in rows], self._config.pad_token_id, device)
         logits = self._model(input_ids=ids, **accepted).logits.float().cpu()
         if not self.stepwise:
             logits = logits.unsqueeze(1)
         ends = [list(row.ends) if self.stepwise else [0] for row in rows]
         return [tuple(map(tuple, own[at].tolist())) for own, at in zip(logits, ends, strict=True)]
-
-    def _padded(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=self._model.device)
 
 
 def classification_model(source: str, config: Any, **options: Any) -> Any:

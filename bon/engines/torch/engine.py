@@ -268,13 +268,11 @@ class TorchEngine:
         for i, error in errors.items():
             call.emit((i, Reading.failed(error)))
         self._paths.plain()
-        wanted = {i: length for i, length in enumerate(lengths) if i not in errors}
-        for batch in in_batches(wanted, min(self._pass[0], self.max_batch_tokens)):
+        rows = {i: (*contexts[i], *answers[i]) for i in range(len(prompts)) if i not in errors}
+        for batch in in_batches(rows, min(self._pass[0], self.max_batch_tokens)):
             call.check()
-            rows = [(*contexts[i], *answers[i]) for i in batch]
-            for i, reading in zip(
-                batch, read(self._model, rows, [len(contexts[i]) for i in batch], layers), strict=True
-            ):
+            found = read(self._model, [rows[i] for i in batch], [len(contexts[i]) for i in batch], layers)
+            for i, reading in zip(batch, found, strict=True):
                 call.emit((i, reading))
 
 

@@ -31,21 +31,27 @@ def fingerprint(model: Any, tokenizer: str) -> str:
     return digest.hexdigest()
 
 
-def in_batches(lengths: Mapping[int, int], most: int) -> Iterator[list[int]]:
-    """What is about equally long together.
+def in_batches(rows: Mapping[int, Ids], most: int) -> Iterator[list[int]]:
+    """What is about equally long together; in whichever order the rows came, the same run together.
 
     Args:
-        lengths: tokens of each row, by its name.
+        rows: token ids, by their name.
         most: tokens of a batch, padding included; a longer row is alone.
     """
     batch: list[int] = []
-    for i in sorted(lengths, key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[i] > most:
+    for i in sorted(rows, key=lambda i: (len(rows[i]), rows[i])):
+        if batch and (len(batch) + 1) * len(rows[i]) > most:
             yield batch
             batch = []
         batch.append(i)
     if batch:
         yield batch
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
+    """Rows with ``fill`` behind their ends: shape (rows, longest)."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
 
 def read(model: Any, rows: Sequence[Ids], starts: Sequence[int], layers: Sequence[int]) -> Iterator[Reading]:
@@ -60,9 +66,7 @@ def read(model: Any, rows: Sequence[Ids], starts: Sequence[int], layers: Sequenc
         starts: index of the first token of each response; from there to the end is pooled.
         layers: whose states are pooled.
     """
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    ids, mask = (padded(some, 0, model.device) for some in (rows, [(1,) * len(row) for row in rows]))
     accepted = inspect.signature(model.forward).parameters
     few = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **few).hidden_states

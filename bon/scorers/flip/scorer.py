@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from bon.engines.base import Engine, Generates, Keep, Loglikelihood, Partial, Rates, Request, Wanted, WritesJSON
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.prompts import Style, load_style
-from bon.scorers.base import ModelScorer, Pending
+from bon.scorers.base import ModelScorer, Pending, can
 from bon.scorers.flip.drafting import Drafting
 from bon.scorers.flip.reconstruction import Reconstruction
 from bon.scorers.parsing import NO_RESPONSE, Parser, response_piece
@@ -123,7 +123,7 @@ class Flip(ModelScorer):
         return other
 
     def _able(self, engine: Engine) -> Engine:
-        if self.tie_break == "likelihood" and not isinstance(engine, Rates):
+        if self.tie_break == "likelihood" and not can(engine, Rates):
             raise InputError(
                 f"tie_break='likelihood' needs a model that can give log-probabilities, and {engine.name!r} cannot."
             )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from bon.engines.base import Completion, Engine, Generates, Prompt, Rates, Request, Wanted, WritesJSON
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.prompts.judging import Judging, load_judging
-from bon.scorers.base import ModelScorer, Needs, Pending, by_group
+from bon.scorers.base import ModelScorer, Needs, Pending, by_group, can
 from bon.scorers.judge.contests import Wins, all_pairs, knockout, listed, pivot, rated
 from bon.scorers.judge.questions import Case, Question
 from bon.scorers.judge.verdict import KEYS, UNRATED, Verdict, choices, read, schema
@@ -98,7 +98,7 @@ class Judge(ModelScorer):
         super().__init__(model, options)
 
     def _able(self, engine: Engine) -> Engine:
-        if not self.reasoning and not isinstance(engine, Rates):
+        if not self.reasoning and not can(engine, Rates):
             raise InputError(f"reasoning=false needs a model that gives log-probabilities; {engine.name!r} cannot.")
         return super()._able(engine)
 
@@ -201,7 +201,7 @@ class Judge(ModelScorer):
                     (start, end), text = verdict.span, completion.text
                     open_.append(_Open(question, len(question.verdicts), prompt, text[:start], text[end : end + 1]))
                 question.take(completion, verdict, times * len(self.criteria))
-        if self.expected and isinstance(self.engine, Rates) and open_:
+        if self.expected and can(self.engine, Rates) and open_:
             with contextlib.suppress(InputError):  # a server that gives no log-probabilities: answers count as they are
                 await self._expect(open_)
 
