@@ -13,8 +13,9 @@ import hashlib
 import itertools
 import math
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from bon.engines.vllm.start import (
     refuse_unknown,
     start,
 )
-from bon.errors import BonError, EngineError, InputError, ModelNotFoundError, PromptTooLongError
+from bon.errors import BonError, EngineError, InputError, ModelNotFoundError
 from bon.mini import shown_name
 
 _LOGIT_BYTES = 1 << 28  # logits of one prompt that is read with a draft
@@ -142,6 +143,16 @@ class VLLMEngine:
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
     ) -> list[Loglikelihood]:
         """Rate continuations by prefill alone; see ``Rates.loglikelihood``. One token of the context stays free."""
+        return await self._read(prompts, continuations, end, self._rate)
+
+    async def _read(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[str],
+        end: bool,
+        rate: Callable[[Sequence[int], Sequence[int]], Awaitable[Loglikelihood]],
+    ) -> list[Loglikelihood]:
+        """What ``rate`` says of each context and target; an error of those that do not fit."""
         check_pairs(prompts, continuations)
         end_ids = () if not end or self.renderer.end_id is None else (self.renderer.end_id,)
         contexts = [self.renderer.render(prompt) for prompt in prompts]
@@ -149,10 +160,26 @@ class VLLMEngine:
         lengths = [len(context) + len(target) for context, target in zip(contexts, targets, strict=True)]
         errors = too_long(lengths, self.max_model_len - 1, "prompt and continuation")
 
+        async def one(index: int) -> Loglikelihood:
+            if index in errors:
+                return Loglikelihood.failed(errors[index])
+            if not targets[index]:
+                return Loglikelihood(0.0, 0, len(contexts[index]))
+            return await rate(contexts[index], targets[index])
+
         async def rate_all() -> list[Loglikelihood]:
-            return await asyncio.gather(*map(self._rate, contexts, targets, map(errors.get, range(len(lengths)))))
+            return await asyncio.gather(*map(one, range(len(lengths))))
 
         return await portal.there(rate_all())
+
+    async def confidence(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], *, top: int | None = None
+    ) -> list[Loglikelihood]:
+        """How sure the model is of continuations, by prefill alone; see ``Weighs.confidence``.
+
+        FIGURE
+        """
+        return await self._read(prompts, continuations, False, partial(self._weigh, top=top))
 
     @property
     def full(self) -> bool:
@@ -183,13 +210,7 @@ class VLLMEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _rate(
-        self, context: Sequence[int], target: Sequence[int], error: PromptTooLongError | None
-    ) -> Loglikelihood:
-        if error is not None:
-            return Loglikelihood.failed(error)
-        if not target:
-            return Loglikelihood(0.0, 0, len(context))
+    async def _rate(self, context: Sequence[int], target: Sequence[int]) -> Loglikelihood:
         if self._rates_the_end:
             rows = {"prompt_logprob_token_ids": [[token] for token in target], "prompt_logprob_start": len(context) - 1}
             output = await self.prefill(context, target, **rows)
@@ -198,6 +219,16 @@ class VLLMEngine:
             output = await self.prefill(context, target)
             total = math.fsum(logprob for logprob, _ in last(output.prompt_logprobs, len(target)))
         return Loglikelihood(total, len(target), len(context), output.num_cached_tokens)
+
+    async def _weigh(self, context: Sequence[int], target: Sequence[int], top: int | None) -> Loglikelihood:
+        most = self._vocabulary if top is None else min(top, self._vocabulary)
+        output = await self.prefill(context, target, prompt_logprobs=most, flat_logprobs=True)
+        found = output.prompt_logprobs
+        places = [*zip(found.start_indices, found.end_indices, strict=True)][-len(target) :]
+        # At each place the token that is there comes first, and then once more among the likeliest.
+        total = math.fsum(math.fsum(found.logprobs[first + 1 : last]) / (last - first - 1) for first, last in places)
+        scale = math.log(most) if top is None else 0.0
+        return Loglikelihood(total + scale * len(target), len(target), len(context), output.num_cached_tokens)
 
     async def prefill(self, context: Sequence[int], target: Sequence[int], **rated: Any) -> Any:
         """vLLM's output for context and target, and one more token; by default with logprobs of all tokens."""

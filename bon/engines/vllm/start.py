@@ -178,6 +178,7 @@ def _arguments(source: str, options: Mapping[str, Any], logging_config: Path) ->
         "disable_log_stats": True,
         "enable_log_requests": False,
         "use_tqdm_on_load": False,
+        "max_logprobs": -1,  # those of the whole vocabulary may be asked for (self-certainty)
         # xgrammar's JSON may hold raw control characters inside strings; white space between tokens may go on for ever.
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
     }
