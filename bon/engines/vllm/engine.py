@@ -115,6 +115,7 @@ class VLLMEngine:
             self._finalizer()
             raise
         self._ids = itertools.count()
+        self._weighing = asyncio.Semaphore(1)  # a row's log-probabilities of the whole vocabulary are large
 
     def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
         """Sample completions; see ``Generates.generate``.
@@ -221,14 +222,20 @@ class VLLMEngine:
         return Loglikelihood(total, len(target), len(context), output.num_cached_tokens)
 
     async def _weigh(self, context: Sequence[int], target: Sequence[int], top: int | None) -> Loglikelihood:
-        most = self._vocabulary if top is None else min(top, self._vocabulary)
-        output = await self.prefill(context, target, prompt_logprobs=most, flat_logprobs=True)
-        found = output.prompt_logprobs
-        places = [*zip(found.start_indices, found.end_indices, strict=True)][-len(target) :]
-        # At each place the token that is there comes first, and then once more among the likeliest.
-        total = math.fsum(math.fsum(found.logprobs[first + 1 : last]) / (last - first - 1) for first, last in places)
-        scale = math.log(most) if top is None else 0.0
-        return Loglikelihood(total + scale * len(target), len(target), len(context), output.num_cached_tokens)
+        if top is None:
+            from bon.engines.vllm.weigh import WHOLE
+
+            async with self._weighing:
+                output = await self.prefill(context, target, prompt_logprobs=WHOLE)
+            total = math.fsum(output.prompt_logprobs[-len(target) :]) + len(target) * math.log(self._vocabulary)
+        else:
+            most = min(top, self._vocabulary)
+            output = await self.prefill(context, target, prompt_logprobs=most, flat_logprobs=True)
+            listed = output.prompt_logprobs
+            # At each place the token that is there comes first, and then the likeliest ones.
+            starts = listed.start_indices[-len(target) :]
+            total = math.fsum(math.fsum(listed.logprobs[at + 1 : at + 1 + most]) / most for at in starts)
+        return Loglikelihood(total, len(target), len(context), output.num_cached_tokens)
 
     async def prefill(self, context: Sequence[int], target: Sequence[int], **rated: Any) -> Any:
         """vLLM's output for context and target, and one more token; by default with logprobs of all tokens."""
@@ -273,6 +280,15 @@ class VLLMEngine:
             async with aclosing(request) as outputs:
                 async for output in outputs:
                     yield output
+
+    async def pool(self, ids: Sequence[int], params: Any) -> Any:
+        """vLLM's output for tokens of a pooling model; on the background loop only."""
+        if self._failure is not None:
+            raise self._failure
+        assert self._engine is not None
+        with self._errors():
+            outputs = self._engine.llm.encode({"prompt_token_ids": list(ids)}, params, f"bon-{next(self._ids)}")
+            return [output async for output in outputs][-1]
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

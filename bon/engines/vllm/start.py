@@ -42,6 +42,7 @@ try:
         warnings.simplefilter("ignore")  # deprecations in vLLM's and torch's own code
         from vllm import PoolingParams as PoolingParams
         from vllm import SamplingParams as SamplingParams
+        from vllm.config import PoolerConfig as PoolerConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.exceptions import VLLMClientError as VLLMClientError
         from vllm.lora.request import LoRARequest as LoRARequest
