@@ -178,7 +178,9 @@ class VLLMEngine:
     ) -> list[Loglikelihood]:
         """How sure the model is of continuations, by prefill alone; see ``Weighs.confidence``.
 
-        FIGURE
+        vLLM sorts the vocabulary at each place, the prompt's included, so the whole of it costs 0.9 ms a token of the
+        response where it has 2,028 tokens (a likelihood 0.3), and 110 ms where it has 152,000 (two CPU cores; responses
+        one after the other). ``TorchEngine`` sorts nothing.
         """
         return await self._read(prompts, continuations, False, partial(self._weigh, top=top))
 
