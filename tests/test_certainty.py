@@ -132,8 +132,8 @@ def answer(logprobs, text="a red fox"):
 def test_over_http_self_certainty_is_refused_and_the_sentence_names_deepconf(capsys):
     with FakeServer() as server:
         assert main(["run", "Hi", "--policy", server.url, "--scorer", "self-certainty", "-n", "2"]) == 2
-    assert "tell how sure it is at each token (engine=torch" in (said := capsys.readouterr().err)
-    assert "deepconf is for that" in said
+    assert "at each token (engine=torch or vllm; over HTTP take deepconf), and" in capsys.readouterr().err
+    assert main(["run", "Hi", "--policy", "scripted", "--scorer", "deepconf", "-n", "2"]) == 2
     assert not isinstance(HTTPEngine("http://127.0.0.1:1"), Weighs)
 
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bon.engines.base import Engine, Rates
@@ -68,7 +69,7 @@ def by_group(pending: Sequence[Pending]) -> list[list[int]]:
     return [*groups.values()]
 
 
-def can(engine: Engine, ability: type) -> bool:
+def can(engine: Engine, ability: type | UnionType) -> bool:
     """Whether an engine has an ability; one that rates may still lack what it takes (``HTTPEngine.rates``)."""
     return isinstance(engine, ability) and (ability is not Rates or getattr(engine, "rates", True))
 
@@ -187,7 +188,7 @@ class ModelScorer(Scorer):
         InputError: none of these, or options for an engine that is already there.
     """
 
-    ability: ClassVar[type]
+    ability: ClassVar[type | UnionType]
     hosts: ClassVar[Mapping[str | None, str]] = {}
 
     def __init__(self, model: str | Path | Model | Engine | Callable[..., Any] | None, options: dict[str, Any]) -> None:
@@ -263,9 +264,10 @@ class ModelScorer(Scorer):
                 "Classifies": "classify a text (a reward model)",
                 "Embeds": "embed a text (an embedding model)",
                 "Reads": "show its hidden states (engine=torch)",
-                "Weighs": "tell how sure it is at each token (engine=torch; of a server's policy deepconf is for that)",
+                "Weighs": "tell how sure it is at each token (engine=torch or vllm; over HTTP take deepconf)",
             }
-            what = able.get(self.ability.__name__, self.ability.__name__)
+            name = getattr(self.ability, "__name__", "Weighs")  # one of two has none
+            what = able.get(name, name)
             named = isinstance(engine, self.ability)  # which says what kinds of engines can
             remedy = " Over HTTP it can where its tokenizer is named: tokenizer=NAME." if named else ""
             raise InputError(

@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from statistics import fmean
+from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bon.engines.base import Engine, Prompt, Weighs
+from bon.engines.base import Engine, Prompt, Remote, Weighs
 from bon.scorers.base import ModelScorer, Needs, Pending, can, unscored
 from bon.scorers.parsing import NO_RESPONSE, response_piece
 from bon.types import Score, Usage
@@ -32,7 +33,7 @@ class SelfCertainty(ModelScorer):
         options: passed on when a model is loaded by name.
     """
 
-    ability: ClassVar[type] = Weighs
+    ability: ClassVar[type | UnionType] = Weighs
     top: ClassVar[int | None] = None
 
     def __init__(self, model: str | Path | Model | Engine | Callable[..., Any] | None = None, **options: Any) -> None:
@@ -71,7 +72,7 @@ class DeepConf(SelfCertainty):
     """
 
     needs: ClassVar[Needs] = Needs(logprobs=True, top_logprobs=TOP)
-    ability: ClassVar[type] = Engine  # a policy need not be able to read: it tells while it writes
+    ability: ClassVar[type | UnionType] = Weighs | Remote  # a server's policy need not read: it tells while it writes
     top: ClassVar[int | None] = TOP
 
     @property
