@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bon.engines.base import Engine
 from bon.errors import InputError
-from bon.scorers.base import Needs, Pending, Scorer, by_group
+from bon.scorers.base import Needs, Pending, Scorer
 from bon.scorers.consensus import Consensus
 from bon.scorers.likelihood import BackwardLikelihood
 from bon.types import Score
@@ -73,27 +71,10 @@ class Default(Scorer):
                 other.likelihood = None
         return other
 
-    async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+    def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate; see ``Scorer.score``."""
-        async with aclosing(self.consensus.score(pending)) as scores:
-            found = {position: score async for position, score in scores}
-        tied = [] if self.likelihood is None else _tied(pending, found)
-        for position in found.keys() - set(tied):
-            yield position, found[position]
-        if tied and self.likelihood is not None:
-            async with aclosing(self.likelihood.score([pending[position] for position in tied])) as scores:
-                async for at, read in scores:
-                    reason = None if read.reward is not None else f"{self.likelihood.name}: {read.reason}"
-                    told = replace(found[tied[at]], reason=reason, usage=read.usage, error=read.error)
-                    yield tied[at], replace(told, tie_break=read.reward)
+        return self.consensus.score(pending)
 
-
-def _tied(pending: Sequence[Pending], scores: dict[int, Score]) -> list[int]:
-    """Positions that share the best reward of their group with a different text."""
-    tied = []
-    for positions in by_group(pending):
-        best = max(scores[position].reward or 0.0 for position in positions)
-        share = [position for position in positions if scores[position].reward == best]
-        if len({pending[position].candidate.text for position in share}) > 1:
-            tied += share
-    return tied
+    def settle(self, tied: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """Rate what consensus cannot tell apart; see ``Scorer.settle``."""
+        return super().settle(tied) if self.likelihood is None else self.likelihood.score(tied)
