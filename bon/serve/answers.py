@@ -200,7 +200,7 @@ def evidence(result: Result, work: Work, queue_s: float) -> dict[str, Any]:
         "reward": result.reward,
         "mean_reward": sum(rewards) / len(rewards) if rewards else None,
         "reason": public(result.selection.reason) if result.selection.reason else passed,
-        "warnings": list(result.warnings),
+        "warnings": [public(warning) for warning in result.warnings],
         "deadline_passed": late,
         "statuses": result.counts,
         "timing": {
