@@ -214,6 +214,16 @@ def test_the_default_lets_the_model_decide_between_two_and_between_those_that_ti
     assert groups[1].result(Best()).text == "abc"
 
 
+def test_an_answer_that_works_on_the_model_alone_loses_the_defaults_ties():
+    """The shorter the response the likelier here, and an echo is the shorter of the two."""
+    engine = Reads()
+    prompt = "Write a haiku about autumn leaves."
+    [group] = scored(Default(engine), (prompt, [prompt, "Red leaves drift and fall, and the wind forgets them all."]))
+    assert (group.scores[0].tie_break, group.result(Best()).best) == (None, 1)
+    assert "guard" in group.scores[0].reason
+    assert len(engine.read) == 1
+
+
 def test_a_model_that_cannot_read_leaves_a_tie_and_says_so():
     [group] = scored(Default(Reads(EngineError("gone"))), ("x", ["one", "two"]))
     assert [score.tie_break for score in group.scores] == [None, None]
@@ -225,7 +235,7 @@ def test_a_model_that_cannot_read_leaves_a_tie_and_says_so():
 def test_the_defaults_model_is_named_like_any_other():
     made = SCORERS.make("default:mini,contrast=1")
     assert SCORERS.spec_of(made) == "default:mini,contrast=1"
-    assert made.likelihood.style.name == "turns"
+    assert made.parts[1].parts[0].style.name == "turns"
     pool = ModelPool()
     [group] = scored(pool.scorer(made), ("Write a slogan", ["Good bread, good day!", "Bread"]))
     assert None not in [score.tie_break for score in group.scores]
