@@ -22,7 +22,8 @@ MOST = 32
 
 # Where a part ends: with its line, behind a sentence, or behind a sentence of a script without spaces.
 _END = re.compile(
-    r"""(?<!\s)\s*\n | [.!?…؟।]["'”’»)\]*_]*(?:\s*\n|[^\S\n]+) | [。！？｡]+[」』”’）】》]*(?:\s*\n|[^\S\n]*)""", re.VERBOSE
+    r"""(?<!\s)\s*\n | [.!?…؟।]["'”’»)\]*_]*(?:\s*\n|[^\S\n]+) | [。！？｡]+[」』”’）】》]*(?:\s*\n|[^\S\n]*)""",
+    re.VERBOSE,
 )
 _FENCED = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
 # What a full stop does not end: the number of a list's item, an initial, an abbreviation.

@@ -72,8 +72,10 @@ def _credits(credits: Sequence[Credit]) -> Table:
 
 def _marks(credits: Sequence[Credit]) -> list[tuple[str, str]]:
     """A word and a style for each sentence: for those that earn most and least, where these differ."""
-    known = [each.credit for each in credits if each.credit is not None]
-    marks = {min(known): ("least", "yellow"), max(known): ("most", "bold green")} if len({*known}) > 1 else {}
+    known = {each.credit for each in credits if each.credit is not None}
+    if len(known) < 2:
+        return [("", "")] * len(credits)
+    marks: dict[float | None, tuple[str, str]] = {min(known): ("least", "yellow"), max(known): ("most", "bold green")}
     return [marks.get(each.credit, ("", "")) for each in credits]
 
 
