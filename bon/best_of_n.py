@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, overload
 
 from bon import portal
 from bon.budget import Budget, as_budget
+from bon.credit import credited
 from bon.engines.base import Engine
 from bon.errors import BonError, InputError, UnknownNameError, number, several
 from bon.group import Callback, Follow, Group
@@ -212,6 +213,10 @@ class BestOfN:
         """Score and rank responses that came from elsewhere; blocks."""
         return portal.run(self.run_rerank(prompt, candidates, instruction=instruction))
 
+    def credit(self, result: Result) -> Result:
+        """Return a result with what each sentence of its winner adds to its reward (``Result.credit``); blocks."""
+        return portal.run(self.run_credit(result))
+
     async def run(
         self,
         prompt: Conversation | Task,
@@ -249,6 +254,10 @@ class BestOfN:
         group = self._given(prompt, candidates, instruction)
         await self._pipeline().run([group])
         return group.result(self.selector)
+
+    async def run_credit(self, result: Result, *, deadline: float | None = None) -> Result:
+        """Return a result with what each sentence of its winner adds to its reward; see ``bon.credit.credited``."""
+        return await credited(self.scorer, result, deadline)
 
     def stream(self, prompts: Iterable[Conversation | Task]) -> AsyncGenerator[tuple[int, Result | BonError], None]:
         """Yield (position, result) for many prompts as they finish.

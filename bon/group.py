@@ -249,10 +249,32 @@ class Group:
         for copy in self._copies.get(candidate.text, [])[1:]:
             self._copy(index, copy)
 
-    def expect(self, reward: float | None) -> None:
-        """Note a reward that is known before its score is whole, so that others can be pruned by it."""
-        if reward is not None and (self.best_reward is None or reward > self.best_reward):
-            self.best_reward = reward
+    def tied(self) -> list[Pending]:
+        """One candidate of each text that shares the best reward; none where one text has it alone."""
+        best = max((reward for reward in self.rewards if reward is not None), default=None)
+        share: dict[str, Candidate] = {}
+        for candidate, reward in zip(self.candidates, self.rewards, strict=True):
+            if reward is not None and reward == best:
+                share.setdefault(candidate.text, candidate)
+        return [Pending(self, candidate) for candidate in share.values()] if len(share) > 1 else []
+
+    def settle(self, candidate: Candidate, score: Score) -> None:
+        """Take in what decides between equal rewards, for all candidates with this text; nobody is told a second time.
+
+        Args:
+            candidate: of ``tied``.
+            score: whose reward is the tie-break; one that could not be had says why.
+        """
+        self.usage += score.usage
+        for index, known in self._scores.items():
+            if self._candidates[index].text == candidate.text and known.reward is not None:
+                told = replace(known, error=known.error or score.error, finished=self._now())
+                if index == candidate.index:
+                    told = replace(told, usage=known.usage + score.usage)
+                if score.reward is None:
+                    reason = f"between equal rewards it was not rated: {score.reason or score.status}"
+                    told = replace(told, reason=known.reason or reason)
+                self._scores[index] = told if score.reward is None else replace(told, tie_break=score.reward)
 
     def fail(self, error: BonError) -> None:
         """Note why the task has no result; the first reason stays."""
@@ -309,7 +331,8 @@ class Group:
     def _record(self, index: int, score: Score, **stamps: Any) -> None:
         score = replace(score, candidate=index, **stamps)
         self._scores[index] = score
-        self.expect(score.reward)
+        if score.reward is not None and (self.best_reward is None or score.reward > self.best_reward):
+            self.best_reward = score.reward
         self._tell(score)
 
     def _tell(self, event: Candidate | Score) -> None:

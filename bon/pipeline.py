@@ -76,6 +76,7 @@ class Pipeline:
                     await self._score(given)
                 while asked := self._asked(groups):
                     await _Round(self, asked, live=deadline is not None).run()
+                await self._settle(groups)
         except TimeoutError:  # of asyncio.timeout: what engines and scorers raise has been noted by then
             for group in groups:
                 group.expire(deadline)
@@ -201,6 +202,20 @@ class Pipeline:
             else:
                 for group in groups:
                     group.fail(user_error(f"the scorer {self.scorer.name!r}", error))
+
+    async def _settle(self, groups: Sequence[Group]) -> None:
+        """Let the scorer decide between texts that share the best reward; a tie that stays costs no result."""
+        tied = [pending for group in groups if group.error is None for pending in group.tied()]
+        if not tied:
+            return
+        try:
+            async with _closing(self.scorer.settle(tied)) as scores:
+                async for position, score in scores:
+                    tied[position].group.settle(tied[position].candidate, score)
+        except Exception as error:
+            said = user_error(f"the scorer {self.scorer.name!r}", error)
+            for group in dict.fromkeys(pending.group for pending in tied):
+                group.warnings.append(f"between equal rewards nothing could decide: {said}")
 
     async def _post(self, pending: Sequence[Pending], left: dict[int, Pending]) -> None:
         """Score ``pending`` and post each score; ``left`` loses what has one."""

@@ -431,11 +431,30 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Credit:
+    """What a sentence of the winner adds to its reward.
+
+    Args:
+        start, end: where it is in the winner's text, in characters.
+        text: the sentence; in a long text, several.
+        credit: the winner's reward less that of its text without the sentence; None where that could not be rated.
+        reason: why there is none.
+    """
+
+    start: int
+    end: int
+    text: str
+    credit: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """The best candidate of one task, with all the evidence.
 
     ``candidates`` and ``scores`` are aligned: ``scores[i]`` is about ``candidates[i]``. ``warnings`` are sentences that
     a reader must know before relying on it: rewards that say nothing, a winner that was cut off (``bon.remarks``).
+    ``credit`` has what each sentence of the winner adds to its reward, where that was asked for (``bon.credit``).
     """
 
     task: Task
@@ -445,6 +464,7 @@ class Result:
     timing: Timing
     usage: Usage
     warnings: tuple[str, ...] = ()
+    credit: tuple[Credit, ...] | None = None
 
     @property
     def best(self) -> int | None:
@@ -513,6 +533,7 @@ class Result:
             "timing": {**dataclasses.asdict(self.timing), "overlap": self.timing.overlap},
             "usage": {**dataclasses.asdict(self.usage), "total_tokens": self.usage.total_tokens},
             "saved": {**dataclasses.asdict(self.saved), "share": self.saved.share},
+            **({} if self.credit is None else {"credit": [dataclasses.asdict(each) for each in self.credit]}),
         }
 
 

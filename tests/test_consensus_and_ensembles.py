@@ -207,11 +207,21 @@ def test_the_default_picks_by_consensus_and_reads_nothing_where_that_decides():
 def test_the_default_lets_the_model_decide_between_two_and_between_those_that_tie():
     engine = Reads()
     groups = scored(Default(engine), ("x", ["longer one", "short"]), ("y", ["abc", "abc", "xyz!", "xyz!", "0"]))
-    assert sorted(engine.read) == ["abc", "abc", "longer one", "short", "xyz!", "xyz!"]
+    assert sorted(engine.read) == ["abc", "longer one", "short", "xyz!"], "copies once"
     assert [score.tie_break for score in groups[0].scores] == [-10, -5]
     assert [score.tie_break for score in groups[1].scores] == [-3, -3, -4, -4, None]
     assert groups[0].result(Best()).text == "short"
     assert groups[1].result(Best()).text == "abc"
+
+
+def test_an_answer_that_works_on_the_model_alone_loses_the_defaults_ties():
+    """The shorter the response the likelier here, and an echo is the shorter of the two."""
+    engine = Reads()
+    prompt = "Write a haiku about autumn leaves."
+    [group] = scored(Default(engine), (prompt, [prompt, "Red leaves drift and fall, and the wind forgets them all."]))
+    assert (group.scores[0].tie_break, group.result(Best()).best) == (None, 1)
+    assert "guard" in group.scores[0].reason
+    assert len(engine.read) == 1
 
 
 def test_a_model_that_cannot_read_leaves_a_tie_and_says_so():
@@ -225,7 +235,7 @@ def test_a_model_that_cannot_read_leaves_a_tie_and_says_so():
 def test_the_defaults_model_is_named_like_any_other():
     made = SCORERS.make("default:mini,contrast=1")
     assert SCORERS.spec_of(made) == "default:mini,contrast=1"
-    assert made.likelihood.style.name == "turns"
+    assert made.parts[1].parts[0].style.name == "turns"
     pool = ModelPool()
     [group] = scored(pool.scorer(made), ("Write a slogan", ["Good bread, good day!", "Bread"]))
     assert None not in [score.tie_break for score in group.scores]

@@ -17,11 +17,12 @@ from bon.scorers.base import Scorer
 from bon.scorers.flip import Flip, FlipDetails
 from bon.scorers.flip.reconstruction import before_stop
 from bon.scorers.flip.repeats import Repeats
+from bon.scorers.guard import Guard
 from bon.selectors import Best
 from bon.similarity import WordF1
 from bon.spec import SCORERS
 from bon.task import Message, Task
-from bon.types import Sampling
+from bon.types import Sampling, Score
 
 X = "Write one short haiku"
 TASK = Task.of(X)
@@ -54,7 +55,7 @@ def test_the_reward_is_word_f1_of_the_inferred_instruction_with_all_its_parts():
 
 def test_all_items_are_one_call_of_the_engine():
     engine = answers("a", "b", "c", "d")
-    score(Flip(engine), "0", "1", "2", "3")
+    score(Flip(engine, tie_break="logprob"), "0", "1", "2", "3")
     assert engine.calls == 1
 
 
@@ -83,24 +84,6 @@ def test_an_engine_stays_its_owners_when_the_scorer_is_closed():
             raise AssertionError("closed")
 
     asyncio.run(Flip(Engine()).aclose())
-
-
-def test_a_reward_is_known_to_the_group_before_its_tie_break_is():
-    """With ``tie_break="likelihood"`` a score is out late; what is hopeless must not wait for it."""
-    group = group_of(TASK, ["0", "1"], prune=True)
-
-    class Engine(ScriptedEngine):
-        async def loglikelihood(self, prompts, continuations, *, end=True):
-            assert (group.best_reward, group.scores) == (1.0, ())
-            return await super().loglikelihood(prompts, continuations, end=end)
-
-    async def run():
-        return [
-            found
-            async for found in Flip(Engine(answers("Write", X).script), tie_break="likelihood").score(group.pending())
-        ]
-
-    assert [score.reward for _, score in sorted(asyncio.run(run()), key=lambda found: found[0])][1] == 1.0
 
 
 def test_thinking_in_a_candidate_is_not_shown_and_nothing_but_thinking_is_empty():
@@ -284,16 +267,49 @@ def test_without_a_tie_break_the_shorter_reconstruction_wins_and_no_logprobs_are
     assert group.result(Best()).best == 1
 
 
-def test_the_likelihood_tie_break_is_one_more_call_and_spares_the_pruned():
-    engine = answers(X, "q q q q q q q q")
-    first, second = score(Flip(engine, tie_break="likelihood"), "0", "1", prune=True)
-    assert engine.calls == 2
-    [rated] = asyncio.run(engine.loglikelihood([load_style("direct").prompt(TASK, "0")], [X]))
-    assert first.tie_break == rated.mean
-    assert second.status == "pruned"
-    assert second.tie_break is None
-    [plain] = score(Flip(answers(X)), "0")
-    assert first.usage.scorer_prompt_tokens == 2 * plain.usage.scorer_prompt_tokens + 5
+@pytest.mark.parametrize("guarded", [False, True])
+def test_where_reconstructions_say_nothing_the_instructions_likelihood_decides(guarded):
+    """Three reconstructions share no word with the instruction: each reward is 0, and the likeliest of these wins."""
+    told = []
+    engine = answers("qqq", "www eee rrr", "ttt", "qqq")
+    group = group_of(TASK, ["0 like pizza", "1 haiku", "2 no", "1 haiku"], callback=told.append)
+    scorer = Flip(engine)
+    scored(Guard(scorer) if guarded else scorer, group)
+    prompts = [load_style("direct").prompt(TASK, text) for text in ("0 like pizza", "1 haiku", "2 no")]
+    rated = asyncio.run(engine.loglikelihood(prompts, [X] * 3))
+    assert group.rewards == (0.0,) * 4
+    ties = [score.tie_break for score in group.scores]
+    assert ties == [rated[at].mean for at in (0, 1, 2, 1)], "a copy has its twin's"
+    assert group.candidates[group.result(Best()).best].text == group.candidates[ties.index(max(ties))].text
+    assert sorted(s.candidate for s in told if isinstance(s, Score)) == [0, 1, 2, 3], "nobody is told a second time"
+    assert engine.calls == 3, "one for the reconstructions, one for the tie, one of this test"
+    read = sum(score.usage.scorer_prompt_tokens for score in group.scores if score.same_as is None)
+    assert group.usage.scorer_prompt_tokens == read
+    [once] = score(Flip(answers("qqq")), "0 like pizza")
+    both = once.usage.scorer_prompt_tokens + rated[0].prompt_tokens + rated[0].tokens
+    assert group.scores[0].usage.scorer_prompt_tokens == both
+
+
+@pytest.mark.parametrize(
+    ("answered", "why"),
+    [
+        ((X, "Write", "Write"), "one is better than the two that share a reward"),
+        ((X, X, X), "the instruction came back from all, and how likely is known"),
+    ],
+)
+def test_the_likelihood_is_read_only_where_it_decides(answered, why):
+    engine = answers(*answered)
+    group = group_of(TASK, ["0", "1", "2"])
+    scored(Flip(engine), group)
+    assert engine.calls == 1, why
+    assert None not in [score.tie_break for score in group.scores]
+
+
+def test_a_model_that_can_only_be_sampled_leaves_it_to_what_it_wrote():
+    group = group_of(TASK, ["0 a", "1 b"])
+    scored(Flip(lambda prompt: "qqq"), group)
+    assert group.rewards == (0.0, 0.0)
+    assert not group.warnings
 
 
 def test_an_engines_failure_is_raised_and_what_ran_is_stopped():

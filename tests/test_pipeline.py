@@ -461,6 +461,26 @@ def test_an_error_that_comes_after_the_last_score_is_not_lost(error, tasks):
     assert ["at the end" in str(group.error) for group in groups] == [True] * tasks
 
 
+@pytest.mark.parametrize("error", [UnavailableError("gone"), InputError("no log-probabilities here"), KeyError("x")])
+def test_a_tie_that_cannot_be_decided_costs_no_result(error):
+    """The rewards are there: what goes wrong after them is said and takes none away."""
+
+    class Settles(Own):
+        async def settle(self, tied):
+            assert [each.candidate.text for each in tied] == ["b", "a"]
+            yield 0, Score(2.0)
+            raise error
+
+    group = group_of(PROMPT, ["b", "a", "b"])
+    other = group_of("another", ["x"])
+    scored(Settles(lambda pending: 1.0), group, other)
+    assert group.rewards == (1.0, 1.0, 1.0)
+    assert [score.tie_break for score in group.scores] == [2.0, None, 2.0]
+    [warning] = group.warnings
+    assert str(error) in warning
+    assert not other.warnings
+
+
 def test_a_scorer_whose_iterator_has_nothing_to_close_is_fine():
     class Plain(Scorer):
         def score(self, pending):

@@ -334,6 +334,45 @@ def test_code_headings_and_strong_words_are_set_and_everything_else_is_text(open
         assert page.evaluate("navigator.clipboard.readText()") == said, "what is copied is what was said"
 
 
+def test_the_winners_sentences_are_tinted_by_their_credit_and_say_it(open_page):
+    weights = {"Alpha leads.": 0.5, "Beta <b>helps</b>.": 0.25, "Gamma hurts.": -0.125, "No.": 0.0}
+    text = "\U0001f331 Alpha leads. Beta <b>helps</b>.\n```\nx = 1.\n\ny\n```\nGamma hurts. No."
+
+    def weigh(prompt, responses):
+        return [sum(weight for part, weight in weights.items() if part in response) for response in responses]
+
+    with served(BestOfN(ScriptedEngine(lambda asked, draw: text), weigh, n=2)) as site:
+        page = open_page(site)
+        ask(page)
+        assert page.locator(".credit").count() == 0
+        page.click("#more summary")
+        page.select_option("#credit", "sentences")
+        page.click("#run")
+        page.wait_for_selector("#winner .credit")
+        page.wait_for_selector("body[data-state=done]")
+        spans = page.locator("#winner .credit")
+        said = [f"credit {number}" for number in ("+0.500", "+0.250", "+0.000", "-0.125", "+0.000")]
+        assert [span.get_attribute("title") for span in spans.all()] == said
+        assert spans.nth(1).text_content() == "Beta <b>helps</b>. (credit +0.250)", "read out with the sentence"
+        assert spans.nth(2).locator("pre").count() == 1, "a block of code is one part"
+        assert "costs" in spans.nth(3).get_attribute("class")
+        tints = spans.evaluate_all("spans => spans.map(span => getComputedStyle(span).backgroundColor)")
+        assert len({*tints}) == 4, "the more, the deeper; another colour below 0"
+        assert not spans.nth(0).locator(".value").bounding_box()["width"] > 1
+        spans.nth(0).focus()
+        assert spans.nth(0).locator(".value").bounding_box()["width"] > 50
+        page.keyboard.press("Tab")
+        assert spans.nth(1).locator(".value").bounding_box()["width"] > 50
+        page.click("#winner button")
+        assert page.evaluate("navigator.clipboard.readText()") == text, "what is copied is the text alone"
+        page.click("#code summary")
+        page.click("#curl")
+        assert '"credit":true' in page.locator("#snippet").text_content()
+        assert page.problems == []
+        if folder := os.environ.get("BON_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / "credit.png", full_page=True)
+
+
 def test_two_scorers_stand_side_by_side(open_page):
     policy = ScriptedEngine(lambda text, draw: f"{text} {draw}")
     with served(BestOfN(policy, "flip", n=4, prune=False)) as site:

@@ -14,7 +14,9 @@ from planted import trained
 from scoring import Own, scored
 from scoring import group_of as plain_group_of
 
+from bon.credit import credited
 from bon.engines.scripted import ScriptedEngine
+from bon.errors import InputError
 from bon.group import Group
 from bon.models import ModelPool
 from bon.pipeline import Pipeline, score
@@ -262,6 +264,26 @@ def test_pruning_changes_no_winner(scorer):
             assert full.reward <= few.upper_bound + 1e-9
         else:
             assert few.reward == pytest.approx(full.reward, abs=1e-5)
+
+
+def test_the_credit_of_a_sentence_is_what_the_reward_loses_without_it(scorer):
+    texts = ["Sunrise bakery. Good bread, good day!", "We bake. Sunrise has warm bread.", "Red and green. Or blue."]
+    [group] = scored(scorer, group_of(TASK, texts, whole=scorer.needs.group))
+    result = group.result(Best())
+    if scorer.needs.logprobs:
+        with pytest.raises(InputError, match="was not sampled"):
+            asyncio.run(credited(scorer, result))
+        return
+    found = asyncio.run(credited(scorer, result)).credit
+    assert len(found) == (0 if result.reward is None else 2)
+    for each in found:
+        short = [text.replace(each.text, "").strip() if i == result.best else text for i, text in enumerate(texts)]
+        [without] = rewards(scorer, group_of(TASK, short, whole=scorer.needs.group))
+        if without[result.best] is None:
+            assert each.credit is None
+            assert each.reason
+        else:
+            assert each.credit == pytest.approx(result.reward - without[result.best], abs=1e-4)
 
 
 def test_it_needs_no_policy(scorer, pool):

@@ -7,9 +7,10 @@ import pytest
 from fake_openai import FakeServer, error
 from serving import openai, served, until
 
-from bon import BestOfN
+from bon import BestOfN, Flip
 from bon.engines.http.engine import HTTPEngine
 from bon.engines.scripted import ScriptedEngine
+from bon.errors import InputError
 
 MESSAGES = [{"role": "user", "content": "What is the weather in Rome?"}]
 
@@ -156,6 +157,17 @@ def test_the_models_name_is_upstreams_own_and_no_address_or_key_reaches_a_client
                 assert secret not in told.text
             # As a number of its own: the digits of a duration may be the same.
             assert not re.search(rf"(?<![\d.]){upstream.port}(?!\d)", told.text)
+
+
+def test_a_tie_that_a_model_behind_the_server_could_not_decide_is_said_without_its_address():
+    class Broken(ScriptedEngine):
+        async def loglikelihood(self, prompts, continuations, *, end=True):
+            raise InputError("http://10.1.2.3:8000/v1 gives no log-probabilities of a prompt.")
+
+    with served(BestOfN(ScriptedEngine(), Flip(Broken(lambda prompt, draw: "qqq")), n=2)) as site:
+        [warning] = [w for w in site.chat().json()["best_of_n"]["warnings"] if "equal rewards" in w]
+        assert "gives no log-probabilities" in warning
+        assert "10.1.2.3" not in warning
 
 
 def test_what_is_meant_for_the_operator_does_not_reach_clients(upstream):

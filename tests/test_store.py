@@ -101,6 +101,22 @@ def test_a_torn_group_is_scored_again_as_a_whole(store):
     assert rewards(stored(own, store, "own"), *TEXTS) == [2, 2, 2]
 
 
+def test_what_decided_between_equal_rewards_is_in_the_store_too(store):
+    class Settles(Own):
+        settled = 0
+
+        async def settle(self, tied):
+            for position, each in enumerate(tied):
+                self.settled += 1
+                yield position, Score(length(each))
+
+    own = Settles(lambda pending: 1.0)
+    for _ in range(2):
+        scores = scores_of(stored(own, store, "own"), TASK, *TEXTS)
+        assert [score.tie_break for score in scores] == [len(text) for text in TEXTS]
+    assert own.settled == len(TEXTS)
+
+
 def test_copies_in_a_group_keep_their_own_scores(store):
     own = Group(lambda each: float(each.candidate.index))
     for _ in range(2):

@@ -27,10 +27,23 @@ from bon.cli.options import Files, embedded, loaded, threads_for
 from bon.cli.show import show
 from bon.cli.terminal import StoppedError, one_line, said_of, say, say_off_world, sentence
 from bon.config import Config
+from bon.credit import refuse
 from bon.data.formats import read_file
-from bon.data.rows import BadRow, Key, Outcomes, Row, output_row, rank_rows, read_rows, row_of, run_rows
+from bon.data.rows import (
+    BadRow,
+    Key,
+    Outcomes,
+    Row,
+    credited_rows,
+    output_row,
+    rank_rows,
+    read_rows,
+    row_of,
+    run_rows,
+)
 from bon.data.sink import Output
 from bon.errors import BonError, InputError
+from bon.scorers.base import Scorer
 from bon.selectors import as_selector, only_the_best_counts
 from bon.trace import Trace
 from bon.types import Result, Sampling, Saved, Usage
@@ -189,7 +202,15 @@ class Job:
         return "; ".join(parts) + "."
 
 
-def run_file(source: str, files: Files, config: Config, *, system: str | None = None, ranked: bool = False) -> int:
+def run_file(
+    source: str,
+    files: Files,
+    config: Config,
+    *,
+    system: str | None = None,
+    ranked: bool = False,
+    credit: bool = False,
+) -> int:
     """Do every row of a file; return the exit code.
 
     Args:
@@ -198,6 +219,7 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
         config: models, scoring and choice.
         system: a system message for rows that have none of their own.
         ranked: whether rows bring their candidates, so that no policy is needed.
+        credit: whether each row's winner is rated again without each of its sentences.
 
     Raises:
         InputError: the input cannot be read, the output cannot be written, or there are no rows.
@@ -205,7 +227,7 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
     """
     _check_output(source, files)
     read = partial(row_of, system=system, ranked=ranked, prompt_field=files.prompt_field)
-    run = _settings(files, config, system, ranked)
+    run = _settings(files, config, system, ranked, credit)
     with ExitStack() as stack:
         output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite, run=run, read=read)
         stack.callback(output.close)
@@ -223,10 +245,13 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
             rows = chain([first], rows)
             if embedded(config, ranked=ranked):
                 rows = _off_world_counted(job, rows)
-            with _ranking(config) if ranked else _sampling(config) as outcomes:
+            with _ranking(config) if ranked else _sampling(config) as (scorer, outcomes):
+                if credit:
+                    refuse(scorer)
                 started = perf_counter()  # loading is not counted
                 output.start()
-                _finish_all(job, outcomes(rows), _count(source, files.limit))
+                finished = outcomes(rows)
+                _finish_all(job, credited_rows(scorer, finished) if credit else finished, _count(source, files.limit))
         if job.off_world:
             say_off_world(ranked=ranked, count=(job.off_world, job.seen))
         if job.listed > LISTED:
@@ -239,16 +264,16 @@ def run_file(source: str, files: Files, config: Config, *, system: str | None = 
 
 
 @contextmanager
-def _sampling(config: Config) -> Iterator[Callable[[Iterable[Row]], Outcomes]]:
+def _sampling(config: Config) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
     with config.changed(threads=threads_for(config)).build() as bon:
-        yield partial(run_rows, bon)
+        yield bon.scorer, partial(run_rows, bon)
 
 
 @contextmanager
-def _ranking(config: Config) -> Iterator[Callable[[Iterable[Row]], Outcomes]]:
+def _ranking(config: Config) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
     selector = as_selector(config.selector, config.min_reward, seed=Sampling.of(config.sampling).seed)
     with loaded(config, ranked=True) as (_, scorer):
-        yield partial(rank_rows, scorer, selector, prune=config.prune)
+        yield scorer, partial(rank_rows, scorer, selector, prune=config.prune)
 
 
 def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
@@ -276,12 +301,12 @@ def _finish_all(job: Job, outcomes: Outcomes, total: int | None) -> None:
             raise StoppedError(job.interrupted) from None
 
 
-def _settings(files: Files, config: Config, system: str | None, ranked: bool) -> str:
+def _settings(files: Files, config: Config, system: str | None, ranked: bool, credit: bool) -> str:
     """What decides how a row comes out, beside the row, in short."""
     settings = config.to_dict()
     for name in ("threads", "schedule", *(("policy", "n") if ranked else ())):
         del settings[name]
-    settings |= {"ranked": ranked, "system": system, "everything": files.everything}
+    settings |= {"ranked": ranked, "system": system, "everything": files.everything, "credit": credit}
     return blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
 
 

@@ -62,6 +62,10 @@ Seed = Annotated[
     int | None,
     option(_SAMPLING, "--seed", metavar="S", help="The same seed, the same candidates; by default new ones."),
 ]
+Credit = Annotated[
+    bool,
+    option(_SCORING, "--credit", help="Rate the winner again without each of its sentences: what does each one earn?"),
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bon.cli.options import Choice, Files, Seed, Setup, configured, grouped
+from bon.cli.options import Choice, Credit, Files, Seed, Setup, configured, grouped
 from bon.cli.run import is_file
 from bon.errors import InputError
 
@@ -22,6 +22,7 @@ def rerank(
     choice: Choice,
     files: Files,
     seed: Seed = None,
+    credit: Credit = False,
 ) -> int:
     """Rank candidates that you have already: rows with "candidates", a list of texts.
 
@@ -34,4 +35,4 @@ def rerank(
     config = configured(setup, choice, seed=seed)
     if file is None or not is_file(file):
         raise InputError("FILE is missing. Type: bon rerank --help" if file is None else f"there is no file {file!r}.")
-    return run_file(file, files, config, ranked=True)
+    return run_file(file, files, config, ranked=True, credit=credit)

@@ -15,6 +15,7 @@ import typer
 from bon.cli.options import (
     JSON,
     Choice,
+    Credit,
     Files,
     Number,
     Policy,
@@ -62,6 +63,7 @@ def run(
     stream: Annotated[
         bool, typer.Option("--stream", help="Show the candidates while they are written, on a terminal.")
     ] = False,
+    credit: Credit = False,
     as_json: JSON = False,
 ) -> int:
     """Sample N candidates for a prompt, or for each prompt of a file, and pick the best.
@@ -77,13 +79,13 @@ def run(
 
         given = {"--json": as_json, "--stream": stream, "--instruction": instruction is not None}
         _refuse(given, _FOR_ONE_PROMPT)
-        return run_file(prompt, files, config, system=system)
+        return run_file(prompt, files, config, system=system, credit=credit)
     only_files = {"--output": files.output is not None, "--all": files.everything, "--skip-bad": files.skip_bad}
     only_files |= {"--resume": files.resume, "--overwrite": files.overwrite, "--limit": files.limit is not None}
     _refuse({**only_files, "--prompt-field": files.prompt_field is not None}, _FOR_FILES)
     if stream and not sys.stderr.isatty():
         raise InputError("--stream shows candidates on a terminal, and standard error is none.")
-    return _run_prompt(prompt, system, instruction, config, stream, as_json, files.trace)
+    return _run_prompt(prompt, system, instruction, config, stream, credit, as_json, files.trace)
 
 
 _FOR_ONE_PROMPT = {
@@ -126,11 +128,13 @@ def _run_prompt(
     instruction: str | None,
     config: Config,
     stream: bool,
+    credit: bool,
     as_json: bool,
     trace: Path | None,
 ) -> int:
     from bon import portal
-    from bon.cli.terminal import print_json, say, say_off_world
+    from bon.cli.terminal import INTERRUPTED, print_json, say, say_off_world
+    from bon.credit import refuse
     from bon.task import Message, Task
     from bon.trace import Trace
 
@@ -138,6 +142,7 @@ def _run_prompt(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not UTF-8. Set the terminal to UTF-8, or use a file.") from error
+    code = 0
     messages = (*([Message("system", system)] if system is not None else []), Message("user", prompt))
     task = Task.of(messages, instruction)
     with nullcontext() if trace is None else Trace(trace) as traced:
@@ -146,12 +151,19 @@ def _run_prompt(
         with starting():
             built = config.changed(threads=threads_for(config)).build()
         with built as bon:
+            if credit:
+                refuse(bon.scorer)
             if embedded(config):
                 from bon.mini.tasks import knows
 
                 if not knows(prompt):
                     say_off_world()
             result = portal.run(bon.run(task)) if not sys.stderr.isatty() else _watched(bon, task, stream)
+            if credit:
+                try:
+                    result = bon.credit(result)
+                except KeyboardInterrupt:  # the result is there
+                    code = INTERRUPTED
         if traced is not None:
             traced.add(result)
     if as_json:
@@ -161,7 +173,7 @@ def _run_prompt(
         from bon.cli.show import show
 
         show(result)
-    return 0
+    return code
 
 
 def _watched(bon: BestOfN, task: Task, stream: bool) -> Result:

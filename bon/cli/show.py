@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.text import Text
 from bon.cli.terminal import clean, one_line, said_of
 from bon.remarks import OFF_WORLD
 from bon.similarity import matched_words
-from bon.types import Candidate, Result, Score
+from bon.types import Candidate, Credit, Result, Score
 
 CANDIDATE_WIDTH, INFERRED_WIDTH = 140, 280
 """Characters of a candidate and of an inferred instruction that the table shows; the winner is above it in full."""
@@ -30,8 +31,11 @@ def show(result: Result) -> None:
         reward = "no reward" if result.reward is None else f"reward {result.reward:.3f}"
         console.print(Text(f"Best of {n}: candidate {result.best}, {reward}", style="bold"))
         console.print()
-        console.print(Text(clean(result.text).strip("\n")), soft_wrap=True)
+        console.print(_winner(result.text, result.credit or ()), soft_wrap=True)
     console.print()
+    if result.credit:
+        console.print(_credits(result.credit))
+        console.print()
     console.print(_table(result))
     console.print()
     for line in _footer(result):
@@ -39,6 +43,40 @@ def show(result: Result) -> None:
     for warning in result.warnings:
         if warning != OFF_WORLD:  # which was said before anything was sampled
             console.print(Text(f"warning: {warning}", style="bold yellow"), soft_wrap=True)
+
+
+def _winner(text: str, credits: Sequence[Credit]) -> Text:
+    """The winner in full, the sentences that earn most and least in colours."""
+    shown, at = Text(), 0
+    for each, (_, style) in zip(credits, _marks(credits), strict=True):
+        shown.append(clean(text[at : each.start])).append(clean(each.text), style)
+        at = each.end
+    shown.append(clean(text[at:]))
+    shown.rstrip()
+    return shown[len(shown.plain) - len(shown.plain.lstrip("\n")) :]
+
+
+def _credits(credits: Sequence[Credit]) -> Table:
+    """The sentences of the winner, each with its credit."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("credit", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("what the reward loses without this sentence", overflow="fold", ratio=1)
+    for each, (mark, style) in zip(credits, _marks(credits), strict=True):
+        sentence = Text(_short(one_line(each.text), CANDIDATE_WIDTH))
+        if each.credit is None:
+            sentence.append(f"\n-> ({_short(one_line(each.reason or ''), INFERRED_WIDTH)})", style="dim")
+        table.add_row(Text("-" if each.credit is None else f"{each.credit:+.3f}", style), Text(mark, style), sentence)
+    return table
+
+
+def _marks(credits: Sequence[Credit]) -> list[tuple[str, str]]:
+    """A word and a style for each sentence: for those that earn most and least, where these differ."""
+    known = {each.credit for each in credits if each.credit is not None}
+    if len(known) < 2:
+        return [("", "")] * len(credits)
+    marks: dict[float | None, tuple[str, str]] = {min(known): ("least", "yellow"), max(known): ("most", "bold green")}
+    return [marks.get(each.credit, ("", "")) for each in credits]
 
 
 def _table(result: Result) -> Table:

@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 from bon.best_of_n import BestOfN
+from bon.credit import credited
 from bon.data.formats import Record, shown
 from bon.errors import BonError, InputError
 from bon.pipeline import in_order, rank
@@ -183,6 +184,13 @@ def rank_rows(scorer: Scorer, selector: Selector, rows: Iterable[Row], *, prune:
     )
 
 
+async def credited_rows(scorer: Scorer, outcomes: Outcomes) -> Outcomes:
+    """The same with the credit of each sentence of the winners."""
+    async with aclosing(outcomes):
+        async for row, outcome in outcomes:
+            yield row, await credited(scorer, outcome) if isinstance(outcome, Result) else outcome
+
+
 async def _with_rows(
     rows: Iterable[Row], stream: Callable[[Iterator[Row]], AsyncGenerator[tuple[int, Result | BonError], None]]
 ) -> Outcomes:
@@ -217,7 +225,7 @@ def output_row(
     own = result.to_dict()
     if not everything:
         winner = None if result.best is None else result.scores[result.best]
-        own = {name: own[name] for name in ("text", "reward", "best", "reason")}
+        own = {name: own[name] for name in ("text", "reward", "best", "reason", "credit") if name in own}
         own |= {"status": winner and winner.status, "inferred": winner and winner.explanation}
         if row.candidates:
             own |= {"ranking": list(result.selection.ranking), "rewards": [score.reward for score in result.scores]}

@@ -218,14 +218,28 @@ class Stored(Scorer):
         """Free what the scorer holds; the store stays open."""
         await self._scorer.aclose()
 
-    async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+    def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate: those first that are in the store."""
+        return self._scored(pending, self._scorer.score, self._spec, whole=self.needs.group)
+
+    def settle(self, tied: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """Rate what is tied: again what is in the store comes from there."""
+        return self._scored(tied, self._scorer.settle, f"{self._spec} between equal rewards", whole=False)
+
+    async def _scored(
+        self,
+        pending: Sequence[Pending],
+        score_them: Callable[[Sequence[Pending]], AsyncGenerator[tuple[int, Score], None]],
+        spec: str,
+        *,
+        whole: bool,
+    ) -> AsyncGenerator[tuple[int, Score], None]:
         if self._model is None:
             self._model = " + ".join(fingerprint(engine.name) for engine in self.engines) + self._scorer.version
-        keys = [self._key(each, self._model) for each in pending]
+        keys = [self._key(spec, each, self._model) for each in pending]
         found = await asyncio.to_thread(self._store.find, keys)
         missing = {position: each for position, each in enumerate(pending) if keys[position] not in found}
-        if self.needs.group:  # a group is scored as a whole
+        if whole:  # a group is scored as a whole
             torn = {id(each.group) for each in missing.values()}
             missing = {position: each for position, each in enumerate(pending) if id(each.group) in torn}
         for position, key in enumerate(keys):
@@ -236,7 +250,7 @@ class Stored(Scorer):
         if not missing:
             return
         places = dict(enumerate(missing))
-        async with aclosing(self._scorer.score(list(missing.values()))) as scores:
+        async with aclosing(score_them(list(missing.values()))) as scores:
             since = perf_counter()
             async for place, score in scores:
                 seconds = perf_counter() - since
@@ -247,13 +261,13 @@ class Stored(Scorer):
                 yield position, score
                 since = perf_counter()
 
-    def _key(self, pending: Pending, model: str) -> Key:
+    def _key(self, spec: str, pending: Pending, model: str) -> Key:
         task, candidate, needs = pending.task, pending.candidate, self.needs
         messages = [message.to_dict() for message in task.messages]
         asked = _digest(messages, task.instruction, task.context, task.reference, dict(task.metadata))
         group = (candidate.index, [each.text for each in pending.group.candidates]) if needs.group else ()
         logprobs = (candidate.top_logprobs or candidate.logprobs) if needs.logprobs else ()
-        return Key(self._spec, model, asked, _digest(candidate.text, candidate.finish_reason, *group, logprobs))
+        return Key(spec, model, asked, _digest(candidate.text, candidate.finish_reason, *group, logprobs))
 
 
 def fingerprint(model: str) -> str:

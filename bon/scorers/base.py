@@ -124,6 +124,18 @@ class Scorer(ABC, Specified):
             the groups that still lack a score; if these are several, each is scored again by itself to see whose it is.
         """
 
+    async def settle(self, tied: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """Rate candidates that share the best reward of their task, once all have theirs; most scorers do not.
+
+        Args:
+            tied: one candidate of each text, at least two of each group.
+
+        Yields:
+            (position in ``tied``, score), each position at most once: its reward becomes ``Score.tie_break``.
+        """
+        return
+        yield
+
     async def aclose(self) -> None:
         """Free what the scorer itself holds. Its models belong to whoever loaded them."""
 

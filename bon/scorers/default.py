@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bon.engines.base import Engine
 from bon.errors import InputError
-from bon.scorers.base import Needs, Pending, Scorer, by_group
+from bon.scorers.base import Compound, Needs, Pending
 from bon.scorers.consensus import Consensus
+from bon.scorers.guard import Guard
 from bon.scorers.likelihood import BackwardLikelihood
 from bon.types import Score
 
@@ -19,13 +18,15 @@ if TYPE_CHECKING:
     from bon.models import Model
 
 
-class Default(Scorer):
+class Default(Compound):
     """Scores candidates by consensus (chrF); ties are decided by the backward likelihood.
 
     Consensus costs nothing, and picked better than chance on each real set with more than two candidates a row. Of two
     candidates it prefers neither, and then the model reads: which of them makes the instruction likelier, examples
     shown as turns and sentences that restate the instruction left out. Only those that share the best reward are read,
-    as ``Score.tie_break``. ``benchmarks/README.md`` has what was measured, on which prompts, and where the limits lie.
+    as ``Score.tie_break``; one on which a rule of ``guard`` fires is not, and loses the tie: of two candidates an echo
+    of the instruction makes it likeliest. ``benchmarks/README.md`` has what was measured, on which prompts, and where
+    the limits lie.
 
     Args:
         model: what reads, as in the scorer ``likelihood``. Where it is None and the policy cannot read, a tie stays
@@ -37,63 +38,29 @@ class Default(Scorer):
     range = (0.0, 1.0)
 
     def __init__(self, model: Any = None, **options: Any) -> None:
-        self.consensus = Consensus("chrf")
-        options = {"style": "turns", "drop_restated": True, **options}
-        self.likelihood: BackwardLikelihood | None = BackwardLikelihood(model, **options)
+        likelihood = BackwardLikelihood(model, **{"style": "turns", "drop_restated": True, **options})
+        self.parts = [Consensus("chrf"), Guard(likelihood)]
 
     @property
     def name(self) -> str:
         """Its parts."""
-        return self.consensus.name + ("" if self.likelihood is None else f", {self.likelihood.name}")
-
-    @property
-    def models(self) -> Sequence[Model | None]:  # type: ignore[override]
-        """What is still to be loaded."""
-        return () if self.likelihood is None else self.likelihood.models
-
-    @property
-    def engines(self) -> Sequence[Engine]:
-        """What reads."""
-        return () if self.likelihood is None else self.likelihood.engines
-
-    @property
-    def concurrent(self) -> bool:  # type: ignore[override]
-        """Whether calls may run at the same time."""
-        return self.likelihood is None or self.likelihood.concurrent
+        return ", ".join(part.name for part in self.parts)
 
     def bound(self, find: Callable[[Model | None], Engine]) -> Self:
         """The same scorer with its model in place; without one where the policy, which is to read, cannot."""
+        try:
+            return super().bound(find)
+        except InputError:
+            if list(self.models) != [None]:
+                raise
         other = copy.copy(self)
-        if self.likelihood is not None:
-            try:
-                other.likelihood = self.likelihood.bound(find)
-            except InputError:
-                if self.likelihood.models != (None,):
-                    raise
-                other.likelihood = None
+        other.parts = self.parts[:1]
         return other
 
-    async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+    def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate; see ``Scorer.score``."""
-        async with aclosing(self.consensus.score(pending)) as scores:
-            found = {position: score async for position, score in scores}
-        tied = [] if self.likelihood is None else _tied(pending, found)
-        for position in found.keys() - set(tied):
-            yield position, found[position]
-        if tied and self.likelihood is not None:
-            async with aclosing(self.likelihood.score([pending[position] for position in tied])) as scores:
-                async for at, read in scores:
-                    reason = None if read.reward is not None else f"{self.likelihood.name}: {read.reason}"
-                    told = replace(found[tied[at]], reason=reason, usage=read.usage, error=read.error)
-                    yield tied[at], replace(told, tie_break=read.reward)
+        return self.parts[0].score(pending)
 
-
-def _tied(pending: Sequence[Pending], scores: dict[int, Score]) -> list[int]:
-    """Positions that share the best reward of their group with a different text."""
-    tied = []
-    for positions in by_group(pending):
-        best = max(scores[position].reward or 0.0 for position in positions)
-        share = [position for position in positions if scores[position].reward == best]
-        if len({pending[position].candidate.text for position in share}) > 1:
-            tied += share
-    return tied
+    def settle(self, tied: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """Rate what consensus cannot tell apart; see ``Scorer.settle``."""
+        return self.parts[1].score(tied) if len(self.parts) > 1 else super().settle(tied)

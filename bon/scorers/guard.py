@@ -66,3 +66,7 @@ class Guard(Compound):
             async with aclosing(self.parts[0].score([pending[position] for position in passed])) as scores:
                 async for at, score in scores:
                     yield passed[at], score
+
+    def settle(self, tied: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """As the scorer does; what a rule fires on has no reward to share."""
+        return self.parts[0].settle(tied)

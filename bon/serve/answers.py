@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import accumulate, cycle
 from typing import Any
 
@@ -18,7 +19,7 @@ from bon.serve.failures import ApiError, bad, public
 from bon.serve.plan import Plan, Work
 from bon.similarity import matched_words, missed_words
 from bon.task import Task, canonical_calls
-from bon.types import Candidate, Result, Score, Usage
+from bon.types import Candidate, Credit, Result, Score, Usage
 
 DONE = b"data: [DONE]\n\n"
 _PIECE = re.compile(r"\s*\S{1,24}\s*|\s+")
@@ -154,6 +155,7 @@ class Answer:
         return {
             **evidence(result, self._plan, queue_s),
             "choices": [self._about(pick, result, "text") for pick in picks if pick],
+            **({} if result.credit is None else {"credit": [_credit(each) for each in result.credit]}),
             **({"candidates": [self._about(candidate, result) for candidate in everything]} if everything else {}),
         }
 
@@ -202,7 +204,7 @@ def evidence(result: Result, work: Work, queue_s: float) -> dict[str, Any]:
         "reward": result.reward,
         "mean_reward": sum(rewards) / len(rewards) if rewards else None,
         "reason": public(result.selection.reason) if result.selection.reason else passed,
-        "warnings": list(result.warnings),
+        "warnings": [public(warning) for warning in result.warnings],
         "deadline_passed": late,
         "statuses": result.counts,
         "timing": {
@@ -259,6 +261,10 @@ def _sampled(candidate: Candidate) -> dict[str, Any]:
         "completion_tokens": candidate.completion_tokens,
         "sampled_s": candidate.finished,
     }
+
+
+def _credit(credit: Credit) -> dict[str, Any]:
+    return {**asdict(credit), "reason": None if credit.reason is None else public(credit.reason)}
 
 
 def _event(body: dict[str, Any]) -> bytes:

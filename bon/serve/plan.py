@@ -12,6 +12,7 @@ from typing import Any
 
 from bon.best_of_n import BestOfN
 from bon.budget import Budget, Fixed, StopAt, as_budget
+from bon.credit import refuse
 from bon.engines.base import Classifies, Embeds, Remote
 from bon.engines.function import FunctionEngine
 from bon.errors import InputError
@@ -94,9 +95,13 @@ class Plan(Work):
         return (self.task,)
 
     async def run(self, deadline: float | None, tell: Callback, follow: Follow) -> Result:
-        """Sample, score, select."""
+        """Sample, score, select, and rate the winner again without each of its sentences."""
         live = self.request.stream and self.request.options.return_candidates
-        return await self.bon.run(self.task, callback=tell, follow=follow if live else None, deadline=deadline)
+        result = await self.bon.run(self.task, callback=tell, follow=follow if live else None, deadline=deadline)
+        if not self.request.options.credit:
+            return result
+        left = None if deadline is None else max(0.0, deadline - result.timing.total)
+        return await self.bon.run_credit(result, deadline=left)
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,11 @@ class Planner:
             raise bad("stream_options", "is for requests with stream=true.")
         options = request.options
         name = self.offered(options)
+        if options.credit:
+            try:
+                refuse(self.scorers[name])
+            except InputError as error:
+                raise bad("best_of_n.credit", str(error)) from error
         bon = self.bon.replace(
             n=self._budget(request),
             sampling=self._sampling(request),

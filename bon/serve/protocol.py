@@ -115,6 +115,7 @@ class BestOfNOptions(Options):
     return_candidates: bool = Field(
         default=False, description="Return every candidate with its score; a stream has their texts as they grow."
     )
+    credit: bool = Field(default=False, description="Rate the winner again without each of its sentences.")
 
 
 class _Common(Body):

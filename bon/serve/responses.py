@@ -83,11 +83,22 @@ class EvidenceBody(BaseModel):
     timing: dict[Literal["queue_s", "sample_s", "score_s", "overlap_s", "total_s"], float]
 
 
+class CreditBody(BaseModel):
+    """What a sentence of the winner adds to its reward."""
+
+    start: int = Field(description="Where it is in the candidate's text, in characters (code points).")
+    end: int
+    text: str
+    credit: float | None = Field(description="The reward less that of the text without the sentence.")
+    reason: str | None = Field(description="Why there is none.")
+
+
 class BestOfNBody(EvidenceBody):
     """The evidence."""
 
     choices: list[ScoreBody] = Field(description="Scores of the returned choices, in their order.")
     candidates: list[ScoreBody] | None = Field(default=None, description="All of them, with return_candidates.")
+    credit: list[CreditBody] | None = Field(default=None, description="Of the winner's sentences, on request.")
 
 
 class MessageBody(BaseModel):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import stdev
 
-from bon.engines.base import Completion, Loglikelihood, Partial, Prompt
+from bon.engines.base import Completion, Partial, Prompt
 from bon.errors import EngineError, PromptTooLongError
 from bon.scorers.base import Pending
 from bon.scorers.flip.repeats import Repeats
@@ -171,12 +171,9 @@ class Reconstruction:
             drafted_tokens=sum(c.drafted_tokens for c in done),
         )
 
-    def score(self, tie_break: float | None, likelihood: Loglikelihood | None = None) -> Score:
-        """Report, with the value that decides between equal rewards and what that cost."""
+    def score(self, tie_break: float | None) -> Score:
+        """Report, with the value that decides between equal rewards."""
         usage, status, reward = self.usage, self.status, self.reward
-        if likelihood is not None:
-            prompt_tokens = likelihood.prompt_tokens + likelihood.tokens
-            usage += Usage(scorer_prompt_tokens=prompt_tokens, cached_tokens=likelihood.cached_tokens)
         if reward is None:
             bound = self.upper_bound if status == "pruned" else None
             errors = [c.error for c in self.completions.values() if isinstance(c.error, EngineError)]

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bon.engines.base import Engine, Generates, Keep, Loglikelihood, Partial, Rates, Request, Wanted, WritesJSON
-from bon.errors import InputError, UnknownNameError, whole_number
+from bon.engines.base import Engine, Generates, Keep, Partial, Rates, Request, Wanted, WritesJSON
+from bon.errors import UnknownNameError, whole_number
 from bon.prompts import Style, load_style
 from bon.scorers.base import ModelScorer, Pending, can
 from bon.scorers.flip.drafting import Drafting
 from bon.scorers.flip.reconstruction import Reconstruction
+from bon.scorers.likelihood import BackwardLikelihood
 from bon.scorers.parsing import NO_RESPONSE, Parser, response_piece
 from bon.similarity import Similarity, as_similarity
 from bon.types import Sampling, Score
@@ -51,10 +52,11 @@ class Flip(ModelScorer):
         max_tokens: tokens of a reconstruction. None takes 512 where the model reasons first (a style whose answer is
             JSON, ``thinking``), and else 64 and one for each byte of the instruction, 512 at most: what is much longer
             than the instruction has no reward to gain. One that repeats itself is cut off before that.
-        tie_break: between equal rewards, "logprob" prefers the likelier reconstruction, "likelihood" the higher mean
-            log p(instruction | response), which costs one more prefill. "none" leaves it to the number of tokens and
-            the index, and asks for no log-probabilities: they cost up to a tenth of the time where vLLM's batch is
-            full (``benchmarks/throughput.py --engine vllm``).
+        tie_break: between different responses that share the best reward, "likelihood" prefers the higher mean
+            log p(instruction | response), which costs one more prefill of these; where the instruction came back from
+            all of them, or the model can only be sampled, it is the same as "logprob", which prefers the likelier
+            reconstruction. "none" leaves it to the number of tokens and the index, and asks for no log-probabilities:
+            they cost up to a tenth of the time where vLLM's batch is full (``benchmarks/throughput.py --engine vllm``).
         retries: how often candidates none of whose reconstructions could be parsed are tried again, at temperature 0.7
             at least.
         thinking: whether the model may think before it answers. Off, templates that know ``enable_thinking`` are told
@@ -81,7 +83,7 @@ class Flip(ModelScorer):
         samples: int = 1,
         sampling: Sampling | Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
-        tie_break: TieBreak = "logprob",
+        tie_break: TieBreak = "likelihood",
         retries: int = 0,
         thinking: bool = False,
         draft: bool = True,
@@ -104,7 +106,7 @@ class Flip(ModelScorer):
             sampling = Sampling.of({**usual, **(sampling or {})})
         elif max_tokens is not None:
             sampling = sampling.replace(max_tokens=max_tokens)
-        self.sampling = sampling.replace(logprobs=sampling.logprobs or tie_break == "logprob")
+        self.sampling = sampling.replace(logprobs=sampling.logprobs or tie_break != "none")
         self.tie_break: TieBreak = tie_break
         self.template = {"enable_thinking": thinking}
         greedy = self.samples == 1 and self.sampling.temperature == 0
@@ -122,13 +124,6 @@ class Flip(ModelScorer):
         other._drafting = self._drafting.restarted()
         return other
 
-    def _able(self, engine: Engine) -> Engine:
-        if self.tie_break == "likelihood" and not can(engine, Rates):
-            raise InputError(
-                f"tie_break='likelihood' needs a model that can give log-probabilities, and {engine.name!r} cannot."
-            )
-        return super()._able(engine)
-
     async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Score every candidate once; each score comes as soon as it is known."""
         runs = []
@@ -142,23 +137,27 @@ class Flip(ModelScorer):
             if not full and self._drafting.pays():
                 prompt = replace(prompt, draft=each.task.instruction.strip())
             runs.append(Reconstruction(position, each, prompt, self.parser, self.similarity, self.samples))
-        finished: list[Reconstruction] = []
         for attempt in range(self.retries + 1):
             again: list[Reconstruction] = []
             async with aclosing(self._reconstruct(runs, attempt)) as ended:
                 async for run in ended:
                     if run.status == "failed" and attempt < self.retries and not run.too_long:
                         again.append(run.restarted())
-                    elif self.tie_break == "likelihood" and run.reward is not None:
-                        run.pending.group.expect(run.reward)
-                        finished.append(run)
                     else:
-                        yield run.position, run.score(run.mean_logprob if self.tie_break == "logprob" else None)
+                        yield run.position, run.score(None if self.tie_break == "none" else run.mean_logprob)
             runs = again
             if not runs:
                 break
-        for run, likelihood in await self._likelihoods(finished):
-            yield run.position, run.score(likelihood.mean if likelihood.error is None else None, likelihood)
+
+    async def settle(self, tied: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """Rate the instruction after each response, unless it came back from all of a task's; see ``Scorer.settle``."""
+        if self.tie_break != "likelihood" or not can(self.engine, Rates):
+            return
+        unsure = [at for at, each in enumerate(tied) if each.group.best_reward != self.similarity.maximum]
+        likelihood = BackwardLikelihood(self.engine, style=self.style if self.style.output == "text" else "direct")
+        async with aclosing(likelihood.score([tied[at] for at in unsure])) as scores:
+            async for place, score in scores:
+                yield unsure[place], score
 
     async def _reconstruct(self, runs: Sequence[Reconstruction], attempt: int) -> AsyncGenerator[Reconstruction, None]:
         """Run all reconstructions as one batch and yield each run when its last one ends."""
@@ -190,17 +189,6 @@ class Flip(ModelScorer):
         if schema is None or self.template["enable_thinking"] or not isinstance(self.engine, WritesJSON):
             return sampling
         return sampling.replace(extra={**self.engine.json_options(schema), **sampling.extra})
-
-    async def _likelihoods(self, runs: list[Reconstruction]) -> list[tuple[Reconstruction, Loglikelihood]]:
-        """Rate the original instruction after each response."""
-        if not runs:
-            return []
-        style = self.style if self.style.output == "text" else load_style("direct")
-        prompts = [
-            style.prompt(run.pending.task, response_piece(run.pending.candidate) or "", self.template) for run in runs
-        ]
-        rated = await self.engine.loglikelihood(prompts, [run.pending.task.instruction.strip() for run in runs])
-        return list(zip(runs, rated, strict=True))
 
 
 def _keep(runs: Sequence[Reconstruction], stop: tuple[str, ...]) -> Keep | None:

@@ -53,6 +53,21 @@ function rendered(text) {
   return nodes;
 }
 
+// The winner's sentences, tinted by what the reward loses without each; text for who cannot see the tint.
+function credited(text, credits) {
+  const most = Math.max(...credits.map((each) => Math.abs(each.credit ?? 0)), 1e-9), nodes = [];
+  let at = 0;
+  for (const {start, end, credit, reason} of credits) {
+    const said = credit == null ? `no credit: ${reason}` : `credit ${credit < 0 ? "" : "+"}${number(credit)}`;
+    const part = h("span", {class: `credit${credit < 0 ? " costs" : ""}`, tabindex: "0", title: said},
+      ...rendered(cut(text, [start, end])), h("span", {class: "value"}, ` (${said})`));
+    part.style.setProperty("--share", `${100 * Math.abs(credit ?? 0) / most}%`);
+    nodes.push(...rendered(cut(text, [at, start])), part);
+    at = end;
+  }
+  return [...nodes, ...rendered(cut(text, [at]))];
+}
+
 function phase(row) {
   if (row.status) return "no reward";
   if (run.over) return written(row) ? "not scored" : "not finished";
@@ -87,7 +102,8 @@ function card(row, {badge, alike = [row]} = {}) {
       row.text && h("button", {class: "small", type: "button", "aria-label": `Copy candidate ${row.index}`,
         onclick: (event) => copy(row.text, event.currentTarget)}, "Copy")),
     scored && run.unit && h("div", {class: "meter", "aria-hidden": "true"}, meter),
-    text || !written(row) ? h("div", {class: "text", tabindex: "0"}, ...(written(row) ? rendered(text) : [text])) : h("p", {class: "quiet"}, "no text"),
+    text || !written(row) ? h("div", {class: "text", tabindex: "0"}, ...(badge && run.answer.credit ? credited(text, run.answer.credit) : written(row) ? rendered(text) : [text])) : h("p", {class: "quiet"}, "no text"),
+    badge && run.answer.credit?.length > 0 && h("p", {class: "numbers"}, "Credit: what the reward loses without a sentence. Point at one, or tab to it, for its number."),
     row.inferred != null && h("p", {class: "inferred"}, h("b", {}, "inferred instruction"), ...marked(row.inferred, row.matched)),
     badge && missed.length > 0 && h("p", {class: "inferred"}, h("b", {}, "your prompt, with the words that were missed"), ...marked(run.prompt, missed, "missed")),
     row.inferred == null && row.explanation && h("p", {class: "inferred"}, h("b", {}, "explanation"), row.explanation),

@@ -1,4 +1,4 @@
-const SETTINGS = ["prompt", "n", "scorer", "system", "temperature", "max_tokens", "stop_at", "deadline_s", "seed", "second"];
+const SETTINGS = ["prompt", "n", "scorer", "system", "temperature", "max_tokens", "stop_at", "deadline_s", "seed", "second", "credit"];
 const EXAMPLES = {
   haiku: "Write a haiku about autumn rain.",
   email: "Write a short, polite email that asks for a refund of a train ticket.",
@@ -79,6 +79,7 @@ function request() {
   if (value("system")) messages.unshift({role: "system", content: value("system")});
   const body = {messages, best_of_n: {n: Number(value("n"))}};
   if (value("scorer")) body.best_of_n.scorer = value("scorer");
+  if (value("credit")) body.best_of_n.credit = true;
   for (const id of ["temperature", "max_tokens", "seed"]) if (value(id)) body[id] = Number(value(id));
   for (const id of ["stop_at", "deadline_s"]) if (value(id)) body.best_of_n[id] = Number(value(id));
   return body;
@@ -156,7 +157,7 @@ async function go(event) {
 async function compare(second, signal) {
   const said = $("status").textContent;
   say(`The same for the scorer ${second}…`, "busy");
-  const other = (await (await post(run.body, {best_of_n: {scorer: second}}, signal)).json()).best_of_n;
+  const other = (await (await post(run.body, {best_of_n: {scorer: second, credit: false}}, signal)).json()).best_of_n;
   drawCompared([run.answer.scorer, other.scorer], [run.answer, other]);
   run.compared = other;
   say(said, "done");
