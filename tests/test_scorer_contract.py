@@ -75,6 +75,7 @@ WAYS = [
     "judge:style=listwise,times=2,reasoning=false",
     "judge:reasoning=false",
     "reward-model:TINY",
+    "consensus:embedding:BERT",
     'slot:explain=0,labels=["a", "b"]',
     'slot:explain=9,labels=["a", "b"]',
     Judge(ScriptedEngine(rating, max_model_len=2000), expected=False),
@@ -96,9 +97,16 @@ def classifier(tmp_path_factory):
     return tiny.save_classifier(tmp_path_factory.mktemp("classifier"), "Llama", tiny.tokenizer("chatml"), num_labels=1)
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return tiny.save_classifier(tmp_path_factory.mktemp("encoder"), "Bert", tiny.tokenizer("wordpiece"), "MaskedLM")
+
+
 @pytest.fixture(params=WAYS, ids=lambda way: way if isinstance(way, str) else getattr(way, "__name__", repr(way)))
-def scorer(request, pool, classifier, tmp_path):
-    way = request.param.replace("TINY", str(classifier)) if isinstance(request.param, str) else request.param
+def scorer(request, pool, classifier, encoder, tmp_path):
+    way = request.param
+    if isinstance(way, str):
+        way = way.replace("TINY", str(classifier)).replace("BERT", str(encoder))
     if isinstance(way, str) and way.startswith("head:"):
         reader = pool.engine("mini")
         sizes = {"fingerprint": reader.fingerprint, "width": 128}

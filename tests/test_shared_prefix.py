@@ -23,7 +23,7 @@ from bon.engines.torch.prefix import attention as prefix_attention
 from bon.engines.torch.prefix.attention import NAME, merge, part
 from bon.engines.torch.prefix.shared import Preamble, SharedRows
 from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, pieces, preamble, tree
-from bon.engines.torch.rows import PlainRows, Rows, Run, Stats
+from bon.engines.torch.rows import PlainRows, Rows, Run, Stats, token_logprobs
 from bon.engines.torch.worker import StoppedError
 from bon.errors import EngineError
 from bon.types import Sampling
@@ -208,11 +208,13 @@ def test_ratings_are_those_of_plain_rows(family: str) -> None:
     continuations = [*(tuple(random.integers(0, VOCABULARY, n).tolist()) for n in range(1, 7)), long, long, long[:29]]
     plain = made.config._attn_implementation
     with torch.inference_mode():
-        expected = PlainRows(Run(made)).rate(contexts, continuations)
-        parts = PlainRows(Run(made, **SMALL)).rate(contexts, continuations)
+        expected = PlainRows(Run(made)).rate(contexts, continuations, token_logprobs)
+        parts = PlainRows(Run(made, **SMALL)).rate(contexts, continuations, token_logprobs)
         made.set_attn_implementation(NAME)
-        found = SharedRows(Run(made), Preamble(preamble(contexts))).rate(contexts, continuations)
-        shared_parts = SharedRows(Run(made, **SMALL), Preamble(preamble(contexts))).rate(contexts, continuations)
+        found = SharedRows(Run(made), Preamble(preamble(contexts))).rate(contexts, continuations, token_logprobs)
+        shared_parts = SharedRows(Run(made, **SMALL), Preamble(preamble(contexts))).rate(
+            contexts, continuations, token_logprobs
+        )
         made.set_attn_implementation(plain)
     for other in (found, parts, shared_parts):
         assert other == pytest.approx(expected, abs=1e-4 * 30)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # for models this small a second thread only waits
@@ -100,11 +100,25 @@ def _special(*names: str) -> list[AddedToken]:
     return [AddedToken(name, special=True, normalized=False) for name in names]
 
 
+def _wordpiece() -> Tokenizer:
+    """Lower-cases, with [CLS] and [SEP], as BERT's."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=names, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
+
+
 def tokenizer(kind: str) -> Any:
-    """A small tokenizer with the chat template of a family: ascii, chatml, llama3, gemma, ..."""
+    """A small tokenizer with the chat template of a family (ascii, chatml, llama3, gemma, ...), or BERT's wordpiece."""
     if kind == "ascii":
         wrapped = PreTrainedTokenizerFast(tokenizer_object=_ascii(), eos_token="<|im_end|>")
         wrapped.chat_template = CHATML
+    elif kind == "wordpiece":
+        wrapped = transformers.BertTokenizerFast(tokenizer_object=_wordpiece(), model_max_length=128)
     elif kind in ("chatml", "bare"):
         plain = [AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>", "<tool_call>")]
         backend = _byte_level([*_special("<|endoftext|>", "<|im_start|>", "<|im_end|>"), *plain])

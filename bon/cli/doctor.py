@@ -34,7 +34,7 @@ def doctor(as_json: JSON = False) -> int:
             continue
         print(title)
         for name, value in part.items() if isinstance(part, dict) else ((each["name"], _line(each)) for each in part):
-            print(f"  {name:<14}{value if value is not None else 'not installed'}")
+            print(f"  {name:<13} {value if value is not None else 'not installed'}")
     return 0
 
 

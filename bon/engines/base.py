@@ -1,8 +1,9 @@
 """The engine contract: what a language model behind bon can do, each ability a small protocol of its own.
 
 An engine has a name, a context and ``aclose``; beyond that ``Generates`` samples completions, ``Rates`` gives
-log-probabilities of given ones, ``Classifies`` the logits of a classification head and ``Reads`` hidden states. Which
-of them an engine has is found by ``isinstance``, never by trying. Nothing here imports torch, vllm or an HTTP client.
+log-probabilities of given ones, ``Weighs`` how they are spread over the vocabulary, ``Classifies`` the logits of a
+classification head, ``Embeds`` texts as vectors and ``Reads`` hidden states. Which of them an engine has is found by
+``isinstance``, never by trying. Nothing here imports torch, vllm or an HTTP client.
 """
 
 from __future__ import annotations
@@ -292,6 +293,26 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """What an embedding model makes of a text.
+
+    Args:
+        vector: shape (width,), float32, of whatever length.
+        prompt_tokens: tokens that were read.
+        error: why it could not be embedded (it does not fit the context); None when it was.
+    """
+
+    vector: npt.NDArray[np.float32]
+    prompt_tokens: int = 0
+    error: BonError | None = None
+
+    @classmethod
+    def failed(cls, error: BonError) -> Embedding:
+        """A text that could not be embedded."""
+        return cls(np.zeros(0, np.float32), error=error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Reading:
     """What a model holds of a response after it has read it.
 
@@ -385,6 +406,24 @@ class Rates(Engine, Protocol):
 
 
 @runtime_checkable
+class Weighs(Engine, Protocol):
+    """An engine that tells how it spreads its probability at each token of given continuations."""
+
+    async def confidence(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], *, top: int | None = None
+    ) -> list[Loglikelihood]:
+        """Read continuations[i] as the answer to prompts[i], by prefill alone; what fails is as in ``loglikelihood``.
+
+        The ``total`` of each is a sum over its tokens, the end of the turn not among them: of the mean of log(V p) over
+        the whole vocabulary of V tokens, or of the mean of log p over the ``top`` likeliest. The lower, the surer.
+
+        Raises:
+            InputError: the two lists differ in length.
+            EngineError: the model failed.
+        """
+
+
+@runtime_checkable
 class Classifies(Engine, Protocol):
     """An engine whose model has a classification head.
 
@@ -409,6 +448,21 @@ class Classifies(Engine, Protocol):
 
         Raises:
             InputError: the model has no classification head.
+            EngineError: the model failed.
+        """
+
+
+@runtime_checkable
+class Embeds(Engine, Protocol):
+    """An engine whose model is an embedding model."""
+
+    async def embed(self, texts: Sequence[str]) -> list[Embedding]:
+        """Embed texts, in one call.
+
+        One that does not fit the context comes back with an ``error``, and the others are embedded.
+
+        Raises:
+            InputError: the model is no embedding model.
             EngineError: the model failed.
         """
 

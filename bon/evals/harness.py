@@ -99,7 +99,9 @@ def evaluate(
         opened.callback(lambda: portal.run(pool.aclose()))
         engine, ready = _load(pool, policy, scorers, samples=samples is not None)
         other = None if bigger is None else pool.policy(bigger)
-        how = Sampling.of(given).replace(seed=seed, logprobs=any(scorer.needs.logprobs for scorer in ready.values()))
+        how = Sampling.of(given).replace(seed=seed)
+        for scorer in ready.values():
+            how = scorer.needs.asked(how)
         if store is not None:
             kept = opened.enter_context(Store(store))
             ready = {name: _kept(scorer, kept) for name, scorer in ready.items()}

@@ -266,7 +266,7 @@ class Stored(Scorer):
         messages = [message.to_dict() for message in task.messages]
         asked = _digest(messages, task.instruction, task.context, task.reference, dict(task.metadata))
         group = (candidate.index, [each.text for each in pending.group.candidates]) if needs.group else ()
-        logprobs = candidate.logprobs if needs.logprobs else ()
+        logprobs = (candidate.top_logprobs or candidate.logprobs) if needs.logprobs else ()
         return Key(spec, model, asked, _digest(candidate.text, candidate.finish_reason, *group, logprobs))
 
 

@@ -6,16 +6,17 @@ import copy
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bon.engines.base import Engine, Rates
 from bon.errors import BonError, EngineError, InputError, UnknownNameError
 from bon.spec import Specified
 from bon.task import Task
-from bon.types import Candidate, Score, Usage
+from bon.types import Candidate, Sampling, Score, Usage
 
 if TYPE_CHECKING:
     from bon.group import Group
@@ -29,14 +30,22 @@ class Needs:
     Args:
         group: all candidates of a task in one call, copies included.
         logprobs: the policy's log-probabilities of each candidate.
+        top_logprobs: how many of the likeliest tokens at each place, where the policy's server tells them.
         reference: ``Task.reference``.
         all_rewards: a reward for every candidate: nothing is pruned.
     """
 
     group: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
     reference: bool = False
     all_rewards: bool = False
+
+    def asked(self, sampling: Sampling) -> Sampling:
+        """How a policy samples for it."""
+        return sampling.replace(
+            logprobs=sampling.logprobs or self.logprobs, top_logprobs=max(sampling.top_logprobs, self.top_logprobs)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ def by_group(pending: Sequence[Pending]) -> list[list[int]]:
     return [*groups.values()]
 
 
-def can(engine: Engine, ability: type) -> bool:
+def can(engine: Engine, ability: type | UnionType) -> bool:
     """Whether an engine has an ability; one that rates may still lack what it takes (``HTTPEngine.rates``)."""
     return isinstance(engine, ability) and (ability is not Rates or getattr(engine, "rates", True))
 
@@ -183,14 +192,16 @@ class ModelScorer(Scorer):
 
     Args:
         model: an engine or a function, which stay the caller's; a model's spec or folder; or None for the policy's own.
-        ability: what the engine must be able to do: ``Generates``, ``Rates`` or ``Classifies``.
+        ability: what the engine must be able to do: ``Generates``, ``Rates``, ``Classifies``, ...
+        hosts: what runs a model given by name in place of the engine of that name; a URL's is ``HTTPEngine``.
         options: of the engine that loads a model given by name.
 
     Raises:
         InputError: none of these, or options for an engine that is already there.
     """
 
-    ability: ClassVar[type]
+    ability: ClassVar[type | UnionType]
+    hosts: ClassVar[Mapping[str | None, str]] = {}
 
     def __init__(self, model: str | Path | Model | Engine | Callable[..., Any] | None, options: dict[str, Any]) -> None:
         from bon.engines.function import FunctionEngine
@@ -204,6 +215,8 @@ class ModelScorer(Scorer):
         self.model: Model | None = None
         if isinstance(model, str | Path | Model) or (model is None and options):
             self.model = Model.of(model, **options)
+            if not self.model.name.startswith(("http://", "https://")):
+                self.model = replace(self.model, engine=self.hosts.get(self.model.engine, self.model.engine))
             return
         if options:
             raise InputError(f"{', '.join(sorted(options))}: options are for models loaded by name.")
@@ -261,9 +274,12 @@ class ModelScorer(Scorer):
                 "Generates": "be sampled",
                 "Rates": "give log-probabilities of a text",
                 "Classifies": "classify a text (a reward model)",
+                "Embeds": "embed a text (an embedding model)",
                 "Reads": "show its hidden states (engine=torch)",
+                "Weighs": "tell how sure it is at each token (engine=torch or vllm; over HTTP take deepconf)",
             }
-            what = able.get(self.ability.__name__, self.ability.__name__)
+            name = getattr(self.ability, "__name__", "Weighs")  # one of two has none
+            what = able.get(name, name)
             named = isinstance(engine, self.ability)  # which says what kinds of engines can
             remedy = " Over HTTP it can where its tokenizer is named: tokenizer=NAME." if named else ""
             raise InputError(

@@ -68,7 +68,8 @@ class Ensemble(Compound):
         """Whole groups, and what any of the parts needs."""
         needs = [part.needs for part in self.parts]
         logprobs, reference = any(each.logprobs for each in needs), any(each.reference for each in needs)
-        return Needs(group=True, all_rewards=True, logprobs=logprobs, reference=reference)
+        top = max(each.top_logprobs for each in needs)
+        return Needs(group=True, all_rewards=True, logprobs=logprobs, top_logprobs=top, reference=reference)
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -24,8 +24,6 @@ _COMBINED: Mapping[str, Callable[[Sequence[float]], float]] = {
     "mean": fmean,
     "product": math.prod,
 }
-_ENGINES = {None: "classifier", "torch": "classifier", "vllm": "vllm-classifier"}
-"""What runs a classifier where a language model would run on the engine of that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +50,7 @@ class RewardModel(ModelScorer):
     """
 
     ability: ClassVar[type] = Classifies
+    hosts: ClassVar[Mapping[str | None, str]] = {None: "classifier", "torch": "classifier", "vllm": "vllm-classifier"}
 
     def __init__(
         self,
@@ -65,8 +64,6 @@ class RewardModel(ModelScorer):
             raise UnknownNameError("way to combine steps", steps, _COMBINED)
         self.label, self.steps = label, steps
         super().__init__(model, options)
-        if self.model is not None and not self.model.name.startswith(("http://", "https://")):
-            self.model = replace(self.model, engine=_ENGINES.get(self.model.engine, self.model.engine))
 
     @property
     def name(self) -> str:

@@ -135,10 +135,12 @@ class Answer:
             raise bad("logprobs", "the policy does not have them.", "unsupported_parameter")
         spoken = _spoken(self._content(pick) or "", pick.logprobs)
         if self._chat:
+            asked = self._plan.passed.get("top_logprobs", 0)  # a scorer may have had it tell more
             likely = [top for (piece, _), top in zip(pick.logprobs, pick.top_logprobs, strict=False) if piece]
             tokens = [{"token": piece, "logprob": logprob, "bytes": _bytes(piece)} for piece, logprob in spoken]
             content = [
-                {**token, "top_logprobs": top} for token, top in zip(tokens, likely or cycle([()]), strict=False)
+                {**token, "top_logprobs": top[:asked]}
+                for token, top in zip(tokens, likely or cycle([()]), strict=False)
             ]
             return {"content": content, "refusal": None}
         return {

@@ -13,7 +13,7 @@ from typing import Any
 from bon.best_of_n import BestOfN
 from bon.budget import Budget, Fixed, StopAt, as_budget
 from bon.credit import refuse
-from bon.engines.base import Classifies, Remote
+from bon.engines.base import Classifies, Embeds, Remote
 from bon.engines.function import FunctionEngine
 from bon.errors import InputError
 from bon.group import Callback, Follow
@@ -304,8 +304,8 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
                 and issubclass(kind, ModelScorer)
                 and next(iter(signature(kind).parameters)) == "model"
             ):
-                # Whether a server's model has a classification head shows when it is asked.
-                unknown = kind.ability is Classifies
+                # Whether a server's model has a classification head, or embeds, shows when it is asked.
+                unknown = kind.ability in (Classifies, Embeds)
                 able = [e for e in engines if can(e, kind.ability) and not (unknown and isinstance(e, Remote))]
                 others |= {name: SCORERS.construct(name, able[:1], {})} if able else {}
         except Exception as error:  # of another package, whose code may raise anything

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bon.engines.base import (
     Classification,
     Completion,
+    Embedding,
     Keep,
     Loglikelihood,
     Prompt,
@@ -43,6 +44,7 @@ from bon.engines.base import (
 )
 from bon.engines.http import wire
 from bon.engines.http.classify import ask_head
+from bon.engines.http.embed import MOST_TEXTS, ask_embeddings
 from bon.engines.http.endpoints import Endpoints
 from bon.engines.http.link import Endpoint, Link, room
 from bon.engines.http.model import NOTHING, Model
@@ -319,6 +321,30 @@ class HTTPEngine:
         asked = [asyncio.create_task(classify(conversation)) for conversation in conversations]
         try:
             return await asyncio.gather(*asked)
+        finally:
+            await _cancel(asked)
+
+    async def embed(self, texts: Sequence[str]) -> list[Embedding]:
+        """Embed texts; see ``Embeds.embed``. One that fails after all retries has an ``error``.
+
+        Raises:
+            InputError: the server has no embedding model.
+        """
+        until, most = self._until(), self.endpoints.share(len(texts), MOST_TEXTS)
+
+        async def embed(some: Sequence[str]) -> list[Embedding]:
+            try:
+                return await self.endpoints.call(partial(ask_embeddings, self._model, some), until)
+            except BonError as error:
+                if not _concerns_one(error):
+                    raise
+                if len(some) == 1 or error.retryable:
+                    return [Embedding.failed(error) for _ in some]
+            return [one for text in some for one in await embed([text])]
+
+        asked = [asyncio.create_task(embed(texts[at : at + most])) for at in range(0, len(texts), most or 1)]
+        try:
+            return [one for some in await asyncio.gather(*asked) for one in some]
         finally:
             await _cancel(asked)
 

@@ -148,7 +148,10 @@ class Job:
         else:
             fields |= {"prompt": self._ids, "return_token_ids": True}
         if self.request.sampling.logprobs:
-            fields["logprobs"] = True if path == wire.CHAT else 0
+            top = self.request.sampling.top_logprobs
+            fields["logprobs"] = True if path == wire.CHAT else top
+            if path == wire.CHAT and top:
+                fields["top_logprobs"] = top
         turns = prompt.turns if path == wire.CHAT else ()
         return wire.Body(fields | (wire.STREAM if streamed else {}), f"prompt {self.index}", turns)
 

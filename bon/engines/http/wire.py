@@ -45,7 +45,7 @@ TOOLS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 # Roles that a server may refuse: a system message then goes before the first user's, a developer's becomes a system's.
 SYSTEM, DEVELOPER = "the system role", "the developer role"
 # What bon asks for and can do without where a server does not explain what it refuses.
-GUESSED = _names("n logprobs chat_template_kwargs stream_options continuous_usage_stats return_token_ids")
+GUESSED = _names("n logprobs top_logprobs chat_template_kwargs stream_options continuous_usage_stats return_token_ids")
 # What it can do without where a server names it ("max_tokens" gets its newer name).
 OPTIONAL = GUESSED | {"max_tokens", "temperature", SYSTEM, DEVELOPER}
 STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -344,9 +344,17 @@ def read_logprobs(logprobs: object) -> tuple[tuple[float, ...] | None, tuple[str
 
 
 def top_logprobs(logprobs: object) -> tuple[Sequence[Mapping[str, Any]], ...]:
-    """The likeliest tokens at each place of a chat answer, as the server gave them; () where it gave none."""
-    content = logprobs.get("content") if isinstance(logprobs, Mapping) else None
-    likely = [item.get("top_logprobs") or [] for item in content or () if isinstance(item, Mapping)]
+    """The likeliest tokens at each place, in the format of a chat answer; () where the server gave none."""
+    if not isinstance(logprobs, Mapping):
+        return ()
+    content = logprobs.get("content")
+    items = (
+        content if isinstance(content, list) else [{"top_logprobs": top} for top in logprobs.get("top_logprobs") or ()]
+    )
+    found = [item.get("top_logprobs") or [] for item in items if isinstance(item, Mapping)]
+    likely = [
+        [{"token": t, "logprob": v} for t, v in top.items()] if isinstance(top, Mapping) else top for top in found
+    ]
     if not any(likely) or not all(
         isinstance(t, Mapping) and _is_logprob(t.get("logprob")) for ts in likely for t in ts
     ):
@@ -400,6 +408,7 @@ class Growing:
     finish_reason: str | None = None
     logprobs: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    likely: list[Sequence[Mapping[str, Any]]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     usage: Mapping[str, Any] = field(default_factory=dict)
     whole: Mapping[str, Any] | None = None
@@ -428,6 +437,7 @@ class Growing:
             self.events += bool(piece)
             self.logprobs += logprobs or ()
             self.pieces += pieces or ()
+            self.likely += top_logprobs(choice.get("logprobs"))
             self.ids += token_ids(choice) or ()
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return bool(piece) and self.finish_reason is None
@@ -447,7 +457,8 @@ class Growing:
             return self.whole
         if self.finish_reason is None and not aborted:
             raise BadAnswerError("broke off in the middle of an answer.")
-        known = {"token_logprobs": self.logprobs, "tokens": self.pieces} if len(self.logprobs) >= self.events else None
+        told = {"token_logprobs": self.logprobs, "tokens": self.pieces, "top_logprobs": self.likely}
+        known = told if len(self.logprobs) >= self.events else None
         apart = {"reasoning": "".join(self.reasoning), "refusal": "".join(self.refusal)}
         message = {"content": self.text, **apart}
         choice = {"finish_reason": self.finish_reason, "token_ids": self.ids, "logprobs": known, "message": message}

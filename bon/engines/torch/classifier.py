@@ -124,7 +124,7 @@ class TorchClassifier:
         elif tokenizer.chat_template or chat_template:
             self._template = Renderer(tokenizer, chat_template_kwargs, chat_template=chat_template)
         else:
-            self._layout, self._plain = _layout(tokenizer), PlainEncoder(tokenizer)
+            self._layout, self._plain = layout_of(tokenizer, "a", "b"), PlainEncoder(tokenizer)
         on_cpu = self._model.device.type == "cpu"
         wanted = (threads or choose_threads()) if on_cpu else torch.get_num_threads()
         self._worker = Worker(self.name, lambda: torch.set_num_threads(wanted))
@@ -219,9 +219,9 @@ def classification_model(source: str, config: Any, **options: Any) -> Any:
     return made
 
 
-def _layout(tokenizer: Any) -> list[tuple[int | None, tuple[int, ...], int]]:
-    """How a tokenizer writes two texts: (which text, or None for tokens of its own; these tokens; token type)."""
-    pair = tokenizer("a", "b")
+def layout_of(tokenizer: Any, *texts: str) -> list[tuple[int | None, tuple[int, ...], int]]:
+    """How a tokenizer writes a text or two: (which text, or None for tokens of its own; these tokens; token type)."""
+    pair = tokenizer(*texts)
     # Types are made also by tokenizers whose models are told none.
     types = pair.get("token_type_ids", [0] * len(pair["input_ids"]))
     marked = zip(pair.sequence_ids(), pair["input_ids"], types, strict=True)

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from bon.engines.torch.decode import Batch, Job, KeepAll, batches
 from bon.engines.torch.pack import pack
 from bon.engines.torch.paths import Paths
 from bon.engines.torch.reading import fingerprint, in_batches, read
-from bon.engines.torch.rows import Run, Stats
+from bon.engines.torch.rows import Measure, Run, Stats, confidence, token_logprobs
 from bon.engines.torch.threads import choose_threads
 from bon.engines.torch.worker import Call, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
@@ -144,8 +145,19 @@ class TorchEngine:
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
     ) -> list[Loglikelihood]:
         """Rate continuations by prefill alone; see ``Rates.loglikelihood``."""
+        return await self._rated(prompts, continuations, end, token_logprobs)
+
+    async def confidence(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], *, top: int | None = None
+    ) -> list[Loglikelihood]:
+        """How sure the model is of continuations, by prefill alone; see ``Weighs.confidence``."""
+        return await self._rated(prompts, continuations, False, partial(confidence, top=top))
+
+    async def _rated(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], end: bool, measure: Measure
+    ) -> list[Loglikelihood]:
         check_pairs(prompts, continuations)
-        results = self._stream(lambda call: self._rate(prompts, continuations, end, call))
+        results = self._stream(lambda call: self._rate(prompts, continuations, end, measure, call))
         rated: dict[int, Loglikelihood] = {index: value async for index, value in results}
         return [rated[i] for i in range(len(prompts))]
 
@@ -209,7 +221,9 @@ class TorchEngine:
         draft = self.renderer.encode(request.prompt.draft)[: min(MOST_DRAFT, room - 1)] if drafts else ()
         return Job(index, ids, request.samples, room, seed, sampling.stop, draft)
 
-    def _rate(self, prompts: Sequence[Prompt], continuations: Sequence[str], end: bool, call: Call) -> None:
+    def _rate(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], end: bool, measure: Measure, call: Call
+    ) -> None:
         last = () if not end or self.renderer.end_id is None else (self.renderer.end_id,)
         contexts = [self.renderer.render(p) for p in prompts]
         targets = [(*self.renderer.encode(text), *last) for text in continuations]
@@ -225,7 +239,7 @@ class TorchEngine:
         fresh = [own.get(i, 0) + wanted[i] for i in range(len(prompts))]
         for batch in self._rating_batches([rated[i] for i in path.order], fresh, lengths, wanted, path.pads):
             rows = path.rows()
-            totals = rows.rate([contexts[i] for i in batch], [targets[i] for i in batch])
+            totals = rows.rate([contexts[i] for i in batch], [targets[i] for i in batch], measure)
             for at, i in enumerate(batch):
                 call.emit((i, Loglikelihood(totals[at], len(targets[i]), len(contexts[i]), rows.cached[at])))
 

@@ -8,6 +8,7 @@ ordinary way, through transformers' own cache, and works with every decoder that
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 Ids = tuple[int, ...]
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""A number for each place, shape (tokens,), of its logits, (tokens, vocabulary), and the token that is there."""
 
 _AT_A_TIME = 64  # positions whose logits are exponentiated together: that takes their memory once more
 
@@ -87,8 +90,8 @@ class Rows(Protocol):
     def select(self, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Let rows leave. Returns the old index of each row that stays, in the new order."""
 
-    def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids]) -> list[float]:
-        """Sum of log p(continuation | context) for each pair; contexts and continuations are not empty."""
+    def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids], measure: Measure) -> list[float]:
+        """Sum of a measure over the continuation, for each pair; contexts and continuations are not empty."""
 
 
 class PlainRows:
@@ -139,7 +142,7 @@ class PlainRows:
         self._take(torch.from_numpy(order).to(self._position.device))
         return order
 
-    def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids]) -> list[float]:
+    def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids], measure: Measure) -> list[float]:
         """See ``Rows.rate``."""
         self.cached = [0] * len(contexts)
         inputs = [(*a, *b[:-1]) for a, b in zip(contexts, continuations, strict=True)]
@@ -150,7 +153,7 @@ class PlainRows:
                 end = len(ids) - behind
                 if end > 0:
                     targets = torch.tensor(ids[max(0, end - logits.shape[1]) : end], device=logits.device)
-                    totals[row] += token_logprobs(logits[row, -len(targets) :], targets).double().sum().cpu()
+                    totals[row] += measure(logits[row, -len(targets) :], targets).double().sum().cpu()
         return [float(total) for total in totals]
 
     def _forward_padded(self, prompts: Sequence[Ids], keep: int) -> Iterator[tuple[Tensor, int]]:
@@ -209,6 +212,17 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of each id under its logits; shapes (tokens, vocabulary) and (tokens,)."""
     pieces = zip(torch.split(logits, _AT_A_TIME), torch.split(ids, _AT_A_TIME), strict=True)
     return torch.cat([_logprobs(some.float(), of) for some, of in pieces])
+
+
+def confidence(logits: Tensor, ids: Tensor, top: int | None = None) -> Tensor:
+    """Mean of log(V p) over the vocabulary, or of log p over the ``top`` likeliest tokens; see ``Weighs``."""
+    return torch.cat([_confidence(some.float(), top) for some in torch.split(logits, _AT_A_TIME)])
+
+
+def _confidence(logits: Tensor, top: int | None) -> Tensor:
+    size = logits.shape[-1]
+    mean = logits.mean(-1) + math.log(size) if top is None else logits.topk(min(top, size)).values.mean(-1)
+    return mean - logits.logsumexp(-1)
 
 
 def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -57,19 +57,10 @@ class VLLMClassifier(VLLMEngine):
         async def one(row: tuple[int, ...] | BonError) -> Classification:
             if isinstance(row, BonError):
                 return Classification.failed(row)
-            output = await self._last(row)
+            output = await self.pool(row, PoolingParams(task="classify", use_activation=False))
             return Classification((tuple(output.outputs.data.flatten().tolist()),), len(row))
 
         async def all_of_them() -> list[Classification]:
             return await asyncio.gather(*map(one, rows))
 
         return await portal.there(all_of_them())
-
-    async def _last(self, row: Sequence[int]) -> Any:
-        if self._failure is not None:
-            raise self._failure
-        assert self._engine is not None
-        with self._errors():
-            params = PoolingParams(task="classify", use_activation=False)
-            outputs = self._engine.llm.encode({"prompt_token_ids": list(row)}, params, f"bon-{next(self._ids)}")
-            return [output async for output in outputs][-1]

@@ -42,6 +42,7 @@ try:
         warnings.simplefilter("ignore")  # deprecations in vLLM's and torch's own code
         from vllm import PoolingParams as PoolingParams
         from vllm import SamplingParams as SamplingParams
+        from vllm.config import PoolerConfig as PoolerConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.exceptions import VLLMClientError as VLLMClientError
         from vllm.lora.request import LoRARequest as LoRARequest
@@ -178,6 +179,7 @@ def _arguments(source: str, options: Mapping[str, Any], logging_config: Path) ->
         "disable_log_stats": True,
         "enable_log_requests": False,
         "use_tqdm_on_load": False,
+        "max_logprobs": -1,  # those of the whole vocabulary may be asked for (self-certainty)
         # xgrammar's JSON may hold raw control characters inside strings; white space between tokens may go on for ever.
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
     }

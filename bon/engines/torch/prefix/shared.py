@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bon.engines.torch.prefix.attention import NAME, Index, Level, Pass, Prefill, Segments, Step
 from bon.engines.torch.prefix.tree import Ids, Node, Piece, pieces, tree
-from bon.engines.torch.rows import Run, token_logprobs
+from bon.engines.torch.rows import Measure, Run, token_logprobs
 
 __all__ = ["NAME", "Preamble", "SharedRows"]
 
@@ -124,7 +124,7 @@ class SharedRows:
             level.regroup()
         return order
 
-    def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids]) -> list[float]:
+    def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids], measure: Measure) -> list[float]:
         """See ``Rows.rate``."""
         inputs = [(*a, *b[:-1]) for a, b in zip(contexts, continuations, strict=True)]
         counts = [len(c) for c in continuations]
@@ -132,7 +132,7 @@ class SharedRows:
         found: list[Tensor] = []
         at = 0
         for logits in self._read(inputs, counts, store=False):
-            found.append(token_logprobs(logits, targets[at : at + len(logits)]).double().cpu())
+            found.append(measure(logits, targets[at : at + len(logits)]).double().cpu())
             at += len(logits)
             del logits  # before the next pass makes as many
         self._note_prefix()
