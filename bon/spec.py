@@ -210,7 +210,8 @@ class Registry:
             known = [*self, "module:object"] if objects else self
             raise UnknownNameError(self.kind, name, known)
         if colon and not argument:
-            raise InputError(f"nothing stands behind the colon of {head!r}. Write {name} alone, or {name}:SOMETHING.")
+            alone = "" if self.takes_argument(name) else f"{name} alone, or "
+            raise InputError(f"nothing stands behind the colon of {head!r}. Write {alone}{name}:SOMETHING.")
         parameters = self._parameters(name)
         first = next(iter(parameters.values()), None)
         quoted = argument.startswith('"') and _is_json(argument)

@@ -297,6 +297,10 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--selector", 'vote:"a', *SCRIPTED], "a quotation mark is not closed in"),
         (["run", "hi", "--policy", 'mini,dtype="float32'], "a quotation mark is not closed in"),
         (["run", "hi", "--scorer", "flip:", *SCRIPTED], "nothing stands behind the colon of 'flip:'. Write flip alone"),
+        (
+            ["run", "hi", "--scorer", "guard:", *SCRIPTED],
+            "nothing stands behind the colon of 'guard:'. Write guard:SOME",
+        ),
         (["run", "hi", "--selector", "best:", *SCRIPTED], "nothing stands behind the colon of 'best:'"),
         (["run", "hi", "--scorer", "", *SCRIPTED], "the scorer is empty. Known: consensus, default"),
         (["run", "hi", "--policy", "rows"], "the folder 'rows' holds no model: it has neither config.json"),

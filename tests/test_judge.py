@@ -9,6 +9,7 @@ import pytest
 from scoring import group_of, scored, scores_of
 
 from bon import BestOfN
+from bon.engines.base import Turn
 from bon.engines.function import FunctionEngine
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError, UnknownNameError
@@ -335,6 +336,19 @@ def test_a_rating_is_expected_over_what_the_judge_could_have_said():
     assert 1 < expected.reward < 10
     assert expected.reward != said.reward
     assert expected.usage.scorer_prompt_tokens > said.usage.scorer_prompt_tokens, "the readings are counted"
+
+
+def test_the_reasoning_is_read_once_and_not_with_each_rating_that_could_have_followed():
+    seen = []
+
+    class Seen(ScriptedEngine):
+        async def loglikelihood(self, prompts, continuations, *, end=True):
+            seen.extend(zip([prompt.turns[-1] for prompt in prompts], continuations, strict=True))
+            return await super().loglikelihood(prompts, continuations, end=end)
+
+    scores_of(Judge(Seen(honest)), TASK, "colour 3")
+    begun = Turn("assistant", ('{"reasoning": "the number", "score":',))
+    assert seen == [(begun, f" {rating}}}") for rating in range(1, 11)]
 
 
 @pytest.mark.parametrize("style", ["pointwise", "pairwise", "listwise"])

@@ -1,5 +1,6 @@
 """The README is executed: its examples run, and the figures in it are those of the recorded evaluation."""
 
+import itertools
 import json
 import re
 import shlex
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from bon.spec import SCORERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,6 +81,43 @@ def test_the_readmes_pass_rates_of_a_real_policy_are_those_recorded():
             rules = [[r for r in report["scorers"] if r.startswith(long.get(rule, rule))] for rule in names]
             rates = [f"{100 * report['scorers'][found[0]]['best_of'][n]:.1f}" if found else "" for found in rules]
             assert cells == rates
+
+
+def test_every_scorer_has_a_row_whose_figures_are_those_recorded():
+    lines = README.splitlines()
+    [head] = [at for at, line in enumerate(lines) if line.startswith("| reward |")]
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :]))
+    shown = [[cell.strip() for cell in line.strip("|").replace("`", "").split("|")] for line in table]
+    assert {name.partition(",")[0] for name, *_ in shown} == {*SCORERS}
+    recorded = json.loads((ROOT / "benchmarks/results/scorers.json").read_text())["rows"]
+    mini = {row["scorer"]: row for row in recorded if "minus_flip" in row}
+    assert {*mini} <= {name for name, *_ in shown}
+    for name, needs, *figures in shown:
+        assert needs
+        assert figures == [*_picks(mini.get(name)), _sets_above_random(name)], name
+
+
+def _picks(row):
+    """What a scorer reads and writes for a candidate of the mini world, how often its pick passes, and less FLIP's."""
+    if row is None:
+        return ["not measured"] * 2
+    passes, low, high = 100 * row["passes"]["mean"], 100 * row["minus_flip"]["low"], 100 * row["minus_flip"]["high"]
+    less = "" if row["scorer"] == "flip" else f" ({low:+.0f} to {high:+.0f})"
+    return [f"{row['read']:.0f} + {row['written']:.0f}", f"{passes:.0f}{less}"]
+
+
+def _sets_above_random(name):
+    rule = {"default": "default:smollm2-135m", "consensus, chrf": "consensus:chrf"}.get(name, name)
+    shares = []
+    for real in REAL_SETS:
+        rows = json.loads((ROOT / f"benchmarks/results/eval_{real}.json").read_text())["rows"]
+        shares += [
+            row["share"] for row in rows if (row["scorer"], row["part"], row["candidates"]) == (rule, "all", None)
+        ]
+    if not shares:
+        return "not measured"
+    above, below = sum(one["low"] > 0 for one in shares), sum(one["high"] < 0 for one in shares)
+    return f"{above} / {below} of {len(shares)}"
 
 
 REAL_SETS = ("ifeval", "arena-early", "gsm8k", "alpaca-eval", "llmbar-natural", "llmbar-adversarial", "crux")

@@ -172,7 +172,10 @@ def test_a_head_whose_weights_are_missing_is_refused_and_not_drawn_at_random(tmp
 
 def test_the_command_line_refuses_in_one_sentence(tmp_path, capsys):
     save_classifier(tmp_path, "Bert", tiny.tokenizer("wordpiece"), **named("bad", "good"))
-    for spec, said in ((f"{tmp_path},label=best", "Known: bad, good"), ("mini", "no classification head")):
+    for spec, said in (
+        (f"{tmp_path},label=best", "Known: bad, good"),
+        ("mini", "'mini' is a Qwen3ForCausalLM, which has no classification head"),
+    ):
         assert main(["run", "--policy", "scripted", "--scorer", f"reward-model:{spec}", "-n", "2", "Hi"]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""

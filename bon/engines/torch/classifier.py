@@ -210,8 +210,8 @@ def classification_model(source: str, config: Any, **options: Any) -> Any:
     auto: Any = next((auto for ending, auto in _HEADS.items() if kind.endswith(ending)), None)
     if auto is None:
         raise InputError(
-            f"{source!r} is a {kind}, which has no classification head, so it is no reward model; a language model "
-            "scores as judge:NAME or flip:NAME."
+            f"{shown_name(source)!r} is a {kind}, which has no classification head, so it is no reward model; a "
+            "language model scores as judge:NAME or flip:NAME."
         )
     made, found = auto.from_pretrained(source, config=config, output_loading_info=True, **options)
     if missing := found["missing_keys"]:  # transformers would draw them at random

@@ -11,11 +11,11 @@ import contextlib
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from bon.engines.base import Completion, Engine, Generates, Prompt, Rates, Request, Wanted, WritesJSON
+from bon.engines.base import Completion, Engine, Generates, Prompt, Rates, Request, Turn, Wanted, WritesJSON
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.prompts.judging import Judging, load_judging
 from bon.scorers.base import ModelScorer, Needs, Pending, by_group, can
@@ -229,8 +229,16 @@ class Judge(ModelScorer):
     async def _expect(self, open_: Sequence[_Open]) -> None:
         """Let every value that the judge could have named in a place count with its probability."""
         values = [choices(self.style.kind, len(each.question.shown)) for each in open_]
-        prompts = [each.prompt for each, some in zip(open_, values, strict=True) for _ in some]
-        texts = [each.before + v + each.after for each, some in zip(open_, values, strict=True) for v in some]
+        # What stands before the place belongs to the prompt, which is read once for all values. White space at its end
+        # does not: some chat templates trim a message.
+        begun = [each.before.rstrip() for each in open_]
+        asked = [_begins(each.prompt, text) for each, text in zip(open_, begun, strict=True)]
+        prompts = [prompt for prompt, some in zip(asked, values, strict=True) for _ in some]
+        texts = [
+            each.before[len(text) :] + value + each.after
+            for each, text, some in zip(open_, begun, values, strict=True)
+            for value in some
+        ]
         found = iter(await self.engine.loglikelihood(prompts, texts, end=False))
         for each, some in zip(open_, values, strict=True):
             worth = [float(value) for value in some] if self.style.kind == "pointwise" else None
@@ -246,6 +254,11 @@ class _Open:
     prompt: Prompt
     before: str
     after: str
+
+
+def _begins(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with a beginning of its answer."""
+    return replace(prompt, turns=(*prompt.turns, Turn("assistant", (text,)))) if text else prompt
 
 
 def _criteria(given: str | Path | Sequence[str] | None) -> tuple[str, ...]:
