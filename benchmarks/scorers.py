@@ -61,13 +61,16 @@ SPECS = {
     "ensemble": 'ensemble:"flip:mini + consensus:chrf"',
     "guard": "guard:flip:mini",
     "logprob": "logprob",
+    "self-certainty": "self-certainty:mini",
+    "deepconf": "deepconf:mini",
     "longest": "longest",
     "shortest": "shortest",
     "first": "first",
     "random": "random",
 }
 """What picks in the mini world, under the names of the table. Left out: ``implicit`` (it compares a model with its
-base, and the embedded one has none) and ``reward-model`` (a classifier made here would have random weights)."""
+base, and the embedded one has none), ``reward-model`` and ``consensus:embedding`` (what is made here would have random
+weights)."""
 HOT = Sampling(temperature=1.5, max_tokens=96)  # 16 different candidates among 64
 REASONING, RATED, COMPARED = 24, 32, 16  # tokens of a judge's answer; candidates to rate, to compare
 

@@ -57,11 +57,23 @@ def test_copies_count_as_often_as_they_were_sampled():
     assert group.rewards == pytest.approx([2 / 3, 1 / 3, 2 / 3])
 
 
-def test_groups_of_one_call_do_not_mix_and_one_candidate_has_a_reward():
-    apart = [scored("consensus", ("x", texts))[0].rewards for texts in (TEXTS, ["one"])]
-    together = [group.rewards for group in scored("consensus", ("x", TEXTS), ("y", ["one"]))]
+def test_groups_of_one_call_do_not_mix():
+    apart = [scored("consensus", ("x", texts))[0].rewards for texts in (TEXTS, ["one", "two"])]
+    together = [group.rewards for group in scored("consensus", ("x", TEXTS), ("y", ["one", "two"]))]
     assert together == apart
-    assert apart[1] == (1.0,)
+
+
+def test_one_candidate_has_nothing_to_be_compared_with_and_stops_no_sampling():
+    """It agreed with itself, reward 1.0, and a budget that stops at 0.9 never saw another."""
+    [group] = scored("consensus", ("x", ["one"]))
+    assert (group.rewards, group.scores[0].status) == ((None,), "failed")
+    assert "no other candidate" in group.scores[0].reason
+    for scorer in ("consensus", "default"):
+        result = BestOfN(ScriptedEngine(TEXTS), scorer, n="stop-at:0.99,most=3,batch=1")("hello")
+        assert len(result.candidates) == 3
+    single = BestOfN(ScriptedEngine(TEXTS), "default", n=1)("hello")
+    assert single.text in TEXTS, "the default picks it all the same"
+    assert (single.reward, single.scores[0].reason) == (0.0, group.scores[0].reason)
 
 
 def test_consensus_needs_no_model_and_takes_other_similarities():

@@ -17,8 +17,9 @@ from bon.types import Score
 class Consensus(Scorer):
     """Scores candidates by their mean similarity with all candidates of the task, themselves included.
 
-    Including itself moves all rewards of a task alike and gives a single candidate a reward. Of two candidates neither
-    is preferred: where the similarity counts recall more than precision, it would always be the longer one.
+    Including itself moves all rewards of a task alike. A single candidate has no reward: there is nothing to compare it
+    with. Of two candidates neither is preferred: where the similarity counts recall more than precision, it would
+    always be the longer one.
 
     Args:
         similarity: a name in ``bon.similarity.SIMILARITIES``, or a ``Similarity``.
@@ -44,7 +45,10 @@ class Consensus(Scorer):
         for positions in by_group(pending):
             texts = [pending[position].candidate.text for position in positions]
             for position, reward in zip(positions, consensus(self.similarity, texts), strict=True):
-                yield position, Score(reward)
+                yield position, Score(reward) if len(texts) > 1 else ALONE
+
+
+ALONE = Score(None, "failed", "there is no other candidate to compare it with")
 
 
 def consensus(similarity: Similarity, texts: Sequence[str]) -> list[float]:

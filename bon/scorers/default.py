@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bon.engines.base import Engine
@@ -57,9 +58,11 @@ class Default(Compound):
         other.parts = self.parts[:1]
         return other
 
-    def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
-        """Score every candidate; see ``Scorer.score``."""
-        return self.parts[0].score(pending)
+    async def score(self, pending: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
+        """Score every candidate; see ``Scorer.score``. A single one gets the least reward, so that it can be picked."""
+        async with aclosing(self.parts[0].score(pending)) as scores:
+            async for position, score in scores:
+                yield position, score if score.reward is not None else Score(0.0, reason=score.reason)
 
     def settle(self, tied: Sequence[Pending]) -> AsyncGenerator[tuple[int, Score], None]:
         """Rate what consensus cannot tell apart; see ``Scorer.settle``."""

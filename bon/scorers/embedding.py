@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from bon.engines.base import Embedding, Embeds, Engine
 from bon.scorers.base import ModelScorer, Needs, Pending, by_group, unscored
+from bon.scorers.consensus import ALONE
 from bon.scorers.parsing import NO_RESPONSE, response_piece
 from bon.types import Score, Usage
 
@@ -73,7 +75,8 @@ class EmbeddingConsensus(ModelScorer):
                 if position in texts:
                     text = texts[position]
                     usage = Usage(scorer_prompt_tokens=found.pop(text, _COUNTED).prompt_tokens)
-                    yield position, failed.get(text) or Score(rewards[text], usage=usage)
+                    known = failed.get(text) or (Score(rewards[text]) if len(there) > 1 else ALONE)
+                    yield position, replace(known, usage=usage)
 
 
 _COUNTED = Embedding(np.zeros(0, np.float32))
