@@ -13,7 +13,9 @@ import tiny
 from planted import trained
 from scoring import Own, scored
 from scoring import group_of as plain_group_of
+from serving import served
 
+from bon import BestOfN
 from bon.credit import credited
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
@@ -290,6 +292,22 @@ def test_it_needs_no_policy(scorer, pool):
     [group] = asyncio.run(score(scorer, [(TASK, [Candidate(5, TEXTS[0]), TEXTS[1]])], pool=pool))
     assert isinstance(group, Group)
     assert [s.candidate for s in group.scores] == [0, 1]
+
+
+def test_a_server_answers_and_ranks_with_it(scorer):
+    policy = ScriptedEngine(TEXTS)
+    with served(BestOfN(policy, scorer, n=3)) as site:
+        answer = site.chat(TASK.instruction, best_of_n={"return_candidates": True})
+        assert answer.status_code == 200, answer.text
+        shown = answer.json()["best_of_n"]["candidates"]
+        assert len(shown) == 3
+        assert all((one["reward"] is None) <= (one["reason"] is not None) for one in shown)
+        ranked = site.http.post("/v1/rerank", json={"query": TASK.instruction, "documents": TEXTS})
+        if scorer.needs.logprobs:
+            assert ranked.status_code == 200 or "log-probabilities" in ranked.text
+        else:
+            assert ranked.status_code == 200, ranked.text
+            assert {one["index"] for one in ranked.json()["results"]} == {0, 1, 2, 3}
 
 
 def test_a_scorer_of_ones_own_is_held_to_the_same():
