@@ -128,14 +128,21 @@ def test_the_probe_takes_the_loss_that_does_better_on_rows_that_were_left_out():
     wild = replace(data, labels=np.exp(5 * quality))
     unseen, quality, _ = planted(seed=1)
     unseen, probe = replace(unseen, labels=quality), kind_of("probe")
-    settings = probe.choose(wild, 0)
-    assert settings["loss"] == "logistic"
-    assert probe.choose(data, 0)["loss"] == "ridge"
-    logistic, ridge = (
-        unseen.in_order(probe.rewards(probe.fit(wild, {**settings, "loss": loss}, 0), settings, unseen.states).mean)
-        for loss in ("logistic", "ridge")
-    )
-    assert logistic.mean() > ridge.mean() + 0.05
+    assert probe.choose(wild, 0)["loss"] == "logistic"
+    each = [{"layers": [2], "loss": loss, "strength": 1e-2} for loss in ("logistic", "ridge")]
+    made = [probe.rewards(probe.fit(wild, settings, 0), settings, unseen.states).mean for settings in each]
+    logistic, ridge = (unseen.in_order(mean).mean() for mean in made)
+    assert logistic > ridge + 0.05
+
+
+def test_the_penalty_is_strong_where_rows_are_few_and_weak_where_that_clearly_does_better():
+    few, probe = planted(rows=12, width=100, noise=0.3)[0], kind_of("probe")
+    assert probe.choose(few, 0)["strength"] == max(probe.STRENGTHS)
+    data, _, _ = planted(rows=60)
+    loud, direction = np.random.default_rng(5).normal(size=360), np.random.default_rng(98).normal(size=24)
+    states = data.states.last + 10 * loud[:, None] * direction  # what matters must be told from what is loud
+    noisy = replace(data, states=States((2,), states[:, None], states))
+    assert probe.choose(noisy, 0)["strength"] < 0.1
 
 
 # --- what it is sure of -----------------------------------------------------------------------------------------------
@@ -172,8 +179,10 @@ def test_rewards_and_factors_are_not_negative_and_the_factors_are_part_of_the_re
 
 
 def test_a_probe_is_less_sure_with_fewer_rows():
-    unseen = planted(seed=1)[0].states
-    few, many = (learnt(planted(rows=rows)[0], "probe").rewards(unseen).spread.mean() for rows in (12, 120))
+    unseen, probe = planted(seed=1)[0].states, kind_of("probe")
+    settings = {"layers": [2], "loss": "ridge", "strength": 1e-2}
+    made = [probe.fit(planted(rows=rows)[0], settings, 0) for rows in (12, 120)]
+    few, many = (probe.rewards(arrays, settings, unseen).spread.mean() for arrays in made)
     assert many < few / 2
 
 
