@@ -135,16 +135,6 @@ def test_the_probe_takes_the_loss_that_does_better_on_rows_that_were_left_out():
     assert logistic > ridge + 0.05
 
 
-def test_the_penalty_is_strong_where_rows_are_few_and_weak_where_that_clearly_does_better():
-    few, probe = planted(rows=12, width=100, noise=0.3)[0], kind_of("probe")
-    assert probe.choose(few, 0)["strength"] == max(probe.STRENGTHS)
-    data, _, _ = planted(rows=60)
-    loud, direction = np.random.default_rng(5).normal(size=360), np.random.default_rng(98).normal(size=24)
-    states = data.states.last + 10 * loud[:, None] * direction  # what matters must be told from what is loud
-    noisy = replace(data, states=States((2,), states[:, None], states))
-    assert probe.choose(noisy, 0)["strength"] < 0.1
-
-
 # --- what it is sure of -----------------------------------------------------------------------------------------------
 
 
