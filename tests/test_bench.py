@@ -550,3 +550,20 @@ def test_real_text_measures_rules_on_all_rows_and_keeps_no_text(
     assert {"likelihood:mini", "default:mini", "consensus:chrf", "longest"} <= names
     assert len(after) > before
     assert len({(row["part"], row["scorer"], row["candidates"]) for row in after}) == len(after), "none twice"
+
+
+def test_real_heads_learns_from_every_other_row_and_keeps_no_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["No.", "It is a long and very good answer", "It is a good answer"]
+    rows = [{"prompt": f"Name fruit {i}", "candidates": texts, "correct": [0, 1, 0]} for i in range(20)]
+    (tmp_path / "crux.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("BON_DATA", str(tmp_path))
+    files = ["--states", str(tmp_path / "states.npz"), "--store", str(tmp_path / "scores.db")]
+    common = ["--sets", "crux", "--model", "mini", "--layers", "1", "3", *files]
+    script("real_heads").main([*common, "--record", str(tmp_path)])
+    found = {(row["case"], row["pick"]): row for row in last_line(capsys.readouterr().out)["rows"]}
+    assert found["crux", "longest"]["share"]["mean"] == 1.0
+    assert found["crux", "head"]["share"]["mean"] == found["mean", "both"]["share"]["mean"] == 1.0
+    assert (found["crux", "head"]["trained"], found["crux", "head"]["rows"]) == (10, 10)
+    assert "fruit" not in (tmp_path / "real_heads.json").read_text()

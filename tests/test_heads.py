@@ -98,7 +98,7 @@ def test_the_same_seed_makes_the_same_head(kind):
 
 def test_the_probe_is_the_ridge_regression_on_all_differences_within_rows():
     data, _, _ = planted(rows=12, width=5)
-    settings = {"layers": [2], "strength": 1e-2}
+    settings = {"layers": [2], "loss": "ridge", "strength": 1e-2}
     arrays = kind_of("probe").fit(data, settings, 0)
     values = (data.states.last - arrays["mean"]) / arrays["scale"]
     pairs = [(i, j) for i in range(72) for j in range(72) if data.rows[i] == data.rows[j]]
@@ -107,6 +107,32 @@ def test_the_probe_is_the_ridge_regression_on_all_differences_within_rows():
     penalty = 1e-2 * np.trace(x.T @ x)  # pairs count each candidate twice six times, on both sides
     expected = np.linalg.solve(x.T @ x + penalty * np.eye(5), x.T @ y)
     assert arrays["weights"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_logistic_probe_minimises_bradley_terrys_loss_and_counts_each_row_once():
+    data, _, _ = planted(rows=12, width=5)
+    arrays = kind_of("probe").fit(data, {"layers": [2], "loss": "logistic", "strength": 1e-2}, 0)
+    values = (data.states.last - arrays["mean"]) / arrays["scale"]
+    rows = [values[data.rows == row] for row in range(12)]
+    gradient = 1e-2 * sum(((row - row.mean(0)) ** 2).sum() for row in rows) * arrays["weights"]
+    for row, values_of_row in enumerate(rows):
+        good = data.labels[data.rows == row] > 0
+        pairs = [b - w for b in values_of_row[good] for w in values_of_row[~good]]
+        gradient -= np.mean([pair / (1 + np.exp(pair @ arrays["weights"])) for pair in pairs], axis=0)
+    assert gradient == pytest.approx(np.zeros(5), abs=1e-4)
+
+
+def test_the_probe_takes_the_loss_that_does_better_on_rows_that_were_left_out():
+    """A few huge labels are all that squares see; which of two candidates is better stays as clear as it was."""
+    data, quality, _ = planted(rows=30)
+    wild = replace(data, labels=np.exp(5 * quality))
+    unseen, quality, _ = planted(seed=1)
+    unseen, probe = replace(unseen, labels=quality), kind_of("probe")
+    assert probe.choose(wild, 0)["loss"] == "logistic"
+    each = [{"layers": [2], "loss": loss, "strength": 1e-2} for loss in ("logistic", "ridge")]
+    made = [probe.rewards(probe.fit(wild, settings, 0), settings, unseen.states).mean for settings in each]
+    logistic, ridge = (unseen.in_order(mean).mean() for mean in made)
+    assert logistic > ridge + 0.05
 
 
 # --- what it is sure of -----------------------------------------------------------------------------------------------
@@ -143,8 +169,10 @@ def test_rewards_and_factors_are_not_negative_and_the_factors_are_part_of_the_re
 
 
 def test_a_probe_is_less_sure_with_fewer_rows():
-    unseen = planted(seed=1)[0].states
-    few, many = (learnt(planted(rows=rows)[0], "probe").rewards(unseen).spread.mean() for rows in (12, 120))
+    unseen, probe = planted(seed=1)[0].states, kind_of("probe")
+    settings = {"layers": [2], "loss": "ridge", "strength": 1e-2}
+    made = [probe.fit(planted(rows=rows)[0], settings, 0) for rows in (12, 120)]
+    few, many = (probe.rewards(arrays, settings, unseen).spread.mean() for arrays in made)
     assert many < few / 2
 
 

@@ -67,6 +67,21 @@ def test_the_readmes_figures_on_real_text_are_those_recorded():
         assert first.endswith(f"({rows['longest', 'all']['rows']})")
 
 
+def test_the_figures_of_heads_on_real_text_are_those_recorded():
+    recorded = json.loads((ROOT / "benchmarks/results/real_heads.json").read_text())["rows"]
+    rows = {(row["case"], row["pick"]): row for row in recorded}
+    lines = (ROOT / "benchmarks/README.md").read_text().splitlines()
+    [head] = [line for line in lines if line.startswith("| set (rows that train, others) |")]
+    picks = [pick.strip(" `") for pick in head.strip("|").split("|")][1:]
+    table = lines[lines.index(head) + 2 :][: len(REAL_SETS)]
+    for case, line in zip([*REAL_SETS[:-1], "mean"], table, strict=True):
+        first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells == [_share(rows[case, pick]) for pick in picks], case
+        assert case == "mean" or first.endswith(f"({rows[case, 'head']['trained']}, {rows[case, 'head']['rows']})")
+    for pick in ("head", "both", "default"):
+        assert _share(rows["mean", pick]) in README.replace("\n", " ")
+
+
 def test_the_readmes_pass_rates_of_a_real_policy_are_those_recorded():
     lines = README.splitlines()
     [head] = [line for line in lines if line.startswith("| set (rows), best of |")]

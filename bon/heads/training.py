@@ -64,7 +64,7 @@ def train(
             f"{dataset.name} has {len(rows)} rows whose candidates differ in label; a head learns from such rows only, "
             f"and needs {LEAST_ROWS} at least. Fifty are a good start."
         )
-    data = _labelled(rows, _layers(engine.layers), engine, kept, progress)
+    data = labelled(rows, _layers(engine.layers), engine, kept, progress)
     return fit(data, kind, seed, model=model, fingerprint=engine.fingerprint)
 
 
@@ -99,7 +99,7 @@ def _validate(data: Labelled, made: Any, seed: int) -> dict[str, Any]:
     figures = {
         name: {
             "pairs_in_order": interval(draws, data.in_order(rewards)),
-            "share_of_the_way": interval(draws, *_gains(data, rewards)),
+            "share_of_the_way": interval(draws, *gains(data, rewards)),
         }
         for name, rewards in (("head", held[1.0]), ("longest", data.lengths))
     }
@@ -113,7 +113,7 @@ def _validate(data: Labelled, made: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def _gains(data: Labelled, rewards: Floats) -> tuple[Floats, Floats]:
+def gains(data: Labelled, rewards: Floats) -> tuple[Floats, Floats]:
     """What the pick has beyond a random one in each row, and what the best has: labels."""
     rows = [data.rows == row for row in data.names]
     means = np.array([data.labels[row].mean() for row in rows])
@@ -121,14 +121,18 @@ def _gains(data: Labelled, rewards: Floats) -> tuple[Floats, Floats]:
     return picked - means, np.array([data.labels[row].max() for row in rows]) - means
 
 
-def _labelled(
+def labelled(
     rows: Sequence[Example],
     layers: Sequence[int],
     engine: Reads,
     kept: Path | None,
-    progress: Callable[[int, int], object],
+    progress: Callable[[int, int], object] = lambda done, of: None,
 ) -> Labelled:
-    """The candidates that could be read, of rows where that leaves different labels."""
+    """Read candidates: those that could be read, of rows where that leaves different labels; otherwise as ``train``.
+
+    Raises:
+        InputError: so many could not be read that too few rows are left.
+    """
     tasks = [(at, row.task, text) for at, row in enumerate(rows) for text in row.candidates]
     labels = np.array([label for row in rows for label in row.labels])
     asked = [(prompt_of(task), str(response_piece(Candidate(0, text)) or "")) for _, task, text in tasks]
@@ -138,8 +142,8 @@ def _labelled(
     for at in np.unique(names):
         if len(np.unique(labels[able & (names == at)])) < 2:
             able &= names != at
-    if len(np.unique(names[able])) < LEAST_ROWS:
-        error = next(one.error for one in readings if one.error is not None)
+    error = next((one.error for one in readings if one.error is not None), None)
+    if error is not None and len(np.unique(names[able])) < LEAST_ROWS:
         raise InputError(f"{(~able).sum()} of {len(able)} candidates could not be read, the first of them: {error}")
     lengths = np.array([float(len(text)) for _, _, text in tasks])
     states = States.of(layers, [one for one, fine in zip(readings, able, strict=True) if fine])
