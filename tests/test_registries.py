@@ -186,7 +186,8 @@ USED = {
     "flip": {"bon.models"},  # what scores where nobody says what, for the embedded model
     "default": {"bon.models"},  # and for every other
     "consensus": {"bon.scorers.default"},
-    "likelihood": {"bon.scorers.default"},
+    "likelihood": {"bon.scorers.default", "bon.scorers.flip.scorer"},  # between equal rewards
+    "guard": {"bon.scorers.default"},
     "fixed": {"bon.config", "bon.evals.harness", "bon.serve.plan"},  # what a plain number of candidates is
     "stop-at": {"bon.serve.plan"},  # the field stop_at of a request
     "best": {"bon.evals.harness", "bon.serve.scoring"},
