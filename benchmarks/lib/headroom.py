@@ -57,7 +57,7 @@ async def _possible_informed(measured: Pruning, scorer: Scorer) -> float:
     spent = 0
     for result in measured.results[EVERYTHING]:
         group = Group.of(result.task, result.candidates, prune=True)
-        group.expect(result.reward)
+        group.best_reward = result.reward
         spent += sum([decoded(score.usage) async for _, score in scorer.score(group.pending())])
     return 1 - spent / _all(measured)
 

@@ -163,12 +163,12 @@ class Compound(Scorer):
     @property
     def models(self) -> Sequence[Model | None]:  # type: ignore[override]
         """What is still to be loaded for the parts."""
-        return [model for part in self.parts for model in part.models]
+        return tuple(model for part in self.parts for model in part.models)
 
     @property
     def engines(self) -> Sequence[Engine]:
         """What the parts run on."""
-        return [engine for part in self.parts for engine in part.engines]
+        return tuple(engine for part in self.parts for engine in part.engines)
 
     @property
     def concurrent(self) -> bool:  # type: ignore[override]

@@ -52,7 +52,7 @@ class Default(Compound):
         try:
             return super().bound(find)
         except InputError:
-            if list(self.models) != [None]:
+            if self.models != (None,):
                 raise
         other = copy.copy(self)
         other.parts = self.parts[:1]
