@@ -6,7 +6,6 @@ and values, and nothing is shared between conversations: a template may put its 
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from bon.engines.base import Classification, Prompt, too_long
-from bon.engines.loading import load
-from bon.engines.memory import give_back
 from bon.engines.text.render import Renderer
 from bon.engines.text.vocabulary import PlainEncoder
-from bon.engines.torch.engine import context_of, pass_limits, torch_errors
+from bon.engines.torch.onepass import OnePass
 from bon.engines.torch.reading import in_batches, padded
-from bon.engines.torch.threads import choose_threads
-from bon.engines.torch.worker import Call, Worker
-from bon.errors import InputError, whole_number
+from bon.engines.torch.worker import Call
+from bon.errors import InputError
 from bon.mini import shown_name
 
 _HEADS = {
@@ -51,7 +47,7 @@ class _Row:
     ends: tuple[int, ...] = ()
 
 
-class TorchClassifier:
+class TorchClassifier(OnePass):
     """A model with a classification head in this process.
 
     A sequence classifier reads a conversation through the chat template of its tokenizer, the response as the
@@ -75,8 +71,6 @@ class TorchClassifier:
         InputError: no classification head, or a value out of range.
     """
 
-    concurrent = False
-
     def __init__(
         self,
         model: str | Path,
@@ -92,31 +86,24 @@ class TorchClassifier:
         trust_remote_code: bool = False,
         step_separator: str = "\n",
     ) -> None:
-        for option, value in (("max_model_len", max_model_len), ("max_batch_tokens", max_batch_tokens)):
-            if value is not None:
-                whole_number(option, value, 2)
-        if threads is not None:
-            whole_number("threads", threads, 1)
         if not isinstance(step_separator, str):
             raise InputError(f"step_separator is a text such as '\\n', got {step_separator!r}.")
-        self.name = shown_name(model)
-        self._model, tokenizer = load(
+        super().__init__(
             model,
-            make=classification_model,
+            classification_model,
             device=device,
             dtype=dtype,
+            max_model_len=max_model_len,
+            max_batch_tokens=max_batch_tokens,
+            threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        self._config = self._model.config.get_text_config()
-        self._accepted = inspect.signature(self._model.forward).parameters
+        tokenizer = self._tokenizer
         self._own_pad = self._config.pad_token_id
         self.stepwise = type(self._model).__name__.endswith("ForTokenClassification")
         names = self._model.config.id2label
         self.labels = tuple(str(names[i]) for i in range(self._model.config.num_labels))
-        limits = (context_of(self._config, max_model_len), None if max_model_len else tokenizer.model_max_length)
-        self.max_model_len: int | None = min((limit for limit in limits if limit is not None), default=None)
-        self.max_batch_tokens: int = max_batch_tokens or pass_limits(self._config, self._model)[0]
         self._template: Renderer | None = None
         if self.stepwise:
             self._bos = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
@@ -125,26 +112,10 @@ class TorchClassifier:
             self._template = Renderer(tokenizer, chat_template_kwargs, chat_template=chat_template)
         else:
             self._layout, self._plain = layout_of(tokenizer, "a", "b"), PlainEncoder(tokenizer)
-        on_cpu = self._model.device.type == "cpu"
-        wanted = (threads or choose_threads()) if on_cpu else torch.get_num_threads()
-        self._worker = Worker(self.name, lambda: torch.set_num_threads(wanted))
 
     async def classify(self, conversations: Sequence[Prompt]) -> list[Classification]:
         """Classify conversations; see ``Classifies.classify``."""
-
-        def run(call: Call) -> None:
-            with torch.inference_mode(), torch_errors(self.name, f"max_batch_tokens (now {self.max_batch_tokens})"):
-                self._read(conversations, call)
-
-        found: dict[int, Classification] = {index: one async for index, one in self._worker.stream(run)}
-        return [found[index] for index in range(len(conversations))]
-
-    async def aclose(self) -> None:
-        """Stop what is running after its current pass and free the model."""
-        await self._worker.aclose()
-        self._model = None
-        give_back()
-        torch.cuda.empty_cache()
+        return await self._each(conversations, self._read)
 
     def _read(self, conversations: Sequence[Prompt], call: Call) -> None:
         rows: dict[int, _Row] = {}

@@ -6,7 +6,6 @@ vector is what the model's folder says in the layout of sentence-transformers (`
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,23 +17,19 @@ from transformers import AutoModel
 from transformers.utils import cached_file
 
 from bon.engines.base import Embedding, too_long
-from bon.engines.loading import load
-from bon.engines.memory import give_back
 from bon.engines.text.vocabulary import PlainEncoder
 from bon.engines.torch.classifier import layout_of
-from bon.engines.torch.engine import context_of, pass_limits, torch_errors
+from bon.engines.torch.onepass import OnePass
 from bon.engines.torch.reading import in_batches, padded
-from bon.engines.torch.threads import choose_threads
-from bon.engines.torch.worker import Call, Worker
-from bon.errors import InputError, UnknownNameError, whole_number
-from bon.mini import shown_name
+from bon.engines.torch.worker import Call
+from bon.errors import InputError, UnknownNameError
 
 POOLINGS = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
 """How the states of a text's tokens become one vector: sentence-transformers' names, and vLLM's."""
 _CHAT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-class TorchEmbedder:
+class TorchEmbedder(OnePass):
     """An embedding model in this process.
 
     Args:
@@ -49,8 +44,6 @@ class TorchEmbedder:
         InputError: a language model whose folder says nothing of pooling, or a value out of range.
     """
 
-    concurrent = False
-
     def __init__(
         self,
         model: str | Path,
@@ -64,13 +57,9 @@ class TorchEmbedder:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        options = {"max_model_len": max_model_len, "max_batch_tokens": max_batch_tokens, "threads": threads}
-        for option, value in options.items():
-            if value is not None:
-                whole_number(option, value, 1)
         if pooling is not None and pooling not in POOLINGS:
             raise UnknownNameError("pooling", pooling, POOLINGS)
-        self.name, self.pooling = shown_name(model), pooling
+        self.pooling = pooling
 
         def make(source: str, config: Any, **options: Any) -> Any:
             self.pooling = self.pooling or pooling_of(source, config, **options)
@@ -80,36 +69,24 @@ class TorchEmbedder:
                 raise InputError(f"the weights of {source!r} are not complete: {min(missing)} is missing.")
             return made
 
-        self._model, tokenizer = load(
-            model, make=make, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        super().__init__(
+            model,
+            make,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_batch_tokens=max_batch_tokens,
+            threads=threads,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
-        config = self._model.config.get_text_config()
-        self._accepted = inspect.signature(self._model.forward).parameters
-        self._rows = TextRows(tokenizer)
-        self._pad = next((i for i in (config.pad_token_id, tokenizer.pad_token_id) if i is not None), 0)
-        limits = (context_of(config, max_model_len), None if max_model_len else tokenizer.model_max_length)
-        self.max_model_len: int | None = min((limit for limit in limits if limit is not None), default=None)
-        self.max_batch_tokens: int = max_batch_tokens or pass_limits(config, self._model)[0]
-        on_cpu = self._model.device.type == "cpu"
-        wanted = (threads or choose_threads()) if on_cpu else torch.get_num_threads()
-        self._worker = Worker(self.name, lambda: torch.set_num_threads(wanted))
+        self._rows = TextRows(self._tokenizer)
+        pads = (self._config.pad_token_id, self._tokenizer.pad_token_id)
+        self._pad = next((i for i in pads if i is not None), 0)
 
     async def embed(self, texts: Sequence[str]) -> list[Embedding]:
         """Embed texts; see ``Embeds.embed``."""
-
-        def run(call: Call) -> None:
-            with torch.inference_mode(), torch_errors(self.name, f"max_batch_tokens (now {self.max_batch_tokens})"):
-                self._read(texts, call)
-
-        found: dict[int, Embedding] = {index: one async for index, one in self._worker.stream(run)}
-        return [found[index] for index in range(len(texts))]
-
-    async def aclose(self) -> None:
-        """Stop what is running after its current pass and free the model."""
-        await self._worker.aclose()
-        self._model = None
-        give_back()
-        torch.cuda.empty_cache()
+        return await self._each(texts, self._read)
 
     def _read(self, texts: Sequence[str], call: Call) -> None:
         rows = {index: self._rows.row(text) for index, text in enumerate(texts)}
