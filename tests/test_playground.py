@@ -482,7 +482,7 @@ def test_the_page_waits_for_a_server_behind_this_one_and_shows_what_it_calls_its
 def test_likelihood_is_offered_only_where_the_model_can_read(open_page):
     with FakeServer(lambda seen, draw: "yes") as upstream, served(BestOfN(upstream.url, "flip", n=1)) as site:
         page = open_page(site)
-        assert page.locator("#scorer option").all_inner_texts() == ["flip", "judge"]
+        assert page.locator("#scorer option").all_inner_texts() == ["flip", "judge", "deepconf"]
 
 
 def test_a_link_carries_the_settings(site, open_page):
