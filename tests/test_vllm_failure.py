@@ -27,7 +27,8 @@ ARGUMENTS = ("run", "in.jsonl", "-o", "out.jsonl", "-n", 8, "--policy", "mini,en
 def cores(parent: psutil.Process) -> list[psutil.Process]:
     """The processes of vLLM's engines; not Python's own resource tracker."""
     children = parent.children(recursive=True)
-    return [child for child in children if not any("resource_tracker" in word for word in child.cmdline())]
+    alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]  # an earlier test's, ended
+    return [child for child in alive if not any("resource_tracker" in word for word in child.cmdline())]
 
 
 def begun(folder: Path) -> tuple[Any, list[psutil.Process]]:
