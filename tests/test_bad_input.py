@@ -302,7 +302,10 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
             "nothing stands behind the colon of 'guard:'. Write guard:SOME",
         ),
         (["run", "hi", "--selector", "best:", *SCRIPTED], "nothing stands behind the colon of 'best:'"),
-        (["run", "hi", "--scorer", "", *SCRIPTED], "the scorer is empty. Known: consensus, consensus:embedding, deepconf, default"),
+        (
+            ["run", "hi", "--scorer", "", *SCRIPTED],
+            "the scorer is empty. Known: consensus, consensus:embedding, deepconf, default",
+        ),
         (["run", "hi", "--policy", "rows"], "the folder 'rows' holds no model: it has neither config.json"),
         (["run", "hi", "--policy", "qwen:latest"], "'qwen:latest' is neither a folder nor a model on this machine"),
         (["run", "hi", "--policy", "llama3:8b"], "'llama3:8b' is neither a folder nor a Hugging Face name"),
