@@ -70,7 +70,7 @@ async def credited(scorer: Scorer, result: Result, deadline: float | None = None
         alone = "no credit: the winner is one sentence, and without it nothing is left to rate."
         return replace(result, credit=(), warnings=(*result.warnings, alone))
     groups = [_without(span, result, winner, scorer.needs.group) for span in spans]
-    await Pipeline(scorer).run(groups, deadline)
+    await Pipeline(scorer, settle=False).run(groups, deadline)
     found = [_credit(span, winner, reward, group) for span, group in zip(spans, groups, strict=True)]
     return replace(result, credit=tuple(found), usage=sum((group.usage for group in groups), result.usage))
 

@@ -251,9 +251,10 @@ class Group:
 
     def tied(self) -> list[Pending]:
         """One candidate of each text that shares the best reward; none where one text has it alone."""
-        best = max((reward for reward in self.rewards if reward is not None), default=None)
+        rewards = self.rewards
+        best = max((reward for reward in rewards if reward is not None), default=None)
         share: dict[str, Candidate] = {}
-        for candidate, reward in zip(self.candidates, self.rewards, strict=True):
+        for candidate, reward in zip(self.candidates, rewards, strict=True):
             if reward is not None and reward == best:
                 share.setdefault(candidate.text, candidate)
         return [Pending(self, candidate) for candidate in share.values()] if len(share) > 1 else []

@@ -50,6 +50,7 @@ class Pipeline:
         budget: how many samples a group gets.
         sampling: how the policy samples.
         schedule: when candidates are handed to the scorer; None chooses, see ``schedule_for``.
+        settle: whether the scorer decides between equal rewards; not where only the rewards are looked at.
     """
 
     scorer: Scorer
@@ -57,6 +58,7 @@ class Pipeline:
     budget: Budget | None = None
     sampling: Sampling = field(default_factory=Sampling)
     schedule: Schedule | None = None
+    settle: bool = True
 
     @property
     def concurrent(self) -> bool:
@@ -205,7 +207,7 @@ class Pipeline:
 
     async def _settle(self, groups: Sequence[Group]) -> None:
         """Let the scorer decide between texts that share the best reward; a tie that stays costs no result."""
-        tied = [pending for group in groups if group.error is None for pending in group.tied()]
+        tied = [pending for group in groups if self.settle and group.error is None for pending in group.tied()]
         if not tied:
             return
         try:
@@ -215,7 +217,7 @@ class Pipeline:
         except Exception as error:
             said = user_error(f"the scorer {self.scorer.name!r}", error)
             for group in dict.fromkeys(pending.group for pending in tied):
-                group.warnings.append(f"between equal rewards nothing could decide: {said}")
+                group.warnings.append(f"what shares the best reward could not be rated further: {said}")
 
     async def _post(self, pending: Sequence[Pending], left: dict[int, Pending]) -> None:
         """Score ``pending`` and post each score; ``left`` loses what has one."""

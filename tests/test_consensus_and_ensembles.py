@@ -236,6 +236,16 @@ def test_an_answer_that_works_on_the_model_alone_loses_the_defaults_ties():
     assert len(engine.read) == 1
 
 
+def test_the_credit_of_sentences_reads_nothing_to_tell_ties_apart():
+    """Of two candidates consensus prefers neither, whichever sentence is left out: only rewards count there."""
+    engine = Reads()
+    bon_ = BestOfN(ScriptedEngine(), Default(engine))
+    result = bon_.rerank("x", ["The cat sat. The dog ran.", "The cat sat. A bird sang."])
+    read = len(engine.read)
+    assert len(bon_.credit(result).credit) == 2
+    assert (read, len(engine.read)) == (2, 2)
+
+
 def test_a_model_that_cannot_read_leaves_a_tie_and_says_so():
     [group] = scored(Default(Reads(EngineError("gone"))), ("x", ["one", "two"]))
     assert [score.tie_break for score in group.scores] == [None, None]

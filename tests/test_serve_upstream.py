@@ -165,7 +165,7 @@ def test_a_tie_that_a_model_behind_the_server_could_not_decide_is_said_without_i
             raise InputError("http://10.1.2.3:8000/v1 gives no log-probabilities of a prompt.")
 
     with served(BestOfN(ScriptedEngine(), Flip(Broken(lambda prompt, draw: "qqq")), n=2)) as site:
-        [warning] = [w for w in site.chat().json()["best_of_n"]["warnings"] if "equal rewards" in w]
+        [warning] = [w for w in site.chat().json()["best_of_n"]["warnings"] if "shares the best reward" in w]
         assert "gives no log-probabilities" in warning
         assert "10.1.2.3" not in warning
 
