@@ -566,6 +566,29 @@ def test_a_key_is_asked_for_where_one_is_needed(open_page):
         assert page.locator("#winner article").count() == 1
 
 
+def test_a_key_that_is_entered_last_changes_no_other_setting(site, open_page):
+    page = open_page(site)
+    page.fill("#n", "3")
+    page.select_option("#scorer", "likelihood")
+    page.click("summary")
+    page.select_option("#second", "judge")
+    page.fill("#key", "sk-secret")
+    with page.expect_response("**/v1/models"):
+        page.keyboard.press("Tab")
+    page.wait_for_timeout(200)
+    assert [page.input_value(f"#{name}") for name in ("n", "scorer", "second")] == ["3", "likelihood", "judge"]
+
+
+def test_a_link_is_followed_once_a_late_server_answers(site, open_page):
+    page = open_page(site, wait=False)
+    page.route("**/v1/models", lambda route: route.fulfill(status=503, json={"error": {"message": "Not yet."}}), times=1)
+    page.goto(f"{site.url}/#n=3&scorer=likelihood")
+    page.reload()
+    page.wait_for_selector("#status:text-is('Not yet.')")
+    page.wait_for_selector("#scorer option", state="attached")
+    assert [page.input_value(f"#{name}") for name in ("n", "scorer")] == ["3", "likelihood"]
+
+
 @pytest.mark.parametrize(("width", "height"), [(360, 740), (768, 1024), (1440, 900)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_the_screen_and_can_be_read(site, open_page, width, height, scheme):

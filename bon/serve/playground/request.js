@@ -234,7 +234,14 @@ async function start() {
   window.addEventListener("resize", () => { if (run && run.answer) draw(); });
   recall();
   await describe();
-  recall();
+}
+
+/** Fills a list once it is known; what was chosen stays, else what the link says. */
+function offer(id, options) {
+  const list = $(id);
+  const chosen = list.options.length ? list.value : new URLSearchParams(location.hash.slice(1)).get(id);
+  list.replaceChildren(...options);
+  if (options.some((option) => option.value === chosen)) list.value = chosen;
 }
 
 async function describe() {
@@ -251,10 +258,10 @@ async function describe() {
     const {n, max_n, scorers, kinds} = model.best_of_n;
     $("model").textContent = model.id;
     $("n").max = max_n;
-    if (!location.hash.includes("n=")) $("n").value = n;
+    $("n").defaultValue = n;   // shown only where nobody has said another one, and a link has not either
     const options = () => scorers.map((name) => h("option", {value: name}, name));
-    $("scorer").replaceChildren(...options());
-    $("second").replaceChildren(h("option", {value: ""}, "none"), ...options());
+    offer("scorer", options());
+    offer("second", [h("option", {value: ""}, "none"), ...options()]);
     $("embedded").hidden = !kinds;
     $("examples").replaceChildren(...Object.entries(kinds || EXAMPLES).map(([kind, text]) =>
       h("button", {class: "small", type: "button", onclick: () => { $("prompt").value = text; $("prompt").focus(); }}, kind)));
