@@ -82,6 +82,17 @@ class Kept:
             help="Rows to be judged on, FILE or dataset: no pair has their prompts.",
         ),
     ] = None
+    near: Annotated[
+        float,
+        typer.Option(
+            "--near",
+            min=0.01,
+            max=1.0,
+            metavar="J",
+            help="Instructions this alike (Jaccard) count as the same.",
+            rich_help_panel=_KEPT,
+        ),
+    ] = 0.6
     language: Annotated[
         list[str] | None,
         option(_KEPT, "--language", metavar="CODE", help="Of both texts (en, de, ...); repeatable; by default any."),

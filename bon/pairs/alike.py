@@ -10,7 +10,9 @@ import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from functools import lru_cache
+from heapq import nsmallest
+from itertools import chain, pairwise
 
 from bon.similarity import characters, multiset_f1, unicode_words
 
@@ -18,6 +20,8 @@ NEAR = 0.6
 """Jaccard similarity from which on two texts are near duplicates: about one word in seven differs."""
 
 _RUN = 13  # words in a row that a text has from another one: the length that GPT-3's authors looked for (2005.14165, C)
+_SHARED = 3  # items that two texts have in common before they are compared in full
+_RAREST = 12  # words of a text by which its neighbours are looked up
 _AROUND = 32  # texts with a word in common that are looked at, on either side
 _CLOSEST = 24  # neighbours by rare words that are compared in full
 
@@ -25,9 +29,10 @@ Item = tuple[str, ...]
 Texts = Iterable[str]
 
 
-def tokens(text: str) -> list[str]:
+@lru_cache(maxsize=256)  # a text is looked up in several places, one after the other
+def tokens(text: str) -> tuple[str, ...]:
     """The words of a text, lower-cased, without punctuation and articles."""
-    return characters(text, unicode_words)
+    return tuple(characters(text, unicode_words))
 
 
 def items(words: Sequence[str]) -> frozenset[Item]:
@@ -44,8 +49,8 @@ def jaccard(a: frozenset[Item], b: frozenset[Item]) -> float:
 class Seen:
     """Texts that can be asked whether a near duplicate is among them; the answer is exact.
 
-    Two sets of Jaccard similarity t or more share one of the first n - ceil(t n) + 1 of the n items of each, in any
-    order that is fixed (prefix filtering: Chaudhuri et al. 2006; Bayardo et al. 2007). With the longest items first,
+    Two sets of Jaccard similarity t or more have k of the first n - ceil(t n) + k of the n items of each in common, in
+    any order that is fixed (prefix filtering: Chaudhuri et al. 2006; Wang et al. 2012). With the longest items first,
     which are rare, few texts have to be compared.
 
     Args:
@@ -76,15 +81,21 @@ class Seen:
         if text in self._exact:
             return text
         having = items(tokens(text))
-        for at in sorted({at for item in self._prefix(having) for at in self._with.get(item, ())}):
+        shared = Counter(chain.from_iterable(self._with.get(item, ()) for item in self._prefix(having)))
+        least = min(_SHARED, self._least(having))
+        for at in sorted(at for at, count in shared.items() if count >= least):
             other, had = self._texts[at]
             if jaccard(having, had) >= self.near:
                 return other
         return None
 
+    def _least(self, having: frozenset[Item]) -> int:
+        """Items that a near duplicate has of these."""
+        return math.ceil(self.near * len(having) - 1e-9)
+
     def _prefix(self, having: frozenset[Item]) -> list[Item]:
-        kept = len(having) - math.ceil(self.near * len(having) - 1e-9) + 1
-        return sorted(having, key=lambda item: (-sum(map(len, item)), item))[:kept]
+        ordered = sorted(having, key=lambda item: (-sum(map(len, item)), item))
+        return ordered[: len(having) - self._least(having) + _SHARED]
 
 
 class HeldOut:
@@ -128,12 +139,12 @@ def neighbours(texts: Sequence[str], count: int) -> list[list[str]]:
     found = []
     for at, own in enumerate(words):
         shared: Counter[int] = Counter()
-        for word in sorted(set(own)):
+        for word in sorted(set(own), key=lambda word: (len(posted[word]), word))[:_RAREST]:
             others = posted[word]
             weight, middle = math.log(len(texts) / len(others)), bisect_left(others, at)
             for other in others[max(0, middle - _AROUND) : middle + _AROUND]:
                 shared[other] += weight  # type: ignore[assignment]
-        close = sorted(shared, key=lambda other: (-shared[other], other))[:_CLOSEST]
+        close = nsmallest(_CLOSEST, shared, key=lambda other: (-shared[other], other))
         ranked = [
             (-multiset_f1(words[other], own).f1, other)
             for other in close

@@ -1,9 +1,9 @@
 """The same instruction with one constraint dropped, added or changed, by rules: negatives that are wrong in one place.
 
-The rules know English, and constraints in these forms: numbers, lengths, languages, formats, "in the style of",
-"without ...", sentences such as "Do not ...", and words with an opposite. A constraint is added only where the response
-plainly breaks it. Whether the response keeps what is dropped or changed is not checked, and a change in a text that the
-instruction quotes counts as one.
+The rules know English, and constraints in these forms: numbers, lengths, languages (of people and of programs), formats,
+"in the style of", "without ...", sentences such as "Do not ...", and words with an opposite. A constraint is added only
+where the response plainly breaks it. Whether the response keeps what is dropped or changed is not checked, and a change
+in a text that the instruction quotes counts as one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _NUMBERS = [
     "fifty",
 ]
 _CODES = {"English": "en", "French": "fr", "German": "de", "Spanish": "es", "Italian": "it", "Portuguese": "pt"}
+_PROGRAMMING = ["Python", "JavaScript", "Java", "Ruby", "PHP", "Rust"]
 _FORMATS = ["a table", "a bulleted list", "a numbered list", "JSON", "a poem", "a dialogue", "an email", "a haiku"]
 _STYLES = ["Shakespeare", "Hemingway", "Dr. Seuss", "a news report", "a fairy tale", "a legal contract", "a pirate"]
 _PAIRS = """advantages disadvantages, pros cons, benefits risks, positive negative, strengths weaknesses, best worst,
-    increase decrease, more fewer, longer shorter, short long, brief detailed, formal informal, simple complex, old new,
+    increase decrease, more fewer, longer shorter, short long, brief detailed, formal informal, simple complex,
     always never, similarities differences, first last, highest lowest, maximum minimum, ascending descending,
     happy sad, easy difficult, cheap expensive, include avoid, before after, with without"""
 _OPPOSITES = dict(pair.split() for pair in _PAIRS.split(","))
@@ -59,6 +60,7 @@ _CHANGES: list[tuple[re.Pattern[str], Callable[[str, random.Random], str]]] = [
     (re.compile(r"(?<![\w.])\d{1,3}(?![\w.]*\d)\b"), lambda old, draw: str(int(old) * 2 + draw.randint(1, 3))),
     (_any(_NUMBERS), _one_of(_NUMBERS)),
     (_any(list(_CODES)), _one_of(list(_CODES))),
+    (_any(_PROGRAMMING), _one_of(_PROGRAMMING)),
     (_any(_FORMATS), _one_of(_FORMATS)),
     (re.compile(r"(?<=in the style of )[^.,;\n]+"), _one_of(_STYLES)),
     (_any(list(_OPPOSITES)), lambda old, draw: _OPPOSITES[old.lower()]),

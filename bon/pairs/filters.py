@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from bon.errors import InputError, UnknownNameError
 from bon.pairs.alike import tokens
@@ -27,6 +28,7 @@ LANGUAGES = sorted({*_WORDS, *_SCRIPTS.values()})
 """Codes that ``language`` can return."""
 
 
+@lru_cache(maxsize=16)
 def language(text: str) -> str | None:
     """The language of a text by its script and its frequent words; None where these do not say (code, names).
 

@@ -104,8 +104,8 @@ class Renderer:
         it holds control tokens or the template trims it.
 
         Raises:
-            InputError: the chat template refuses this sequence of roles, a turn is about tools, or one of the user is to
-                be continued and there is no chat template.
+            InputError: the chat template refuses this sequence of roles, a turn is about tools, or one of the user is
+                to be continued and there is no chat template.
         """
         prompt.refuse_tools("an engine that runs the model here")
         if prompt.open and not self.tokenizer.chat_template:
