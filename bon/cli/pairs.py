@@ -20,6 +20,7 @@ from bon.cli.options import (
     Scorer,
     Setup,
     configured,
+    embedded,
     grouped,
     option,
     threads_for,
@@ -180,15 +181,16 @@ def pairs(
         if licence is None:
             raise InputError("what a model writes has a licence too: give --licence NAME, or --licence unknown.")
         config = config.changed(sampling={"seed": 0, **config.sampling})
+        if embedded(config):
+            say("the embedded model was never taught what users ask: what it writes in their place means nothing.")
         if number.n is None:
             config = config.changed(n=1, scorer=scorer or "first")
     name = "standard input" if file == "-" else Path(file).name if file else f"{policy}, seed {config.sampling['seed']}"
-    of = (rows.prompt_field, held.response_field, held.input_field, held.label, kept.least, kept.per_prompt)
-    reading = Reading(held.source or name, licence, *of)
+    fields = (rows.prompt_field, held.response_field, held.input_field, held.label)
+    reading = Reading(held.source or name, licence, *fields, least=kept.least)
     wanted = Filters(kept.language or (), most_words=kept.most_words, strip=kept.strip or (), drop=kept.drop or ())
-    collection = Collection(
-        wanted, HeldOut(chain.from_iterable(map(instructions_of, kept.held_out or ()))), kept.per_prompt
-    )
+    held_out = HeldOut(chain.from_iterable(map(instructions_of, kept.held_out or ())))
+    collection = Collection(wanted, held_out, kept.per_prompt, kept.near)
     output = Output.open(rows.output, resume=rows.resume, overwrite=rows.overwrite, read=collection.known)
     with closing(output):
         if output.repaired:

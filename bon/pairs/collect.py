@@ -65,6 +65,10 @@ class Collection:
         """The highest number of a pair of a source; -1 where it has none."""
         return self._last.get(source, -1)
 
+    def full(self, instruction: str) -> bool:
+        """Whether an instruction has all the answers that it may have."""
+        return self._answers[self.filters.stripped(instruction)] >= self.per_prompt
+
     def refuses(self, instruction: str) -> str | None:
         """Why no pair may have an instruction, whatever the response; None where one may."""
         if reason := self.filters.of_instruction(instruction):
@@ -72,7 +76,7 @@ class Collection:
         if self.held.holds(instruction):
             return "the instruction is held out"
         found = self._seen.find(instruction)
-        if found is None or (found == instruction and self._answers[instruction] < self.per_prompt):
+        if found is None or (found == instruction and not self.full(instruction)):
             return None
         return "the instruction is there already, or nearly the same one"
 

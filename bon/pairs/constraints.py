@@ -1,9 +1,9 @@
 """The same instruction with one constraint dropped, added or changed, by rules: negatives that are wrong in one place.
 
-The rules know English, and constraints in these forms: numbers, lengths, languages (of people and of programs), formats,
-"in the style of", "without ...", sentences such as "Do not ...", and words with an opposite. A constraint is added only
-where the response plainly breaks it. Whether the response keeps what is dropped or changed is not checked, and a change
-in a text that the instruction quotes counts as one.
+The rules know English, and constraints in these forms: numbers, lengths, languages (also of programs), formats, "in the
+style of", "without ...", sentences such as "Do not ...", and words with an opposite. A constraint is added only where
+the response plainly breaks it. Whether the response keeps what is dropped or changed is not checked, and a change in a
+text that the instruction quotes counts as one.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ def from_rows(rows: Iterable[Row], reading: Reading, collection: Collection, fai
             fail(row.line, error)
             continue
         collection.refused["no answer is good enough"] += not pairs
-        yield from pairs
+        for pair in pairs:  # the next one where the best one may not go in
+            if not collection.full(pair.instruction):
+                yield pair
 
 
 def from_prompts(

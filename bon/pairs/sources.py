@@ -64,7 +64,6 @@ class Reading:
         input_field: the field with what belongs behind what is asked (Alpaca's ``input``), in the same message.
         label: the field that holds the labels of candidates, where a row has several.
         least: the least label or reward of an answer that is good; None takes the best of a row.
-        per_prompt: answers to one prompt at most.
     """
 
     source: str
@@ -74,7 +73,6 @@ class Reading:
     input_field: str | None = None
     label: str | None = None
     least: float | None = None
-    per_prompt: int = 1
 
     def row(self, line: int, fields: Mapping[str, Any]) -> Row:
         """The row of a record; see ``row_of``.
@@ -94,7 +92,7 @@ class Reading:
         return row_of(line, fields, prompt_field=field)
 
     def pairs(self, row: Row) -> list[Pair]:
-        """The pairs of a row, none where no answer is good enough.
+        """The pairs of a row, the best one first; none where no answer is good enough.
 
         Raises:
             InputError: the row has no answers, no labels or no licence.
@@ -151,8 +149,7 @@ class Reading:
         if self.least is None and top == min(labels):
             return []  # all are as good, or as bad
         least = top if self.least is None else self.least
-        order = sorted(range(len(labels)), key=lambda i: -labels[i])
-        good = [i for i in order if labels[i] >= least][: self.per_prompt]
+        good = sorted((i for i in range(len(labels)) if labels[i] >= least), key=lambda i: -labels[i])
         writers = example.generators or [""] * len(labels)
         return [(example.candidates[i], writers[i], None) for i in good]
 
@@ -180,10 +177,10 @@ def instructions_of(rows: str) -> Iterator[str]:
 
 
 def winner(result: Result) -> tuple[str, float | None] | None:
-    """The best answer that a policy gave; None where there is none, or where it was cut off."""
+    """The best answer that a policy gave; None where there is none, or where it was cut off; its reward where it had to win."""
     if result.text is None or result.best is None or result.candidates[result.best].finish_reason == "length":
         return None
-    return result.text, result.reward
+    return result.text, result.reward if len(result.candidates) > 1 else None
 
 
 async def users_turns(engine: Generates, sampling: Sampling, first: int, count: int) -> list[tuple[int, str]]:
