@@ -177,7 +177,10 @@ def instructions_of(rows: str) -> Iterator[str]:
 
 
 def winner(result: Result) -> tuple[str, float | None] | None:
-    """The best answer that a policy gave; None where there is none, or where it was cut off; its reward where it had to win."""
+    """The best answer that a policy gave, and its reward where it was one of several.
+
+    None where there is no answer, or where it was cut off.
+    """
     if result.text is None or result.best is None or result.candidates[result.best].finish_reason == "length":
         return None
     return result.text, result.reward if len(result.candidates) > 1 else None
