@@ -133,13 +133,11 @@ def pairs(
     sampling: SamplingOptions,
     count: Annotated[
         int,
-        typer.Option("--count", min=1, metavar="C", help="Pairs that the output is to have.", rich_help_panel=_WRITTEN),
+        typer.Option("--count", min=1, metavar="C", help="Pairs in the output, at least.", rich_help_panel=_WRITTEN),
     ] = 1000,
     turn_temperature: Annotated[
         list[float] | None,
-        option(
-            _WRITTEN, "--turn-temperature", metavar="T", help="Of what is asked; repeatable; by default .7, 1, 1.2."
-        ),
+        option(_WRITTEN, "--turn-temperature", metavar="T", help="Of what is asked; repeatable; by default .6, .8, 1."),
     ] = None,
     held: Held,
     kept: Kept,
@@ -196,7 +194,7 @@ def pairs(
         if output.repaired:
             say(f"{output.name}: the last line was torn and has been cut off ({output.repaired} bytes).")
         given = _Input(file or "", rows, reading)
-        made = _made(given, config, policy is not None, turn_temperature or [0.7, 1.0, 1.2], count, collection)
+        made = _made(given, config, policy is not None, turn_temperature or [0.6, 0.8, 1.0], count, collection)
         try:
             with (
                 closing(made),
@@ -207,8 +205,9 @@ def pairs(
                     disable=not sys.stderr.isatty(),
                 ) as bar,
             ):
+                first = next(made, None)  # until then what is to be overwritten stays
                 output.start()
-                for pair in made:
+                for pair in made if first is None else chain([first], made):
                     collection.add(pair, output)
                     bar.update(collection.count - bar.n)
         except KeyboardInterrupt:
@@ -283,4 +282,9 @@ def _made(
         if given.source:
             yield from from_prompts(bon, given, given.reading, collection, given.fail)
         else:
-            yield from from_model(bon, temperatures, given.reading, collection, count, given.fail)
+            fail = given.fail if given.files.skip_bad else _raised
+            yield from from_model(bon, temperatures, given.reading, collection, count, fail)
+
+
+def _raised(line: int, error: BonError) -> None:
+    raise error

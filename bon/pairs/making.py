@@ -68,16 +68,16 @@ def from_prompts(
 def from_model(
     bon: BestOfN, temperatures: Sequence[float], reading: Reading, collection: Collection, count: int, fail: Fail
 ) -> Iterator[Pair]:
-    """What a model writes in the user's place and then answers, until the collection has ``count`` pairs.
+    """What a model writes in the user's place and then answers, until the collection has enough pairs.
 
-    A batch of users' turns is sampled at each temperature in turn. A run that goes on from another one of the same seed
-    begins with the batch of its last pair.
+    A batch of users' turns is sampled at each temperature in turn, and answered to its end. A run that goes on from
+    another one of the same seed begins with the batch of its last pair, and comes to the same pairs.
 
     Args:
         bon: what writes, and answers; its sampling has a seed.
         temperatures: of users' turns.
         reading, collection, fail: as for the others.
-        count: pairs wanted.
+        count: pairs wanted at least.
 
     Raises:
         BonError: the model cannot write a user's turn, or fails.
@@ -105,5 +105,5 @@ def from_model(
                 rows.append(reading.row(at, {"prompt": text}))
             else:
                 collection.refused[reason] += 1
-        yield from from_prompts(bon, rows[: count - collection.count], reading, collection, fail)
+        yield from from_prompts(bon, rows, reading, collection, fail)
         dry = dry + 1 if collection.count == before else 0

@@ -134,6 +134,8 @@ class Renderer:
                     ids += known
                 else:
                     text += piece if isinstance(piece, str) else piece.text
+        if prompt.open:
+            text = text.rstrip(" ")  # which belongs to the first word that is to come
         return (*ids, *self.plain.encode(text, inner=inner))
 
     def encode(self, text: str) -> tuple[int, ...]:
