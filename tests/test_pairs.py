@@ -405,6 +405,7 @@ def test_every_pair_has_both_kinds_of_negatives_and_none_is_its_own_instruction(
         ([{"prompt": "Say hi to all"}], (), "Give --response-field NAME, or --policy MODEL"),
         ([{"prompt": "Say hi", "response": 3}], (), "'response' must be text, not 3"),
         ([{"prompt": "Say hi", "candidates": ["a", "b"]}], (), "the row has no labels"),
+        ([{"prompt": "Say hi", "text": "Hi", "reward": "high"}], (), "must be text and a number, not 'Hi' and 'high'"),
         ([PAIR, OTHER], ("--strip", "("), "'(' is no regular expression"),
         ([PAIR, OTHER], ("--language", "xx"), "unknown language 'xx'"),
         ([PAIR, OTHER], ("--held-out", "none.jsonl"), "cannot read none.jsonl"),

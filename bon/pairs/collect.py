@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def add_negatives(path: Path, count: int) -> None:
         path: the file.
         count: neighbours of a pair's instruction, and altered ones of itself, at most so many of each.
     """
-    near = dict[str, list[str]]()
+    path, near = path.resolve(), dict[str, list[str]]()
     if count:
         texts = list(dict.fromkeys(pair["instruction"] for pair in _pairs(path)))
         near = dict(zip(texts, neighbours(texts, count), strict=True))
@@ -118,7 +119,8 @@ def add_negatives(path: Path, count: int) -> None:
             pair.pop("negatives", None)
             if count:
                 instruction = pair["instruction"]
-                pair["negatives"] = near[instruction] + altered(instruction, pair["response"], count)
+                kinds = zip_longest(near[instruction], altered(instruction, pair["response"], count))
+                pair["negatives"] = [text for one in kinds for text in one if text]  # whoever takes few has both kinds
             file.write(to_json(pair) + b"\n")
         file.flush()
         os.fsync(file.fileno())

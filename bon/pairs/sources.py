@@ -137,10 +137,14 @@ class Reading:
 
     def _winner(self, fields: Mapping[str, Any]) -> Sequence[tuple[str, str, float | None]]:
         text, reward, best = fields["text"], fields["reward"], fields.get("best")
-        if text is None or reward is None or (self.least is not None and reward < self.least):
+        if text is None or reward is None:
             return []
-        whole = [one for one in fields.get("candidates", ()) if isinstance(one, dict) and one.get("index") == best]
-        return [] if any(one.get("finish_reason") == "length" for one in whole) else [(str(text), "", float(reward))]
+        if not isinstance(text, str) or not isinstance(reward, int | float):
+            raise InputError(f"'text' and 'reward' must be text and a number, not {shown(text)} and {shown(reward)}.")
+        given = fields.get("candidates") or ()
+        of_best = [one for one in given if isinstance(one, dict) and one.get("index") == best]
+        cut = any(one.get("finish_reason") == "length" for one in of_best)
+        return [] if cut or (self.least is not None and reward < self.least) else [(text, "", float(reward))]
 
     def _labelled(self, row: Row) -> Sequence[tuple[str, str, float | None]]:
         fields = {name: value for name, value in row.fields.items() if name not in ("messages", "instruction")}
