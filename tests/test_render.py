@@ -69,6 +69,19 @@ def test_a_continued_message_ends_as_it_was_given(kind: str) -> None:
     assert renderer(kind).decode(renderer(kind).render(Prompt.of(messages))).endswith("Dear ")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_open_turn_of_the_user_ends_where_the_users_text_begins(kind: str) -> None:
+    whole = template_ids(kind, [Message("user", "Hello")])
+    begun = list(renderer(kind).render(Prompt((Turn("user", ("",)),), open=True)))
+    assert begun == whole[: len(begun)]
+    assert renderer(kind).decode(whole[len(begun) :]).lstrip().startswith("Hello")
+
+
+def test_an_open_turn_of_the_user_needs_a_chat_template() -> None:
+    with pytest.raises(InputError, match="no chat template, so it was never shown what a user writes"):
+        renderer("bare").render(Prompt((Turn("user", ("",)),), open=True))
+
+
 @pytest.mark.parametrize("kind", ["chatml", "llama3"])
 def test_a_system_message_gets_the_ids_of_apply_chat_template(kind: str) -> None:
     messages = [Message("system", "You are a helpful assistant."), Message("user", "Hi")]

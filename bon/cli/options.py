@@ -146,13 +146,12 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
-class Files:
-    """What to do with a file of rows."""
+class Rows:
+    """How a file of rows is read, and written to."""
 
     output: Annotated[
         Path | None, option(_FILES, "--output", "-o", metavar="FILE", help="Where rows go; standard output by default.")
     ] = None
-    everything: Annotated[bool, option(_FILES, "--all", help="Write every candidate and score.")] = False
     skip_bad: Annotated[bool, option(_FILES, "--skip-bad", help="Report bad rows and go on.")] = False
     resume: Annotated[bool, option(_FILES, "--resume", help="Add the rows that the output does not have yet.")] = False
     overwrite: Annotated[bool, option(_FILES, "--overwrite", help="Replace an output that exists.")] = False
@@ -163,6 +162,13 @@ class Files:
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="L", min=1, help="Rows at most.", rich_help_panel=_FILES)
     ] = None
+
+
+@dataclass(frozen=True)
+class Files(Rows):
+    """What to do with a file of rows."""
+
+    everything: Annotated[bool, option(_FILES, "--all", help="Write every candidate and score.")] = False
     trace: Annotated[
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write what happened when, for ui.perfetto.dev."),

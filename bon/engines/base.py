@@ -86,11 +86,13 @@ class Prompt:
             that it would have chosen itself and decode from where its own choice departs, which is one pass instead of
             one for each token. It changes what a completion costs, never what it is (up to rounding of the model's
             arithmetic), and an engine may ignore it.
+        open: the last turn is continued whoever's it is, so that a model may write what a user would.
     """
 
     turns: tuple[Turn, ...]
     template: Mapping[str, Any] = field(default_factory=dict)
     draft: str = ""
+    open: bool = False
 
     @classmethod
     def of(cls, messages: Sequence[Message]) -> Prompt:
@@ -99,15 +101,15 @@ class Prompt:
 
     @property
     def prefilled(self) -> bool:
-        """Whether the completion goes on from a turn of the assistant that is there already."""
-        return self.turns[-1].role == "assistant"
+        """Whether the completion goes on from a turn that is there already: one of the assistant, or an open one."""
+        return self.open or self.turns[-1].role == "assistant"
 
     def refuse_prefill(self, name: str) -> None:
-        """Raise an InputError where the assistant's turn has begun; for engines that cannot go on from there."""
+        """Raise an InputError where the last turn is to be continued; for engines that cannot go on from there."""
         if self.prefilled:
             raise InputError(
-                f"the last message is the assistant's, and {name} cannot continue it; engines that run the model here "
-                "can, and one behind HTTP whose tokenizer=... is named.",
+                f"the last message is the {self.turns[-1].role}'s, and {name} cannot continue it; engines that run the "
+                "model here can, and one behind HTTP whose tokenizer=... is named.",
                 "messages",
             )
 

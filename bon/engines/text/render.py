@@ -5,7 +5,8 @@ hold control tokens (``<|im_end|>``, ``<think>``, ...); whatever comes from user
 of the tokenizer that knows none of them, so the same characters inside a message are plain characters. For ordinary
 conversations the ids are those of ``tokenizer.apply_chat_template(..., tokenize=True)``.
 
-An assistant's turn at the end is continued: nothing of the template comes behind it. It knows no tools and no images.
+An assistant's turn at the end, or an open one, is continued: nothing of the template comes behind it. It knows no tools
+and no images.
 """
 
 from __future__ import annotations
@@ -103,9 +104,15 @@ class Renderer:
         it holds control tokens or the template trims it.
 
         Raises:
-            InputError: the chat template refuses this sequence of roles, or a turn is about tools.
+            InputError: the chat template refuses this sequence of roles, a turn is about tools, or one of the user is
+                to be continued and there is no chat template.
         """
         prompt.refuse_tools("an engine that runs the model here")
+        if prompt.open and not self.tokenizer.chat_template:
+            raise InputError(
+                "the model has no chat template, so it was never shown what a user writes. Take an instruct model, or "
+                "give chat_template=FILE."
+            )
         turns, parts = self._skeleton(prompt, generation)
         ids: list[int] = []
         text, inner = "", False  # plain text not yet encoded, and whether it continues a run of plain text
@@ -127,6 +134,8 @@ class Renderer:
                     ids += known
                 else:
                     text += piece if isinstance(piece, str) else piece.text
+        if prompt.open:
+            text = text.rstrip(" ")  # which belongs to the first word that is to come
         return (*ids, *self.plain.encode(text, inner=inner))
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -169,13 +178,13 @@ class Renderer:
         """The template's pieces for these roles, and the turns they ask for (system turns folded where refused)."""
         turns = self._known_roles(prompt.turns)
         try:
-            return turns, self._parts(tuple(t.role for t in turns), prompt.template, generation)
+            return turns, self._parts(tuple(t.role for t in turns), prompt, generation)
         except _RefusedError as refusal:
             folded = fold_system(turns)
             if folded is None:
                 raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
         try:
-            return folded, self._parts(tuple(t.role for t in folded), prompt.template, generation)
+            return folded, self._parts(tuple(t.role for t in folded), prompt, generation)
         except _RefusedError as refusal:
             raise InputError(f"the model's chat template refuses this conversation: {refusal}") from refusal
 
@@ -192,11 +201,11 @@ class Renderer:
             if name not in known | _ALWAYS_ACCEPTED:
                 raise UnknownNameError("chat template argument", name, known)
 
-    def _parts(self, roles: tuple[str, ...], arguments: Mapping[str, Any], generation: bool) -> list[_Part]:
-        key = (roles, generation, *((name, repr(value)) for name, value in sorted(arguments.items())))
+    def _parts(self, roles: tuple[str, ...], prompt: Prompt, generation: bool) -> list[_Part]:
+        arguments, continued = prompt.template, generation and prompt.prefilled
+        key = (roles, generation, continued, *((name, repr(value)) for name, value in sorted(arguments.items())))
         if key not in self._skeletons:
             self._check_arguments(arguments)
-            continued = generation and roles[-1] == "assistant"
             parts = self._split(
                 self._apply(roles, {**self._kwargs, **arguments}, generation=generation and not continued)
             )
