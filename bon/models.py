@@ -178,7 +178,7 @@ class ModelPool:
                 from bon.engines.placement import load_together
 
                 shared = {} if self.threads is None else {"threads": self.threads}
-                named = [(_weights(m), {**shared, **m.options}) for m in missing.values()]
+                named = [(weights_of(m), {**shared, **m.options}) for m in missing.values()]
                 made = load_together(named, lambda name, given: self._make(Model(name, "vllm", given)))
                 self._engines.update(zip(missing, made, strict=True))
             else:
@@ -194,7 +194,7 @@ class ModelPool:
                 self._engines[key] = base.adapted(model.options["adapter"])
 
     def _make(self, model: Model) -> Engine:
-        arguments = [_weights(model)] if ENGINES.takes_argument(model.runs_on) else []
+        arguments = [weights_of(model)] if ENGINES.takes_argument(model.runs_on) else []
         if not arguments and model.name != model.runs_on:
             raise InputError(f"the engine {model.engine!r} runs no model, so it cannot be {model.name!r}.")
         defaults = {} if self.threads is None else {"threads": self.threads}
@@ -353,7 +353,7 @@ def _instance(factory: Callable[[], Any], name: str) -> Any:
         raise UserCodeError(f"{name!r} raised {type(error).__name__}: {error}") from error
 
 
-def _weights(model: Model) -> str:
+def weights_of(model: Model) -> str:
     """The folder or the name that an engine loads.
 
     Raises:

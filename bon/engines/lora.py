@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bon.errors import InputError, ModelNotFoundError
+from bon.mini import WEIGHTS as MINI
+from bon.mini import shown_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "bon.json"
@@ -59,7 +61,7 @@ class Adapter:
         base = self.config.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise InputError(f"{self.folder / CONFIG} names no base: say base_model_name_or_path there.")
-        return base
+        return str(MINI) if base == shown_name(MINI) else base
 
     @property
     def tokenizer(self) -> str | None:

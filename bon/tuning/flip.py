@@ -1,0 +1,154 @@
+"""``bon train flip``: from pairs to an adapter, and what it brought, on rows that it never saw.
+
+The model without the adapter and with it are measured together: they share their weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bon import portal
+from bon.errors import InputError
+from bon.evals.dataset import Dataset
+from bon.evals.harness import evaluate
+from bon.models import Model, ModelPool, weights_of
+from bon.scorers.flip import Flip
+from bon.scorers.likelihood import BackwardLikelihood
+from bon.tuning.pairs import LEAST_PAIRS, HeldBack, Pair, near
+from bon.tuning.settings import Settings
+from bon.tuning.training import Progress, Training
+
+log = logging.getLogger("bon")
+
+_HELD_BACK = 64  # pairs, or a tenth where that is less
+_WINDOW = 40  # points of the plot of the loss
+
+
+def train(
+    model: Model,
+    pairs: Sequence[Pair],
+    out: Path,
+    settings: Settings,
+    *,
+    judged: Sequence[Dataset] = (),
+    limit: int | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda done, of, loss: None,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Train an adapter, or go on where that was broken off, and measure it.
+
+    Args:
+        model: the base, which torch can load.
+        pairs: instructions with good answers.
+        out: folder of the adapter.
+        settings: how.
+        judged: what it is measured on; without any, a tenth of the pairs, 64 at most, which are held back.
+        limit: rows of each of them at most.
+        threads: of the arithmetic on a CPU.
+        progress: told of each step.
+        show: show progress bars of the measurement on stderr.
+
+    Returns:
+        What stands in the adapter's ``bon.json``; ``measured`` by name of the dataset and of the scorer.
+
+    Raises:
+        InputError: too few pairs, or what ``Training`` and ``evaluate`` say.
+        EngineError: the loss is no number.
+    """
+    if model.runs_on not in ("torch", "vllm"):
+        raise InputError(
+            f"{model.text!r} is trained by torch, which loads models in Hugging Face format and GGUF files."
+        )
+    model = replace(model, engine="torch")
+    sets: list[Dataset] = [*judged] or [HeldBack(_held_back(pairs, settings.seed))]
+    rows = [row for one in sets for row in one.rows(limit, settings.seed)]
+    apart = without(pairs, [row.task.instruction for row in rows])
+    training = Training(model, weights_of(model), apart, out, settings, threads)
+    training.run(progress)
+    record: dict[str, Any] = {
+        "left_out": {"in the judged rows": len(pairs) - len(apart), "too long or empty": training.left_out},
+        "sources": Counter(pair.source or "unknown" for pair in apart),
+        "licences": Counter(pair.licence or "unknown" for pair in apart),
+    }
+    training.write_record(record)
+    _plot(out / "loss.png", [own for own, _ in training.losses])
+    adapted = replace(model, options={**model.options, "adapter": str(out)})
+    record["measured"] = {one.name: _measured(one, (model, adapted), settings, limit, threads, show) for one in sets}
+    training.finish(record)
+    return record
+
+
+def without(pairs: Sequence[Pair], judged: Sequence[str]) -> list[Pair]:
+    """The pairs whose instruction is not, word for word or nearly, one of the judged ones; says how many are.
+
+    Raises:
+        InputError: too few are left.
+    """
+    found = near([pair.instruction for pair in pairs], judged)
+    kept = [pair for at, pair in enumerate(pairs) if at not in found]
+    if found:
+        first, row = next(iter(found.items()))
+        said = (
+            f"{len(found)} of {len(pairs)} pairs stand in the rows that the adapter is judged on, word for word or "
+            f"nearly, the first as {pairs[first].instruction!r:.60} and {judged[row]!r:.60}"
+        )
+        if len(kept) < LEAST_PAIRS:
+            raise InputError(f"{said}: nothing is left to train on. Name other rows or other pairs.")
+        log.warning("%s: they are not trained on", said)
+    return kept
+
+
+def _held_back(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    count = min(_HELD_BACK, max(1, len(pairs) // 10))
+    return [pairs[at] for at in sorted(np.random.default_rng(seed).permutation(len(pairs))[:count])]
+
+
+def _measured(
+    dataset: Dataset, models: Sequence[Model], settings: Settings, limit: int | None, threads: int | None, show: bool
+) -> dict[str, Any]:
+    """Figures of each scorer on one dataset: without the adapter, and with it."""
+    pool = ModelPool(threads)
+    try:
+        pool.load(models)
+        engines = [pool.engine(model) for model in models]
+        makes = (Flip, BackwardLikelihood)
+        scorers = [make(engine, style=settings.style) for make in makes for engine in engines]
+        report = evaluate(dataset, scorers=scorers, limit=limit, seed=settings.seed, progress=show, threads=threads)
+    finally:
+        portal.run(pool.aclose())
+    shares = {name: {"share": one["share"]} for name, one in report["scorers"].items() if one["kind"] == "scorer"}
+    return {name: {**share, **report["inversion"].get(name, {})} for name, share in shares.items()}
+
+
+def _plot(path: Path, losses: Sequence[float]) -> None:
+    from bon.mini.train import plot_loss
+
+    window = max(1, len(losses) // _WINDOW)
+    ends = range(window, len(losses) + 1, window)
+    plot_loss(path, [(end, float(np.mean(losses[end - window : end]))) for end in ends])
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """What an adapter brought, in one table."""
+    head = ("", "F1", "echoes", "own of 8", "own of 64", "share of the way [95%]")
+    lines = []
+    for dataset, scorers in record["measured"].items():
+        width = max(map(len, (dataset, *scorers)))
+        lines.append(f"{dataset:<{width}}  " + "  ".join(f"{name:>9}" for name in head[1:]))
+        for name, of in scorers.items():
+            found = of.get("retrieval_at_1", {})
+            figures = [of.get("f1"), of.get("echoes"), found.get("8"), found.get("64")]
+            shown = ["-" if one is None else f"{one:.3f}" for one in figures]
+            share = of["share"]
+            if share is not None and share["mean"] is not None:
+                shown.append(f"{share['mean']:+.3f} [{share['low']:+.3f}, {share['high']:+.3f}]")
+            lines.append(f"{name:<{width}}  " + "  ".join(f"{one:>9}" for one in shown))
+    return "\n".join(lines)
