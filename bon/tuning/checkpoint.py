@@ -35,7 +35,7 @@ def write(path: Path, content: bytes) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}.") from error
 
 
-def save(folder: Path, state: dict[str, Any]) -> bool:
+def save(folder: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; where that cannot be done, say so and let the training go on."""
     content = io.BytesIO()
     torch.save(state, content)
@@ -43,8 +43,6 @@ def save(folder: Path, state: dict[str, Any]) -> bool:
         write(folder / NAME, content.getvalue())
     except InputError as error:
         log.warning("no checkpoint at step %d, and the one before stays: %s", state["step"], error)
-        return False
-    return True
 
 
 def load(folder: Path, key: str) -> dict[str, Any] | None:

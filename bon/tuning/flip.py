@@ -27,7 +27,7 @@ from bon.tuning.training import Progress, Training
 
 log = logging.getLogger("bon")
 
-_HELD_BACK = 64  # pairs, or a tenth where that is less
+_HELD_BACK = 64  # pairs, or an eighth where that is less: a prompt is looked for among 64
 _WINDOW = 40  # points of the plot of the loss
 
 
@@ -50,7 +50,7 @@ def train(
         pairs: instructions with good answers.
         out: folder of the adapter.
         settings: how.
-        judged: what it is measured on; without any, a tenth of the pairs, 64 at most, which are held back.
+        judged: what it is measured on; without any, an eighth of the pairs, 64 at most, which are held back.
         limit: rows of each of them at most.
         threads: of the arithmetic on a CPU.
         progress: told of each step.
@@ -107,7 +107,7 @@ def without(pairs: Sequence[Pair], judged: Sequence[str]) -> list[Pair]:
 
 
 def _held_back(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    count = min(_HELD_BACK, max(1, len(pairs) // 10))
+    count = min(_HELD_BACK, max(1, len(pairs) // 8))
     return [pairs[at] for at in sorted(np.random.default_rng(seed).permutation(len(pairs))[:count])]
 
 
@@ -119,7 +119,7 @@ def _measured(
     try:
         pool.load(models)
         engines = [pool.engine(model) for model in models]
-        makes = (Flip, BackwardLikelihood)
+        makes = (Flip,) if isinstance(dataset, HeldBack) else (Flip, BackwardLikelihood)  # which only chooses
         scorers = [make(engine, style=settings.style) for make in makes for engine in engines]
         report = evaluate(dataset, scorers=scorers, limit=limit, seed=settings.seed, progress=show, threads=threads)
     finally:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import safetensors.torch
@@ -111,18 +111,24 @@ class Training:
         """Train to the end and write the adapter; the checkpoint stays until ``finish``.
 
         Raises:
-            EngineError: the loss is no number. The adapter as it was before that step is written.
+            EngineError: the loss is no number. The adapter as it was at the last checkpoint is written.
             InputError: the folder cannot be written.
         """
         saved = time.monotonic()
         self._model.train()
         with torch_errors(self._base.name, f"max_tokens (now {self._most})"):
             while self._done < len(self._steps):
-                self._step()
-                progress(self._done, len(self._steps), self.losses[-1][0])
-                if time.monotonic() - saved >= self.settings.checkpoint_s and self._done < len(self._steps):
-                    self._checkpoint()
+                losses = self._gradients()
+                if time.monotonic() - saved >= self.settings.checkpoint_s:
+                    self._checkpoint()  # of weights whose loss has just been seen to be a number
                     saved = time.monotonic()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+                self.losses.append(losses)
+                self._done += 1
+                progress(self._done, len(self._steps), losses[0])
+        if not all(bool(weight.isfinite().all()) for weight in self._weights.values()):
+            self._fail()
         self._checkpoint()
         self._write_adapter()
         self._model = self._optimizer = None  # the memory is needed for what measures the adapter
@@ -135,34 +141,36 @@ class Training:
         self.write_record(record)
         (self.out / checkpoint.NAME).unlink(missing_ok=True)
 
-    def _step(self) -> None:
+    def _gradients(self) -> tuple[float, float]:
+        """The gradients of the next step, and its losses."""
         settings, number = self.settings, self._done
         torch.manual_seed(int(np.random.default_rng([settings.seed, number]).integers(1 << 62)))
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * _rate(number, len(self._steps))
-        rng = np.random.default_rng([settings.seed, number, 1])
         pairs = [self._pairs[at] for at in self._steps[number]]
+        rng = np.random.default_rng([settings.seed, number, 1])
         pairs = with_rivals(pairs, settings.rivals if settings.contrast else 0, rng)
         tokens = sum(len(pair.targets[0]) for pair in pairs)
         sums = np.zeros(2)
         for some in passes(pairs, self._most):
             own, contrast = parts(self._model, some, settings.temperature)
-            loss = own / tokens + settings.contrast * contrast / len(pairs)
-            torch.autograd.backward(loss)
+            torch.autograd.backward(own / tokens + settings.contrast * contrast / len(pairs))
             sums += float(own.detach()) / tokens, float(contrast.detach()) / len(pairs)
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), _CLIP)
         if not (np.isfinite(sums).all() and math.isfinite(float(norm))):
-            self._optimizer.zero_grad()
+            self._fail()
+        return float(sums[0]), float(sums[1])
+
+    def _fail(self) -> NoReturn:
+        """Go back to the last checkpoint, write the adapter as it was there, and say so."""
+        at, kept = self._done, "There is no checkpoint yet"
+        if self._resume():
             self._write_adapter()
-            raise EngineError(
-                f"the loss is not a number at step {number + 1} of {len(self._steps)}. The adapter as it was before is "
-                f"in {str(self.out)!r}, its checkpoint too. Begin anew in another folder with a lower learning rate "
-                f"(now {settings.learning_rate:g})."
-            )
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.losses.append((float(sums[0]), float(sums[1])))
-        self._done += 1
+            kept = f"The adapter as it was at the last checkpoint, step {self._done}, is in {str(self.out)!r}"
+        raise EngineError(
+            f"the loss is not a number at step {at + 1} of {len(self._steps)}. {kept}. Begin anew in another folder, "
+            f"with a lower learning rate (now {self.settings.learning_rate:g})."
+        )
 
     def _checkpoint(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -175,16 +183,18 @@ class Training:
         }
         checkpoint.save(self.out, state)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Take up a checkpoint; False where there is none."""
         state = checkpoint.load(self.out, self._key)
         if state is None:
-            return
+            return False
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(state["weights"][name])
         self._optimizer.load_state_dict(state["optimizer"])
         self._done, self.losses = state["step"], [(own, contrast) for own, contrast in state["losses"]]
         log.info("going on behind step %d of %d", self._done, len(self._steps))
+        return True
 
     def _describe(self, pairs: Sequence[Pair]) -> str:
         """What two trainings that end in the same adapter have in common."""
