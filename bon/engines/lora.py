@@ -95,11 +95,25 @@ class Adapter:
         return hashlib.blake2b(self._weights.read_bytes(), digest_size=6).hexdigest()
 
     @property
+    def modules(self) -> set[str]:
+        """The last names of the layers that it changes."""
+        return {key.split(".")[-3] for key in self._tensors()}
+
+    @property
     def _weights(self) -> Path:
         file = self.folder / WEIGHTS
         if not file.is_file():
             raise ModelNotFoundError(f"the LoRA adapter {str(self.folder)!r} has no {WEIGHTS}.")
         return file
+
+    def _tensors(self) -> dict[str, Any]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self._weights)
+        except SafetensorError as error:
+            raise InputError(f"the LoRA adapter {str(self.folder)!r} is damaged: {WEIGHTS} ({error}).") from error
 
     def check_base(self, model: str, fingerprint: str) -> None:
         """Raise an InputError where it is known to be of another base than ``model``, which has this fingerprint."""
@@ -116,14 +130,7 @@ class Adapter:
             ModelNotFoundError: its weights are not there.
             InputError: it is of another kind, or does not fit the model.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        name = f"the LoRA adapter {str(self.folder)!r}"
-        try:
-            weights = load_file(self._weights)
-        except SafetensorError as error:
-            raise InputError(f"{name} is damaged: {WEIGHTS} cannot be read ({error}).") from error
+        name, weights = f"the LoRA adapter {str(self.folder)!r}", self._tensors()
         if self.config.get("peft_type") != "LORA" or self.config.get("use_dora"):
             raise InputError(f"{name} is of another kind (DoRA, say), which cannot be loaded.")
         found = []

@@ -143,7 +143,7 @@ class VLLMEngine:
             own = fingerprint_on_disk(skeleton, config.model, self.renderer.fingerprint)
             if own is not None:
                 adapter.check_base(self.name, own)
-        if limits is None or limits.max_lora_rank < adapter.rank:
+        if limits is None or limits.max_lora_rank < adapter.rank or not adapter.modules <= {*limits.target_modules}:
             raise InputError(
                 f"{self.name!r} was started without room for the LoRA adapter {str(adapter.folder)!r} of rank "
                 f"{adapter.rank}. Name it at the start (adapters=[...]), or policy and scorer together."
@@ -400,4 +400,12 @@ def _lora_options(adapters: Sequence[Adapter]) -> dict[str, Any]:
         return {}
     rank = max(adapter.rank for adapter in adapters)
     allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
-    return {"enable_lora": True, "max_lora_rank": allowed, "max_loras": len(adapters)}
+    # Unless the layers are named, the logits have room for an adapter too, and vLLM's CPU build dies of log-probabilities
+    # of several prompts at a time (einsum: it counts rows of logits by sequences).
+    modules = sorted(set[str]().union(*(adapter.modules for adapter in adapters)))
+    return {
+        "enable_lora": True,
+        "max_lora_rank": allowed,
+        "max_loras": len(adapters),
+        "lora_target_modules": modules,
+    }
