@@ -111,7 +111,7 @@ class Adapter:
         from safetensors.torch import load_file
 
         try:
-            return load_file(self._weights)
+            return dict(load_file(self._weights))
         except SafetensorError as error:
             raise InputError(f"the LoRA adapter {str(self.folder)!r} is damaged: {WEIGHTS} ({error}).") from error
 

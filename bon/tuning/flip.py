@@ -82,8 +82,7 @@ def train(
     _plot(out / "loss.png", [own for own, _ in training.losses])
     adapted = replace(model, options={**model.options, "adapter": str(out)})
     record["measured"] = {one.name: _measured(one, (model, adapted), settings, limit, threads, show) for one in sets}
-    training.finish(record)
-    return record
+    return training.finish(record)
 
 
 def without(pairs: Sequence[Pair], judged: Sequence[str]) -> list[Pair]:

@@ -137,10 +137,11 @@ class Training:
         give_back()
         torch.cuda.empty_cache()
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Write what is known of the adapter beside it, and remove the checkpoint."""
-        self.write_record(record)
+    def finish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write what is known of the adapter beside it, remove the checkpoint, and return what was written."""
+        whole = self.write_record(record)
         (self.out / checkpoint.NAME).unlink(missing_ok=True)
+        return whole
 
     def _gradients(self) -> tuple[float, float]:
         """The gradients of the next step, and its losses."""
@@ -216,7 +217,7 @@ class Training:
         checkpoint.write(self.out / WEIGHTS, safetensors.torch.save(small))
         checkpoint.write(self.out / CONFIG, json.dumps(config, indent=2, default=str).encode())
 
-    def write_record(self, record: dict[str, Any]) -> None:
+    def write_record(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write the adapter's ``bon.json``: its base, how it was made, and ``record``."""
         whole = {
             "base": self._base.name,
@@ -230,6 +231,7 @@ class Training:
         if self.settings.contrast:
             whole["contrast"] = [contrast for _, contrast in self.losses]
         checkpoint.write(self.out / RECORD, json.dumps(whole, indent=2, ensure_ascii=False).encode())
+        return whole
 
 
 def _with_adapter(model: Any, base: str, settings: Settings) -> Any:

@@ -400,8 +400,8 @@ def _lora_options(adapters: Sequence[Adapter]) -> dict[str, Any]:
         return {}
     rank = max(adapter.rank for adapter in adapters)
     allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
-    # Unless the layers are named, the logits have room for an adapter too, and vLLM's CPU build dies of log-probabilities
-    # of several prompts at a time (einsum: it counts rows of logits by sequences).
+    # Unless the layers are named, the logits have room for an adapter too, and vLLM's CPU build dies of the
+    # log-probabilities of several prompts at a time (einsum: it takes rows of logits for sequences).
     modules = sorted(set[str]().union(*(adapter.modules for adapter in adapters)))
     return {
         "enable_lora": True,
