@@ -31,7 +31,7 @@ from bon.tuning import checkpoint
 from bon.tuning.encoding import Encoded, encode, passes, steps, with_rivals
 from bon.tuning.flip import train, without
 from bon.tuning.loss import logprobs, parts
-from bon.tuning.pairs import Pair, near, read_pairs
+from bon.tuning.pairs import Pair, read_pairs
 from bon.tuning.settings import Settings
 from bon.tuning.training import Training
 
@@ -364,7 +364,6 @@ def test_pairs_that_are_judged_on_are_not_trained_on(caplog: pytest.LogCaptureFi
     asked = "Write a friendly letter to the neighbours about the garden party on Saturday."
     close = "write a friendly letter to the neighbours about the garden party on sunday"
     other = "Write a friendly poem about the sea."
-    assert near([asked, close, other, "Hi"], ["hi!", asked.upper()]) == {0: 1, 1: 1, 3: 0}
     pairs = [Pair(text, "Well.") for text in (close, other, "Name three colours.")]
     assert without(pairs, [asked]) == pairs[1:]
     assert "1 of 3 pairs stand in the rows" in caplog.text

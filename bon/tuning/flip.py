@@ -19,9 +19,10 @@ from bon.errors import InputError
 from bon.evals.dataset import Dataset
 from bon.evals.harness import evaluate
 from bon.models import Model, ModelPool, weights_of
+from bon.pairs.alike import HeldOut
 from bon.scorers.flip import Flip
 from bon.scorers.likelihood import BackwardLikelihood
-from bon.tuning.pairs import LEAST_PAIRS, HeldBack, Pair, near
+from bon.tuning.pairs import LEAST_PAIRS, HeldBack, Pair
 from bon.tuning.settings import Settings
 from bon.tuning.training import Progress, Training
 
@@ -86,18 +87,19 @@ def train(
 
 
 def without(pairs: Sequence[Pair], judged: Sequence[str]) -> list[Pair]:
-    """The pairs whose instruction is not, word for word or nearly, one of the judged ones; says how many are.
+    """The pairs whose instruction is not one of the judged ones, exactly or nearly; says how many are.
 
     Raises:
         InputError: too few are left.
     """
-    found = near([pair.instruction for pair in pairs], judged)
-    kept = [pair for at, pair in enumerate(pairs) if at not in found]
-    if found:
-        first, row = next(iter(found.items()))
+    held = HeldOut(judged)
+    kept, refused = [], []
+    for pair in pairs:
+        (refused if held.holds(pair.instruction) else kept).append(pair)
+    if refused:
         said = (
-            f"{len(found)} of {len(pairs)} pairs stand in the rows that the adapter is judged on, word for word or "
-            f"nearly, the first as {pairs[first].instruction!r:.60} and {judged[row]!r:.60}"
+            f"{len(refused)} of {len(pairs)} pairs stand in the rows that the adapter is judged on, word for word or "
+            f"nearly; the first asks {refused[0].instruction!r:.60}"
         )
         if len(kept) < LEAST_PAIRS:
             raise InputError(f"{said}: nothing is left to train on. Name other rows or other pairs.")

@@ -1,11 +1,7 @@
-"""What a scorer is trained on: instructions with good answers to them. And what it is judged on, kept apart from that.
-
-A pair that stands in the judged rows, word for word or nearly, would be remembered and not read out of the answer.
-"""
+"""What a scorer is trained on: instructions with good answers to them, as ``bon pairs`` writes them."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +10,8 @@ from bon.data.formats import read_file
 from bon.errors import InputError
 from bon.evals.dataset import Example
 from bon.evals.jsonlines import Listed
-from bon.similarity import characters
 from bon.task import Task
 
-_RUN = 3  # words that are compared together
-_NEAR = 0.5  # share of the runs of both texts that they have in common: then they say the same
 LEAST_PAIRS = 2
 
 
@@ -81,33 +74,6 @@ def _pair(fields: Mapping[str, Any]) -> Pair:
     if not isinstance(negatives, list) or not all(isinstance(one, str) and one.strip() for one in negatives):
         raise InputError(f"'negatives' must be a list of instructions, not {negatives!r:.60}.")
     return Pair(**texts, negatives=tuple(negatives))
-
-
-def near(texts: Sequence[str], others: Sequence[str]) -> dict[int, int]:
-    """Which texts stand among others, the same words or nearly: index -> index of the nearest of the others.
-
-    Nearly the same are two texts that have half of their runs of three words in common (Jaccard).
-    """
-    known = [_runs(other) for other in others]
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for at, runs in enumerate(known):
-        for run in runs:
-            holders[run].append(at)
-    found = {}
-    for index, text in enumerate(texts):
-        runs = _runs(text)
-        common = Counter(at for run in runs for at in holders.get(run, ()))
-        shares = {at: count / (len(runs) + len(known[at]) - count) for at, count in common.items()}
-        nearest = max(shares, key=lambda at: shares[at], default=None)
-        if nearest is not None and shares[nearest] >= _NEAR:
-            found[index] = nearest
-    return found
-
-
-def _runs(text: str) -> set[tuple[str, ...]]:
-    words = characters(text)
-    size = min(_RUN, len(words))
-    return {*zip(*(words[first:] for first in range(size)), strict=False)}
 
 
 class HeldBack(Listed):
