@@ -93,7 +93,8 @@ def without(pairs: Sequence[Pair], judged: Sequence[str]) -> list[Pair]:
         InputError: too few are left.
     """
     held = HeldOut(judged)
-    kept, refused = [], []
+    kept: list[Pair] = []
+    refused: list[Pair] = []
     for pair in pairs:
         (refused if held.holds(pair.instruction) else kept).append(pair)
     if refused:
