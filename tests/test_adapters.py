@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scoring import scores_of
 from tiny import save, save_adapter
 
 from bon import BestOfN
 from bon.engines.base import Generates, Prompt, Rates, Request
 from bon.engines.torch.engine import TorchEngine
 from bon.errors import BonError, EngineError, InputError, ModelNotFoundError
+from bon.evals.store import Store, stored
 from bon.models import Model, ModelPool
+from bon.scorers.likelihood import BackwardLikelihood
 from bon.task import Message
 from bon.types import Sampling
 
@@ -130,6 +133,20 @@ def test_an_adapter_of_another_base_and_a_folder_that_is_none_are_refused(tmp_pa
 async def _pooled(spec: str) -> Any:
     async with ModelPool() as pool:
         return pool.engine(spec)
+
+
+def test_a_store_scores_anew_what_another_adapter_of_the_same_name_rated(
+    tmp_path: Path, base: Any, adapters: list[Path]
+) -> None:
+    engine, spec = TorchEngine(base), f"likelihood:{base},adapter=mine"
+    rewards = []
+    with Store(tmp_path / "scores") as store:
+        for folder in (*adapters, adapters[0]):
+            folder.rename(mine := tmp_path / "mine")
+            scorer = stored(BackwardLikelihood(engine.adapted(mine)), store, spec)
+            rewards += [scores_of(scorer, "Hi there", "Dear Anna, see you on Friday.")[0].reward]
+            mine.rename(folder)
+    assert rewards[0] == rewards[2] != rewards[1]
 
 
 def test_an_engine_that_takes_no_adapter_says_so(adapters: list[Path]) -> None:

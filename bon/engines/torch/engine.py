@@ -77,6 +77,7 @@ class TorchEngine:
         stats: what was computed and stored so far.
         renderer: messages to token ids and back.
         fingerprint, layers: see ``Reads``.
+        adapter: digest of the LoRA adapter that ``adapted`` added, or "".
 
     Raises:
         UnknownNameError: an option that does not exist.
@@ -131,6 +132,7 @@ class TorchEngine:
         on_cpu = self._device.type == "cpu"
         wanted = (threads or choose_threads()) if on_cpu else torch.get_num_threads()
         self._worker = Worker(self.name, lambda: torch.set_num_threads(wanted))  # holds for the thread that calls it
+        self.adapter = ""
         self._changes: list[Change] | None = None  # what the adapter of a view adds
 
     def adapted(self, folder: str | Path) -> TorchEngine:
@@ -148,7 +150,8 @@ class TorchEngine:
             for module, *parts in adapter.changes(self._model)
         ]
         view.name = f"{self.name}+{adapter.folder.name}"
-        view.fingerprint = f"{self._base}+{adapter.digest}"
+        view.adapter = adapter.digest
+        view.fingerprint = f"{self._base}+{view.adapter}"
         return view
 
     def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:

@@ -74,6 +74,9 @@ class VLLMEngine:
         options: fields of vLLM's ``AsyncEngineArgs``: ``max_model_len``, ``tensor_parallel_size``,
             ``gpu_memory_utilization``, ``kv_cache_memory_bytes``, ``quantization``, ...
 
+    Attributes:
+        adapter: digest of the LoRA adapter that ``adapted`` added, or "".
+
     Raises:
         UnknownNameError: an option that vLLM does not have.
         ModelNotFoundError: the model is neither on disk nor can be fetched.
@@ -103,6 +106,7 @@ class VLLMEngine:
         if lora is not None and known[0].tokenizer is not None:
             lora_options["tokenizer"] = known[0].tokenizer
         self._engine: Started | None = start(model, {**lora_options, **options}, threads)
+        self.adapter = ""
         self._of: VLLMEngine | None = None  # what a view was made of, and keeps alive
         self._failure: EngineError | None = None
         self._finalizer = weakref.finalize(self, self._engine.stop)
@@ -149,7 +153,7 @@ class VLLMEngine:
                 f"{adapter.rank}. Name it at the start (adapters=[...]), or policy and scorer together."
             )
         view = copy.copy(self)
-        view._lora, view._of = _request(adapter), self
+        view._lora, view._of, view.adapter = _request(adapter), self, adapter.digest
         view.name = f"{self.name}+{adapter.folder.name}"
         return view
 
