@@ -30,7 +30,7 @@ from bon.scorers.likelihood import BackwardLikelihood
 from bon.tuning import checkpoint
 from bon.tuning.encoding import Encoded, encode, passes, steps, with_rivals
 from bon.tuning.flip import train, without
-from bon.tuning.loss import logprobs, parts
+from bon.tuning.loss import logprobs, losses
 from bon.tuning.pairs import Pair, read_pairs
 from bon.tuning.settings import Settings
 from bon.tuning.training import Training
@@ -122,8 +122,8 @@ def test_the_loss_is_what_the_likelihood_scorer_says_however_rows_are_padded(tmp
     encoded = [one for one in some if one is not None]
     rewards = [scores_of(scorer, pair.task, pair.response)[0].reward for pair in PAIRS[:3]]
     with torch.no_grad():
-        totals = logprobs(engine._model, [(pair.prompt, pair.targets[0]) for pair in encoded])
-    means = [float(total) / len(pair.targets[0]) for total, pair in zip(totals, encoded, strict=True)]
+        totals = logprobs(engine._model, [Encoded(pair.prompt, pair.targets[:1]) for pair in encoded])
+    means = [float(total[0]) / len(pair.targets[0]) for total, pair in zip(totals, encoded, strict=True)]
     assert means == pytest.approx(rewards, rel=1e-4)
 
 
@@ -131,10 +131,10 @@ def test_the_contrast_is_the_cross_entropy_of_the_own_instruction_among_all(tmp_
     engine = TorchEngine(save(tmp_path / "base", "Llama"), share_prefix=False)
     pairs = [Encoded((5, 6, 7), ((1, 2), (3,))), Encoded((8, 9), ((4,), (1, 2), (3, 3, 3)))]
     with torch.no_grad():
-        own, contrast = parts(engine._model, pairs, 0.5)
+        own, contrast = losses(engine._model, pairs, 0.5)
         expected = np.zeros(2)
         for pair in pairs:
-            alone = [float(logprobs(engine._model, [(pair.prompt, target)])[0]) for target in pair.targets]
+            alone = [float(logprobs(engine._model, [Encoded(pair.prompt, (one,))])[0][0]) for one in pair.targets]
             means = np.array([total / len(target) for total, target in zip(alone, pair.targets, strict=True)]) / 0.5
             expected += -alone[0], np.log(np.exp(means).sum()) - means[0]
     assert [float(own), float(contrast)] == pytest.approx(expected.tolist(), rel=1e-4)
@@ -158,7 +158,7 @@ def test_each_epoch_reads_every_pair_once_in_passes_of_bounded_size() -> None:
     pairs = [Encoded((0,) * int(n), ((1,), (2,))) for n in lengths]
     made = [*passes(pairs, 300)]
     assert sum(map(len, made)) == 100
-    assert all(len(some) == 1 or max(p.longest for p in some) * 2 * len(some) <= 300 for some in made)
+    assert all(len(some) == 1 or max(p.length for p in some) * len(some) <= 300 for some in made)
 
 
 # --- what comes of it -----------------------------------------------------------------------------------------------

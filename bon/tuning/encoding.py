@@ -30,19 +30,19 @@ class Encoded:
     targets: tuple[Ids, ...]
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return len(self.prompt) + max(map(len, self.targets))
+    def length(self) -> int:
+        """Tokens of its row: the prompt, and all targets behind it."""
+        return len(self.prompt) + sum(map(len, self.targets))
 
 
-def encode(pair: Pair, scorer: BackwardLikelihood, renderer: Renderer) -> Encoded | None:
-    """A pair in the prompt of a scorer; None where nothing is left of the response without thinking."""
+def encode(pair: Pair, scorer: BackwardLikelihood, renderer: Renderer, negatives: int = 0) -> Encoded | None:
+    """A pair in the prompt of a scorer, with so many negatives; None where a response is nothing but thinking."""
     response = response_piece(Candidate(0, pair.response))
     if response is None:
         return None
     end = () if renderer.end_id is None else (renderer.end_id,)
     prompt = renderer.render(scorer.style.prompt(pair.task, response, scorer.template))
-    texts = (pair.instruction, *pair.negatives)
+    texts = (pair.instruction, *pair.negatives[:negatives])
     return Encoded(prompt, tuple((*renderer.encode(text.strip()), *end) for text in texts))
 
 
@@ -87,9 +87,8 @@ def with_rivals(pairs: Sequence[Encoded], rivals: int, rng: np.random.Generator)
 def passes(pairs: Sequence[Encoded], most: int) -> Iterator[list[Encoded]]:
     """The pairs of a step, some at a time: at most ``most`` tokens with padding, a longer one alone."""
     batch: list[Encoded] = []
-    for pair in sorted(pairs, key=lambda pair: pair.longest):
-        rows = sum(len(each.targets) for each in (*batch, pair))
-        if batch and rows * pair.longest > most:
+    for pair in sorted(pairs, key=lambda pair: pair.length):
+        if batch and (len(batch) + 1) * pair.length > most:
             yield batch
             batch = []
         batch.append(pair)

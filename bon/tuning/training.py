@@ -33,7 +33,7 @@ from bon.models import Model
 from bon.scorers.likelihood import BackwardLikelihood
 from bon.tuning import checkpoint
 from bon.tuning.encoding import encode, passes, steps, with_rivals
-from bon.tuning.loss import parts
+from bon.tuning.loss import losses
 from bon.tuning.pairs import LEAST_PAIRS, Pair
 from bon.tuning.settings import Settings
 
@@ -89,15 +89,16 @@ class Training:
         self.fingerprint = fingerprint(loaded, renderer.fingerprint)
         self._most = settings.max_tokens or _PASS_TOKENS.get(loaded.device.type, _PASS_TOKENS["cuda"])
         scorer = BackwardLikelihood(style=settings.style)
-        encoded = [encode(pair, scorer, renderer) for pair in pairs]
-        self._pairs = [pair for pair in encoded if pair is not None and pair.longest <= self._most]
+        self._rivals = settings.rivals if settings.contrast else 0
+        encoded = [encode(pair, scorer, renderer, self._rivals) for pair in pairs]
+        self._pairs = [pair for pair in encoded if pair is not None and pair.length <= self._most]
         self.left_out = len(pairs) - len(self._pairs)
         if len(self._pairs) < LEAST_PAIRS:
             raise InputError(
                 f"{self.left_out} of {len(pairs)} pairs have more than {self._most} tokens or an empty response, so "
                 "nothing is left to train on. Raise max_tokens."
             )
-        self._steps = steps([pair.longest for pair in self._pairs], settings.batch, settings.epochs, settings.seed)
+        self._steps = steps([pair.length for pair in self._pairs], settings.batch, settings.epochs, settings.seed)
         self._model = _with_adapter(loaded, model.name, settings)
         self._weights = {name: weight for name, weight in self._model.named_parameters() if weight.requires_grad}
         self._optimizer: Any = torch.optim.AdamW(
@@ -119,15 +120,15 @@ class Training:
         self._model.train()
         with torch_errors(self._base.name, f"max_tokens (now {self._most})"):
             while self._done < len(self._steps):
-                losses = self._gradients()
+                loss = self._gradients()
                 if time.monotonic() - saved >= self.settings.checkpoint_s:
                     self._checkpoint()  # of weights whose loss has just been seen to be a number
                     saved = time.monotonic()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-                self.losses.append(losses)
+                self.losses.append(loss)
                 self._done += 1
-                progress(self._done, len(self._steps), losses[0])
+                progress(self._done, len(self._steps), loss[0])
         if not all(bool(weight.isfinite().all()) for weight in self._weights.values()):
             self._fail()
         self._checkpoint()
@@ -151,11 +152,11 @@ class Training:
             group["lr"] = settings.learning_rate * _rate(number, len(self._steps))
         pairs = [self._pairs[at] for at in self._steps[number]]
         rng = np.random.default_rng([settings.seed, number, 1])
-        pairs = with_rivals(pairs, settings.rivals if settings.contrast else 0, rng)
+        pairs = with_rivals(pairs, self._rivals, rng)
         tokens = sum(len(pair.targets[0]) for pair in pairs)
         sums = np.zeros(2)
         for some in passes(pairs, self._most):
-            own, contrast = parts(self._model, some, settings.temperature)
+            own, contrast = losses(self._model, some, settings.temperature)
             torch.autograd.backward(own / tokens + settings.contrast * contrast / len(pairs))
             sums += float(own.detach()) / tokens, float(contrast.detach()) / len(pairs)
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), _CLIP)
