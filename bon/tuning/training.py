@@ -96,7 +96,7 @@ class Training:
         if len(self._pairs) < LEAST_PAIRS:
             raise InputError(
                 f"{self.left_out} of {len(pairs)} pairs have more than {self._most} tokens or an empty response, so "
-                "nothing is left to train on. Raise max_tokens."
+                "nothing is left to train on. Raise max_tokens (--pass-tokens)."
             )
         self._steps = steps([pair.length for pair in self._pairs], settings.batch, settings.epochs, settings.seed)
         self._model = _with_adapter(loaded, model.name, settings)
