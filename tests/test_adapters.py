@@ -15,6 +15,7 @@ from bon import BestOfN
 from bon.engines.base import Generates, Prompt, Rates, Request
 from bon.engines.torch.engine import TorchEngine
 from bon.errors import BonError, EngineError, InputError, ModelNotFoundError
+from bon.evals.harness import evaluate
 from bon.evals.store import Store, stored
 from bon.models import Model, ModelPool
 from bon.scorers.likelihood import BackwardLikelihood
@@ -174,6 +175,17 @@ def test_views_on_vllm_say_what_torch_says_and_so_does_the_base(tmp_path: Path) 
     for (text, totals), (own_text, own_totals) in zip(asyncio.run(run("vllm")), asyncio.run(run("torch")), strict=True):
         assert text == own_text
         assert totals == pytest.approx(own_totals, rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_an_evaluation_compares_a_base_with_its_adapters_on_one_engine(tmp_path: Path, engine: str) -> None:
+    base = save(tmp_path / "base", "Qwen3", "ascii", head_dim=32)
+    folders = [save_adapter(tmp_path / f"adapter{seed}", base, seed=seed) for seed in (1, 2)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Hi", "candidates": ["Hello", "No"], "best": 0}))
+    specs = [f"likelihood:{base},engine={engine}", *(f"likelihood:{base},engine={engine},adapter={f}" for f in folders)]
+    report = evaluate(str(rows), scorers=specs)
+    assert all(report["scorers"][spec]["failed"] == 0 for spec in specs)
 
 
 @pytest.mark.vllm
