@@ -367,8 +367,11 @@ def test_pairs_that_are_judged_on_are_not_trained_on(caplog: pytest.LogCaptureFi
     pairs = [Pair(text, "Well.") for text in (close, other, "Name three colours.")]
     assert without(pairs, [asked]) == pairs[1:]
     assert "1 of 3 pairs stand in the rows" in caplog.text
-    with pytest.raises(InputError, match="nothing is left to train on"):
-        without(pairs[:1], [asked])
+
+
+def test_two_pairs_are_too_few_where_one_is_held_back(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="of 2 pairs 1 are left to train on"):
+        train(Model("mini"), PAIRS[:2], tmp_path / "out", Settings())
 
 
 def test_the_command_says_what_is_wrong_and_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

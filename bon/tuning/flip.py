@@ -69,9 +69,15 @@ def train(
             f"{model.text!r} is trained by torch, which loads models in Hugging Face format and GGUF files."
         )
     model = replace(model, engine="torch")
-    sets: list[Dataset] = [*judged] or [HeldBack(_held_back(pairs, settings.seed))]
-    rows = [row for one in sets for row in one.rows(limit, settings.seed)]
-    apart = without(pairs, [row.task.instruction for row in rows])
+    held = [] if judged else _held_back(pairs, settings.seed)
+    sets: list[Dataset] = [*judged] or [HeldBack(held)]
+    asked = [row.task.instruction for one in sets for row in one.rows()]
+    apart = without([pair for pair in pairs if pair not in held], asked)
+    if len(apart) < LEAST_PAIRS:
+        raise InputError(
+            f"of {len(pairs)} pairs {len(apart)} are left to train on: the others are what the adapter is judged on. "
+            "Name more pairs, or other rows."
+        )
     training = Training(model, weights_of(model), apart, out, settings, threads)
     training.run(progress)
     record: dict[str, Any] = {
@@ -87,24 +93,20 @@ def train(
 
 
 def without(pairs: Sequence[Pair], judged: Sequence[str]) -> list[Pair]:
-    """The pairs whose instruction is not one of the judged ones, exactly or nearly; says how many are.
-
-    Raises:
-        InputError: too few are left.
-    """
+    """The pairs whose instruction is not one of the judged ones, exactly or nearly; says how many are."""
     held = HeldOut(judged)
     kept: list[Pair] = []
     refused: list[Pair] = []
     for pair in pairs:
         (refused if held.holds(pair.instruction) else kept).append(pair)
     if refused:
-        said = (
-            f"{len(refused)} of {len(pairs)} pairs stand in the rows that the adapter is judged on, word for word or "
-            f"nearly; the first asks {refused[0].instruction!r:.60}"
+        log.warning(
+            "%d of %d pairs stand in the rows that the adapter is judged on, word for word or nearly, and are not "
+            "trained on; the first asks %.60r",
+            len(refused),
+            len(pairs),
+            refused[0].instruction,
         )
-        if len(kept) < LEAST_PAIRS:
-            raise InputError(f"{said}: nothing is left to train on. Name other rows or other pairs.")
-        log.warning("%s: they are not trained on", said)
     return kept
 
 
