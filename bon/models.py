@@ -11,14 +11,14 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
-from bon.engines.base import Engine, Generates
+from bon.engines.base import Adapts, Engine, Generates
 from bon.engines.function import FunctionEngine
 from bon.engines.gguf import gguf_file
 from bon.errors import InputError, ModelNotFoundError, UnknownNameError, UserCodeError, whole_number
@@ -39,7 +39,8 @@ class Model:
         name: a Hugging Face name, a folder, a GGUF file, a URL, a name that ``bon models`` lists, or "mini" for the
             embedded model.
         engine: which registered engine runs it; None chooses.
-        options: of the engine.
+        options: of the engine; ``adapter`` is the folder of a LoRA adapter, which any number of models on the same
+            base have each their own of.
     """
 
     name: str = MINI
@@ -84,6 +85,11 @@ class Model:
     def key(self) -> tuple[Any, ...]:
         """What two names of the same model have in common."""
         return self.name, self.runs_on, *sorted((name, repr(value)) for name, value in self.options.items())
+
+    @property
+    def base(self) -> Model:
+        """The model without the LoRA adapter that the option ``adapter`` names: both share one engine's weights."""
+        return replace(self, options={name: value for name, value in self.options.items() if name != "adapter"})
 
     @property
     def runs_on(self) -> str:
@@ -162,20 +168,33 @@ class ModelPool:
     def load(self, models: Sequence[Model]) -> None:
         """Load what is not there yet; several models on vLLM start at the same time and share the GPU."""
         with self._lock:
-            missing = {m.key: m for m in models if m.key not in self._engines}
+            missing = {m.base.key: m.base for m in models if m.base.key not in self._engines}
+            adapted = {m.key: m for m in models if m.key != m.base.key and m.key not in self._engines}
+            for key, model in missing.items():
+                folders = [each.options["adapter"] for each in adapted.values() if each.base.key == key]
+                if folders and model.runs_on == "vllm":  # it has to know of them when it starts
+                    missing[key] = replace(model, options={**model.options, "adapters": folders})
             if len(missing) > 1 and {m.runs_on for m in missing.values()} == {"vllm"}:
                 from bon.engines.placement import load_together
 
                 shared = {} if self.threads is None else {"threads": self.threads}
-                named = [(_weights(m), {**shared, **m.options}) for m in missing.values()]
+                named = [(weights_of(m), {**shared, **m.options}) for m in missing.values()]
                 made = load_together(named, lambda name, given: self._make(Model(name, "vllm", given)))
                 self._engines.update(zip(missing, made, strict=True))
             else:
                 for key, model in missing.items():
                     self._engines[key] = self._make(model)
+            for key, model in adapted.items():
+                base = self._engines[model.base.key]
+                if not isinstance(base, Adapts):
+                    raise InputError(
+                        f"{base.name!r} takes no adapter=: language models on torch and on vLLM do. A server has its "
+                        "own way to name one."
+                    )
+                self._engines[key] = base.adapted(model.options["adapter"])
 
     def _make(self, model: Model) -> Engine:
-        arguments = [_weights(model)] if ENGINES.takes_argument(model.runs_on) else []
+        arguments = [weights_of(model)] if ENGINES.takes_argument(model.runs_on) else []
         if not arguments and model.name != model.runs_on:
             raise InputError(f"the engine {model.engine!r} runs no model, so it cannot be {model.name!r}.")
         defaults = {} if self.threads is None else {"threads": self.threads}
@@ -334,7 +353,7 @@ def _instance(factory: Callable[[], Any], name: str) -> Any:
         raise UserCodeError(f"{name!r} raised {type(error).__name__}: {error}") from error
 
 
-def _weights(model: Model) -> str:
+def weights_of(model: Model) -> str:
     """The folder or the name that an engine loads.
 
     Raises:

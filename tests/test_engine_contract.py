@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from tiny import save
+from tiny import save, save_adapter
 
 from bon.engines.base import (
     Completion,
@@ -55,6 +55,21 @@ def vllm_engine(folder: Any) -> Engine:
     return VLLMEngine(save(folder / "vllm", "Qwen3", "ascii", head_dim=32), max_model_len=CONTEXT)
 
 
+def torch_view(folder: Any) -> Engine:
+    from bon.engines.torch.engine import TorchEngine
+
+    base = save(folder / "Llama", "Llama", "ascii")
+    return TorchEngine(base, max_model_len=CONTEXT).adapted(save_adapter(folder / "adapter", base))
+
+
+def vllm_view(folder: Any) -> Engine:
+    from bon.engines.vllm.engine import VLLMEngine
+
+    base = save(folder / "vllm", "Qwen3", "ascii", head_dim=32)
+    adapter = save_adapter(folder / "adapter", base)
+    return VLLMEngine(base, max_model_len=CONTEXT, adapters=[adapter]).adapted(adapter)
+
+
 def mini_engine() -> Engine:
     from bon.engines.torch.engine import TorchEngine
 
@@ -83,7 +98,9 @@ ENGINES: dict[str, Callable[[Any], Engine]] = {
     "scripted": lambda folder: ScriptedEngine(max_model_len=CONTEXT),
     "torch-llama": lambda folder: torch_engine(folder, "Llama"),
     "torch-qwen3": lambda folder: torch_engine(folder, "Qwen3"),
+    "torch-adapter": torch_view,
     "vllm": vllm_engine,
+    "vllm-adapter": vllm_view,
     "torch-small-batches": lambda folder: torch_engine(folder, "Llama", max_batch_tokens=500),
 }
 """Engines that run a model, or pretend to."""
@@ -99,7 +116,7 @@ FUNCTIONS: dict[str, Callable[[Any], Engine]] = {
 
 
 def params(names: Sequence[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.vllm if name == "vllm" else ()) for name in names]
+    return [pytest.param(name, marks=pytest.mark.vllm if name.startswith("vllm") else ()) for name in names]
 
 
 @pytest.fixture(scope="module")

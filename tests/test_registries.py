@@ -183,10 +183,11 @@ def test_a_wrong_option_of_another_packages_engine_is_refused(theirs: dict[str, 
 # --- Adding one ------------------------------------------------------------------------------------------------------
 
 USED = {
-    "flip": {"bon.models"},  # what scores where nobody says what, for the embedded model
+    "flip": {"bon.models", "bon.tuning.flip"},  # what scores where nobody says what, for the embedded model
     "default": {"bon.models"},  # and for every other
     "consensus": {"bon.scorers.default"},
-    "likelihood": {"bon.scorers.default", "bon.scorers.flip.scorer"},  # between equal rewards
+    "likelihood": {"bon.scorers.default", "bon.scorers.flip.scorer"}  # between equal rewards
+    | {"bon.tuning.encoding", "bon.tuning.flip", "bon.tuning.training"},  # whose prompt it is trained in
     "guard": {"bon.scorers.default"},
     "fixed": {"bon.config", "bon.evals.harness", "bon.serve.plan"},  # what a plain number of candidates is
     "stop-at": {"bon.serve.plan"},  # the field stop_at of a request

@@ -20,6 +20,7 @@ from bon.credit import credited
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 from bon.group import Group
+from bon.mini import WEIGHTS
 from bon.models import ModelPool
 from bon.pipeline import Pipeline, score
 from bon.scorers.base import Scorer
@@ -65,6 +66,8 @@ WAYS = [
     'flip:samples=2,sampling={"seed": 1, "max_tokens": 24}',
     'ensemble:"likelihood + consensus",normalise=rank',
     "guard:flip",
+    "flip:mini,adapter=ADAPTER",
+    "likelihood:mini,adapter=ADAPTER",
     "guard:consensus",
     "flip:style=json",
     "flip:tie_break=likelihood",
@@ -104,11 +107,17 @@ def encoder(tmp_path_factory):
     return tiny.save_classifier(tmp_path_factory.mktemp("encoder"), "Bert", tiny.tokenizer("wordpiece"), "MaskedLM")
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Of the embedded model, which it changes a little: it still writes in words."""
+    return tiny.save_adapter(tmp_path_factory.mktemp("adapter") / "mine", WEIGHTS, size=0.05, name="mini")
+
+
 @pytest.fixture(params=WAYS, ids=lambda way: way if isinstance(way, str) else getattr(way, "__name__", repr(way)))
-def scorer(request, pool, classifier, encoder, tmp_path):
+def scorer(request, pool, classifier, encoder, adapter, tmp_path):
     way = request.param
     if isinstance(way, str):
-        way = way.replace("TINY", str(classifier)).replace("BERT", str(encoder))
+        way = way.replace("TINY", str(classifier)).replace("BERT", str(encoder)).replace("ADAPTER", str(adapter))
     if isinstance(way, str) and way.startswith("head:"):
         reader = pool.engine("mini")
         sizes = {"fingerprint": reader.fingerprint, "width": 128}

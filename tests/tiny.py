@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from bon.engines.loading import empty_model
 
 torch.set_num_threads(1)  # for models this small a second thread only waits
 
@@ -206,4 +210,23 @@ def save_classifier(
     config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
     tokenizer.save_pretrained(folder)
     getattr(transformers, f"{family}For{head}")(config).eval().save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, base: Any, *, rank: int = 4, size: float = 1.0, seed: int = 0, name: str = "") -> Path:
+    """Write a random LoRA adapter for all linear layers of a model but its last, as PEFT writes it."""
+    config = transformers.AutoConfig.from_pretrained(base)
+    made = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer, module in empty_model(config).named_modules():
+        if isinstance(module, torch.nn.Linear) and layer != "lm_head":
+            down = torch.randn(rank, module.in_features, generator=made) / module.in_features**0.5
+            weights[f"base_model.model.{layer}.lora_A.weight"] = down
+            up = torch.randn(module.out_features, rank, generator=made) * size / rank**0.5
+            weights[f"base_model.model.{layer}.lora_B.weight"] = up
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": name or str(base)}
+    targets = sorted({key.split(".")[-3] for key in weights})
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": targets}))
+    save_file(weights, folder / "adapter_model.safetensors")
     return folder

@@ -1,4 +1,4 @@
-"""``bon train head``: a reward head from labelled candidates."""
+"""``bon train``: a reward head from labelled candidates, or an adapter for backward inference from pairs."""
 
 from __future__ import annotations
 
@@ -80,6 +80,107 @@ def head(
         print_json(dataclasses.asdict(made.header))
     else:
         print(_table(made.header.report, f"{kind} head of {spec.text}, {dict(made.header.settings)}: {output}"))
+    return 0
+
+
+@app.command("flip")
+@grouped
+def flip(
+    *,
+    setup: Setup,
+    model: Annotated[
+        str | None, typer.Option("--model", "--policy", metavar="MODEL", help="Which model learns to read backwards.")
+    ] = None,
+    pairs: Annotated[
+        str, typer.Option("--pairs", metavar="FILE", help="Instructions with good answers, as bon pairs writes them.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the adapter goes.")],
+    rows: Annotated[
+        list[str] | None,
+        typer.Option("--rows", metavar="ROWS", help="What it is judged on, as for bon eval; repeatable. Else pairs."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="L", min=1, help="Rows of each, at most.")] = None,
+    style: Annotated[str, typer.Option("--style", metavar="STYLE", help="Prompt of the scorer: direct, turns, ...")] = (
+        "direct"
+    ),
+    epochs: Annotated[int, typer.Option("--epochs", metavar="E", help="How often each pair is read.")] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="R", help="Its peak.")] = 5e-4,
+    rank: Annotated[int, typer.Option("--rank", metavar="R", help="Of the adapter's matrices.")] = 16,
+    dropout: Annotated[float, typer.Option("--dropout", metavar="D", help="Of the adapter's inputs.")] = 0.0,
+    batch: Annotated[int, typer.Option("--batch", metavar="B", help="Pairs of a step.")] = 16,
+    contrast: Annotated[
+        float, typer.Option("--contrast", metavar="W", help="Weight of the contrast with other instructions.")
+    ] = 0.0,
+    rivals: Annotated[int, typer.Option("--rivals", metavar="K", help="Other instructions for each response.")] = 3,
+    temperature: Annotated[
+        float, typer.Option("--contrast-temperature", metavar="T", help="Of the contrast, in nats per token.")
+    ] = 0.2,
+    max_tokens: Annotated[
+        int | None, typer.Option("--pass-tokens", metavar="T", help="Of one pass; longer pairs are left out.")
+    ] = None,
+    checkpoint_s: Annotated[
+        float, typer.Option("--checkpoint-every", metavar="S", help="Seconds between two checkpoints.")
+    ] = 60.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of weights, order and dropout.")] = 0,
+    as_json: JSON = False,
+) -> int:
+    """Train a LoRA adapter to find the instruction behind an answer; goes on where it was broken off.
+
+    It is used as flip:MODEL,adapter=DIR and likelihood:MODEL,adapter=DIR. The table compares the model without the
+    adapter and with it, on rows that are not trained on.
+    """
+    config = configured(setup, policy=model)
+
+    from tqdm import tqdm
+
+    from bon.cli.options import threads_for
+    from bon.cli.terminal import print_json
+    from bon.evals.dataset import as_dataset
+    from bon.models import Model
+    from bon.tuning.flip import table, train
+    from bon.tuning.pairs import read_pairs
+    from bon.tuning.settings import Settings
+
+    settings = Settings(
+        style=style,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        rank=rank,
+        dropout=dropout,
+        batch=batch,
+        contrast=contrast,
+        rivals=rivals,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        checkpoint_s=checkpoint_s,
+        seed=seed,
+    )
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {str(output.parent)!r} for {output.name}. Make it first.")
+    show = sys.stderr.isatty()
+    with tqdm(desc="train", unit="step", disable=not show) as bar:
+
+        def progress(done: int, of: int, loss: float) -> None:
+            bar.total = of
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(done - bar.n)
+
+        record = train(
+            Model.of(config.policy),
+            read_pairs(pairs),
+            output,
+            settings,
+            judged=[as_dataset(each) for each in rows or ()],
+            limit=limit,
+            threads=threads_for(config.changed(scorer="random")),
+            progress=progress,
+            show=show,
+        )
+    if as_json:
+        print_json(record)
+    else:
+        print(table(record))
+        print(f"The adapter, its record and its loss are in {output}: --scorer flip:{config.policy},adapter={output}")
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -502,6 +503,19 @@ class Reads(Engine, Protocol):
         Raises:
             InputError: the two lists differ in length, or a layer that the model does not have.
             EngineError: the model failed.
+        """
+
+
+@runtime_checkable
+class Adapts(Engine, Protocol):
+    """An engine whose model can be had with a LoRA adapter as well, on the same weights."""
+
+    def adapted(self, folder: str | Path) -> Engine:
+        """The same engine with an adapter. It loads no model: closing it leaves the one that it was made of.
+
+        Raises:
+            ModelNotFoundError: the folder holds no adapter.
+            InputError: an adapter of another base or of another kind.
         """
 
 

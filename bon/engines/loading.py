@@ -88,6 +88,16 @@ def load(
         raise EngineError(f"{str(model)!r} does not fit into the memory of {place}; try a smaller model.") from error
 
 
+def empty_model(config: Any) -> Any:
+    """A language model's layers without their weights.
+
+    Raises:
+        ValueError: a configuration that transformers has no language model for.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def _adapted(adapter: Adapter, load_base: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """The base with the adapter added, and the adapter's tokenizer where it brings one."""
     try:

@@ -6,16 +6,37 @@ matrices for linear layers (DoRA, whole modules, biases) is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bon.errors import InputError, ModelNotFoundError
+from bon.mini import WEIGHTS as MINI
+from bon.mini import shown_name
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RECORD = "bon.json"
+"""What ``bon train flip`` writes beside an adapter: the fingerprint of its base, how it was made, what it brought."""
+
+
+class Change(NamedTuple):
+    """What an adapter adds to a linear layer: inputs @ down.T @ up.T.
+
+    Args:
+        module: the layer.
+        down: shape (rank, numbers that go in).
+        up: shape (numbers that come out, rank), scaled.
+    """
+
+    module: Any
+    down: Any
+    up: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +60,8 @@ class Adapter:
         """
         base = self.config.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
-            raise InputError(f"{self.folder / _CONFIG} names no base: say base_model_name_or_path there.")
-        return base
+            raise InputError(f"{self.folder / CONFIG} names no base: say base_model_name_or_path there.")
+        return str(MINI) if base == shown_name(MINI) else base
 
     @property
     def tokenizer(self) -> str | None:
@@ -58,40 +79,129 @@ class Adapter:
         alpha = next(own, self.config["lora_alpha"])
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def merge(self, model: Any) -> None:
-        """Add the adapter to a transformers model's own weights.
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``bon train flip`` wrote beside it; empty for adapters of others."""
+        try:
+            return dict(json.loads((self.folder / RECORD).read_text()))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{self.folder / RECORD} cannot be read: {error!r}.") from error
+
+    @property
+    def digest(self) -> str:
+        """Changes with its weights."""
+        return hashlib.blake2b(self._weights.read_bytes(), digest_size=6).hexdigest()
+
+    @property
+    def modules(self) -> set[str]:
+        """The last names of the layers that it changes."""
+        return {key.split(".")[-3] for key in self._tensors()}
+
+    @property
+    def _weights(self) -> Path:
+        file = self.folder / WEIGHTS
+        if not file.is_file():
+            raise ModelNotFoundError(f"the LoRA adapter {str(self.folder)!r} has no {WEIGHTS}.")
+        return file
+
+    def _tensors(self) -> dict[str, Any]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(self._weights))
+        except SafetensorError as error:
+            raise InputError(f"the LoRA adapter {str(self.folder)!r} is damaged: {WEIGHTS} ({error}).") from error
+
+    def check_base(self, model: str, fingerprint: str) -> None:
+        """Raise an InputError where it is known to be of another base than ``model``, which has this fingerprint."""
+        if self.record.get("fingerprint", fingerprint) != fingerprint:
+            raise InputError(
+                f"the LoRA adapter {str(self.folder)!r} was trained for {self.base!r}, and {model!r} is another model. "
+                "Name that one, or train an adapter for this one: bon train flip"
+            )
+
+    def changes(self, model: Any) -> list[Change]:
+        """What it adds to each linear layer of a transformers model, as float32 on the CPU.
 
         Raises:
             ModelNotFoundError: its weights are not there.
             InputError: it is of another kind, or does not fit the model.
         """
-        import torch
-        from safetensors.torch import load_file
-
-        name = f"the LoRA adapter {str(self.folder)!r}"
-        file = self.folder / _WEIGHTS
-        if not file.is_file():
-            raise ModelNotFoundError(f"{name} has no {_WEIGHTS}.")
-        weights = load_file(file)
+        name, weights = f"the LoRA adapter {str(self.folder)!r}", self._tensors()
         if self.config.get("peft_type") != "LORA" or self.config.get("use_dora"):
             raise InputError(f"{name} is of another kind (DoRA, say), which cannot be loaded.")
+        found = []
         for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             down = weights.pop(key).float()
-            up = weights.pop(key.replace(".lora_A.", ".lora_B."), torch.empty(0, 0)).float()
+            up = weights.pop(key.replace(".lora_A.", ".lora_B."), down[:0]).float()
             try:
-                weight = model.get_submodule(module).weight.data
-                change = self._scale(module, len(down)) * (up @ down)
-                weight += (change.T if self.config.get("fan_in_fan_out") else change).to(weight)
-            except (AttributeError, RuntimeError) as error:
+                module = model.get_submodule(layer)
+                sizes = _sizes(module)
+            except AttributeError as error:
+                raise InputError(f"{name} does not fit {self.base!r}: {error}") from error
+            if (len(up), down.shape[1]) != sizes or up.shape[1] != len(down):
                 raise InputError(
-                    f"the LoRA adapter {str(self.folder)!r} does not fit {self.base!r}: {error}"
-                ) from error
+                    f"{name} does not fit {self.base!r}: {layer} is {sizes} there, and the adapter's matrices are "
+                    f"{tuple(up.shape)} and {tuple(down.shape)}."
+                )
+            found.append(Change(module, down, self._scale(layer, len(down)) * up))
         if weights:
             raise InputError(
                 f"{name} holds more than matrices for linear layers ({min(weights)}). Merge it with PEFT "
                 "(merge_and_unload) and name the merged folder."
             )
+        return found
+
+    def merge(self, model: Any) -> None:
+        """Add the adapter to a transformers model's own weights; raises as ``changes``."""
+        for module, down, up in self.changes(model):
+            change = up @ down
+            module.weight.data += (change if hasattr(module, "out_features") else change.T).to(module.weight)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Numbers that come out of a linear layer, and that go in; GPT-2's has other names for them."""
+    return (module.out_features, module.in_features) if hasattr(module, "out_features") else (module.nf, module.nx)
+
+
+@contextmanager
+def added(changes: list[Change]) -> Iterator[None]:
+    """Let linear layers compute with an adapter, and then as before; their weights are not touched."""
+    handles = [change.module.register_forward_hook(_hook(change)) for change in changes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(change: Change) -> Any:
+    from torch.nn.functional import linear
+
+    def add(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        return output + linear(linear(inputs[0], change.down), change.up)
+
+    return add
+
+
+def named_adapter(folder: str | Path) -> Adapter:
+    """The adapter that a folder holds.
+
+    Raises:
+        ModelNotFoundError: it holds none.
+        InputError: one that cannot be read.
+    """
+    adapter = adapter_of(folder)
+    if adapter is None:
+        raise ModelNotFoundError(
+            f"there is no LoRA adapter in {str(folder)!r}: its folder has {CONFIG} and {WEIGHTS}. "
+            "bon train flip makes one."
+        )
+    return adapter
 
 
 def adapter_of(model: str | Path) -> Adapter | None:
@@ -101,11 +211,11 @@ def adapter_of(model: str | Path) -> Adapter | None:
         InputError: an adapter_config.json that cannot be read.
     """
     folder = Path(model).expanduser()
-    if not (folder / _CONFIG).is_file() or (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return None
     try:
-        config = json.loads((folder / _CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text())
         adapter = Adapter(folder, {**config, "r": int(config["r"]), "lora_alpha": float(config["lora_alpha"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / _CONFIG} cannot be read as a LoRA adapter's: {error!r}.") from error
+        raise InputError(f"{folder / CONFIG} cannot be read as a LoRA adapter's: {error!r}.") from error
     return adapter

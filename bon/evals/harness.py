@@ -27,7 +27,7 @@ from bon.evals.store import Store, Stored, stored
 from bon.evals.summary import Summary
 from bon.group import Group
 from bon.mini.tasks import knows
-from bon.models import ModelPool
+from bon.models import ModelPool, as_scorer
 from bon.pipeline import Pipeline
 from bon.scorers.base import Pending, Scorer
 from bon.selectors import Best
@@ -136,7 +136,10 @@ def _load(
     """The policy, and the scorers by name: as they were written, or what they call themselves."""
     engine: Generates | None = None
     ready: dict[str, Scorer] = {}
-    for given in several("scorers are a list of scorers", scorers):
+    listed = [*several("scorers are a list of scorers", scorers)]
+    models = [model for given in listed for model in as_scorer(given).models if model is not None]
+    pool.load([model for model in models if model.base != model])  # a base may have to know of all its adapters at once
+    for given in listed:
         if samples and engine is None:
             engine, scorer = pool.both(policy, given)
         else:

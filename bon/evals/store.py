@@ -235,7 +235,8 @@ class Stored(Scorer):
         whole: bool,
     ) -> AsyncGenerator[tuple[int, Score], None]:
         if self._model is None:
-            self._model = " + ".join(fingerprint(engine.name) for engine in self.engines) + self._scorer.version
+            models = [fingerprint(engine.name) + getattr(engine, "adapter", "") for engine in self.engines]
+            self._model = " + ".join(models) + self._scorer.version
         keys = [self._key(spec, each, self._model) for each in pending]
         found = await asyncio.to_thread(self._store.find, keys)
         missing = {position: each for position, each in enumerate(pending) if keys[position] not in found}

@@ -15,7 +15,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -202,10 +202,11 @@ def save(out: Path, model: Any, tokenizer: PreTrainedTokenizerFast, recipe: Reci
     lines = [json.dumps({"step": step, "loss": round(loss, 4)}) for step, loss in means]
     (out / "loss.jsonl").write_text("".join(f"{line}\n" for line in lines))
     if means:
-        _plot(out / "loss.png", means)
+        plot_loss(out / "loss.png", means)
 
 
-def _plot(path: Path, means: list[tuple[int, float]]) -> None:
+def plot_loss(path: Path, means: Sequence[tuple[int, float]]) -> None:
+    """Draw a loss by step, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -8,6 +8,7 @@ at a time holds the model, others wait. It runs no encoder-decoder model and spr
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from bon.engines.base import (
 )
 from bon.engines.defaults import own_drawing
 from bon.engines.loading import load
+from bon.engines.lora import Change, added, named_adapter
 from bon.engines.memory import available_bytes, give_back, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
 from bon.engines.torch.decode import Batch, Job, KeepAll, batches
@@ -75,6 +77,7 @@ class TorchEngine:
         stats: what was computed and stored so far.
         renderer: messages to token ids and back.
         fingerprint, layers: see ``Reads``.
+        adapter: digest of the LoRA adapter that ``adapted`` added, or "".
 
     Raises:
         UnknownNameError: an option that does not exist.
@@ -121,7 +124,7 @@ class TorchEngine:
         self.max_model_len = context_of(config, max_model_len)
         self.max_batch_tokens = max_batch_tokens or _affordable_tokens(config, self._model)
         self.layers = int(config.num_hidden_layers)
-        self.fingerprint = fingerprint(self._model, self.renderer.fingerprint)
+        self.fingerprint = self._base = fingerprint(self._model, self.renderer.fingerprint)
         pack(self._model)
         self.stats = Stats()
         self._pass = pass_limits(config, self._model)
@@ -129,6 +132,27 @@ class TorchEngine:
         on_cpu = self._device.type == "cpu"
         wanted = (threads or choose_threads()) if on_cpu else torch.get_num_threads()
         self._worker = Worker(self.name, lambda: torch.set_num_threads(wanted))  # holds for the thread that calls it
+        self.adapter = ""
+        self._changes: list[Change] | None = None  # what the adapter of a view adds
+
+    def adapted(self, folder: str | Path) -> TorchEngine:
+        """The same model with a LoRA adapter; see ``Adapts``.
+
+        All share the weights and the worker thread, where calls run one after the other, so no call of one sees the
+        adapter of another. The adapter's products are computed beside the layers' own, which takes a tenth to a third
+        longer; the adapter's folder as the model merges it, with weights of its own.
+        """
+        adapter = named_adapter(folder)
+        adapter.check_base(self.name, self._base)
+        view = copy.copy(self)
+        view._changes = [
+            Change(module, *(part.to(self._model.device, self._model.dtype) for part in parts))
+            for module, *parts in adapter.changes(self._model)
+        ]
+        view.name = f"{self.name}+{adapter.folder.name}"
+        view.adapter = adapter.digest
+        view.fingerprint = f"{self._base}+{view.adapter}"
+        return view
 
     def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
         """Sample completions; see ``Generates.generate``.
@@ -174,7 +198,10 @@ class TorchEngine:
         return [found[i] for i in range(len(prompts))]
 
     async def aclose(self) -> None:
-        """Stop what is running after its current step and free the model."""
+        """Stop what is running after its current step and free the model; a view frees nothing but its adapter."""
+        if self._changes is not None:
+            self._model, self._changes = None, []
+            return
         await self._worker.aclose()
         self._paths.close()
         self._model = None
@@ -184,8 +211,10 @@ class TorchEngine:
 
     def _stream(self, work: Callable[[Call], None]) -> AsyncGenerator[Any, None]:
         def run(call: Call) -> None:
+            if self._model is None:
+                raise EngineError(f"the engine {self.name!r} is closed.")
             less = f"max_batch_tokens (now {self.max_batch_tokens}), max_tokens or n"
-            with torch.inference_mode(), torch_errors(self.name, less):
+            with torch.inference_mode(), torch_errors(self.name, less), added(self._changes or []):
                 work(call)
 
         return self._worker.stream(run)

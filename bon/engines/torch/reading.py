@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from bon.engines.base import Reading
 from bon.engines.torch.rows import Ids
@@ -23,8 +26,29 @@ def fingerprint(model: Any, tokenizer: str) -> str:
         model: of transformers, its weights where transformers put them.
         tokenizer: fingerprint of its tokenizer.
     """
+    return _fingerprint(model.named_parameters(), tokenizer)
+
+
+def fingerprint_on_disk(skeleton: Any, folder: str | Path, tokenizer: str) -> str | None:
+    """The same of a model that is not loaded here; None where its files do not name its weights as it does.
+
+    Args:
+        skeleton: the model without its weights.
+        folder: its safetensors.
+        tokenizer: see ``fingerprint``.
+    """
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(file, "pt")) for file in Path(folder).glob("*.safetensors")]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        names = [name for name, _ in skeleton.named_parameters()]
+        if not where.keys() >= {*names}:
+            return None
+        return _fingerprint(((name, where[name].get_tensor(name)) for name in names), tokenizer)
+
+
+def _fingerprint(weights: Iterable[tuple[str, torch.Tensor]], tokenizer: str) -> str:
     digest = hashlib.blake2b(tokenizer.encode(), digest_size=12)
-    for name, weight in model.named_parameters():
+    for name, weight in weights:
         some = weight.detach().reshape(-1)[:: max(1, weight.numel() // _SEEN)]
         digest.update(f"{name} {tuple(weight.shape)} ".encode())
         digest.update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())

@@ -8,13 +8,14 @@ loop; callers may be on any. It serves no pooling models and no images.
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import hashlib
 import itertools
 import math
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from typing import Any
 from bon import portal
 from bon.engines.base import MOST_DRAFT, Completion, Keep, Loglikelihood, Prompt, Request, check_pairs, too_long
 from bon.engines.defaults import PENALTY, own_drawing
-from bon.engines.lora import adapter_of
+from bon.engines.loading import empty_model
+from bon.engines.lora import Adapter, adapter_of, named_adapter
 from bon.engines.text.render import Renderer
 from bon.engines.text.watch import KEEP_EVERY
+from bon.engines.torch.reading import fingerprint_on_disk
 from bon.engines.vllm.running import Running, SharedPrompt, last
 from bon.engines.vllm.start import (
     EngineDeadError,
@@ -37,7 +40,7 @@ from bon.engines.vllm.start import (
     refuse_unknown,
     start,
 )
-from bon.errors import BonError, EngineError, InputError, ModelNotFoundError
+from bon.errors import BonError, EngineError, InputError
 from bon.mini import shown_name
 
 _LOGIT_BYTES = 1 << 28  # logits of one prompt that is read with a draft
@@ -66,9 +69,13 @@ class VLLMEngine:
         chat_template: what to use in place of the tokenizer's own template: Jinja text, or the file that holds it.
         chat_template_kwargs: passed to the chat template, for instance ``{"enable_thinking": False}``.
         lora: folder of a LoRA adapter to apply.
+        adapters: folders of LoRA adapters that ``adapted`` may be asked for: vLLM has to know how many, how large.
         threads: of the arithmetic on a CPU; None leaves one core to the rest.
         options: fields of vLLM's ``AsyncEngineArgs``: ``max_model_len``, ``tensor_parallel_size``,
             ``gpu_memory_utilization``, ``kv_cache_memory_bytes``, ``quantization``, ...
+
+    Attributes:
+        adapter: digest of the LoRA adapter that ``adapted`` added, or "".
 
     Raises:
         UnknownNameError: an option that vLLM does not have.
@@ -86,14 +93,21 @@ class VLLMEngine:
         chat_template: str | Path | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         lora: str | Path | None = None,
+        adapters: Sequence[str | Path] = (),
         threads: int | None = None,
         **options: Any,
     ) -> None:
         self.name = shown_name(model)
         if lora is None and (adapter := adapter_of(model)) is not None:
             model, lora = adapter.base, model
-        self._lora, lora_options = _lora(lora)
+        known = [named_adapter(folder) for folder in ([lora] if lora is not None else adapters)]
+        self._lora = None if lora is None else _request(known[0])
+        lora_options = _lora_options(known)
+        if lora is not None and known[0].tokenizer is not None:
+            lora_options["tokenizer"] = known[0].tokenizer
         self._engine: Started | None = start(model, {**lora_options, **options}, threads)
+        self.adapter = ""
+        self._of: VLLMEngine | None = None  # what a view was made of, and keeps alive
         self._failure: EngineError | None = None
         self._finalizer = weakref.finalize(self, self._engine.stop)
         try:
@@ -116,6 +130,32 @@ class VLLMEngine:
             raise
         self._ids = itertools.count()
         self._weighing = asyncio.Semaphore(1)  # a row's log-probabilities of the whole vocabulary are large
+
+    def adapted(self, folder: str | Path) -> VLLMEngine:
+        """The same engine with a LoRA adapter; see ``Adapts``. vLLM reads it with the first request.
+
+        Raises:
+            InputError: as ``Adapts``, or vLLM was started for fewer or smaller adapters (``adapters``).
+        """
+        adapter = named_adapter(folder)
+        if self._engine is None:
+            raise self._failure or EngineError(f"the engine {self.name!r} is closed.")
+        config, limits = self._engine.llm.model_config, self._engine.llm.vllm_config.lora_config
+        with suppress(ValueError):  # a model that transformers does not know
+            skeleton = empty_model(config.hf_config)
+            adapter.changes(skeleton)  # vLLM would die of one that does not fit
+            own = fingerprint_on_disk(skeleton, config.model, self.renderer.fingerprint)
+            if own is not None:
+                adapter.check_base(self.name, own)
+        if limits is None or limits.max_lora_rank < adapter.rank or not adapter.modules <= {*limits.target_modules}:
+            raise InputError(
+                f"{self.name!r} was started without room for the LoRA adapter {str(adapter.folder)!r} of rank "
+                f"{adapter.rank}. Name it at the start (adapters=[...]), or policy and scorer together."
+            )
+        view = copy.copy(self)
+        view._lora, view._of, view.adapter = _request(adapter), self, adapter.digest
+        view.name = f"{self.name}+{adapter.folder.name}"
+        return view
 
     def generate(self, requests: Sequence[Request], *, keep: Keep | None = None) -> AsyncGenerator[Completion, None]:
         """Sample completions; see ``Generates.generate``.
@@ -194,11 +234,12 @@ class VLLMEngine:
         return {"structured_outputs": {"json": dict(schema)}}
 
     async def aclose(self) -> None:
-        """Abort what is running, end vLLM's processes and free their memory."""
+        """Abort what is running, end vLLM's processes and free their memory; a view leaves that to its base."""
         if self._engine is not None:
             self._failure = self._failure or EngineError(f"the engine {self.name!r} is closed.")
             self._engine = None
-            await asyncio.to_thread(self._finalizer)
+            if self._of is None:
+                await asyncio.to_thread(self._finalizer)
 
     async def _run(self, failed: Sequence[Completion], samples: Sequence[Running]) -> AsyncGenerator[Completion, None]:
         """Run samples at the same time and yield each completion as it comes; leaving aborts the rest."""
@@ -272,8 +313,9 @@ class VLLMEngine:
 
     async def stream(self, ids: Sequence[int], params: Any) -> AsyncGenerator[Any, None]:
         """Outputs of one request to vLLM, as vLLM gives them; on the background loop only. Closing it aborts."""
-        if self._failure is not None:
-            raise self._failure
+        failure = self._failure or (self._of and self._of._failure)
+        if failure:
+            raise failure
         assert self._engine is not None
         with self._errors():
             request = self._engine.llm.generate(
@@ -351,14 +393,23 @@ def _seed(seed: int, prompt: Sequence[int], sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest()) >> 1
 
 
-def _lora(folder: str | Path | None) -> tuple[Any, dict[str, Any]]:
-    """A LoRA adapter as vLLM's request and the options that it needs."""
-    if folder is None:
-        return None, {}
-    adapter = adapter_of(folder)
-    if adapter is None:
-        raise ModelNotFoundError(f"there is no LoRA adapter in {str(folder)!r} (adapter_config.json).")
-    allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= adapter.rank), adapter.rank)
-    request = LoRARequest(adapter.folder.name, 1, str(adapter.folder))
-    tokenizer = {} if adapter.tokenizer is None else {"tokenizer": adapter.tokenizer}
-    return request, {"enable_lora": True, "max_lora_rank": allowed, **tokenizer}
+def _request(adapter: Adapter) -> Any:
+    """An adapter as vLLM's request; by its digest vLLM tells it from every other."""
+    return LoRARequest(f"{adapter.folder.name}-{adapter.digest}", int(adapter.digest[:7], 16) + 1, str(adapter.folder))
+
+
+def _lora_options(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What vLLM has to be told before it can run these."""
+    if not adapters:
+        return {}
+    rank = max(adapter.rank for adapter in adapters)
+    allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+    # Unless the layers are named, the logits have room for an adapter too, and vLLM's CPU build dies of the
+    # log-probabilities of several prompts at a time (einsum: it takes rows of logits for sequences).
+    modules = sorted(set[str]().union(*(adapter.modules for adapter in adapters)))
+    return {
+        "enable_lora": True,
+        "max_lora_rank": allowed,
+        "max_loras": len(adapters),
+        "lora_target_modules": modules,
+    }
