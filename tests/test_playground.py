@@ -581,7 +581,9 @@ def test_a_key_that_is_entered_last_changes_no_other_setting(site, open_page):
 
 def test_a_link_is_followed_once_a_late_server_answers(site, open_page):
     page = open_page(site, wait=False)
-    page.route("**/v1/models", lambda route: route.fulfill(status=503, json={"error": {"message": "Not yet."}}), times=1)
+    page.route(
+        "**/v1/models", lambda route: route.fulfill(status=503, json={"error": {"message": "Not yet."}}), times=1
+    )
     page.goto(f"{site.url}/#n=3&scorer=likelihood")
     page.reload()
     page.wait_for_selector("#status:text-is('Not yet.')")
