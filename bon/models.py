@@ -18,6 +18,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
+from bon.catalog import CATALOG, packaged
 from bon.engines.base import Adapts, Engine, Generates
 from bon.engines.function import FunctionEngine
 from bon.engines.gguf import gguf_file
@@ -70,6 +71,8 @@ class Model:
         options = {**given, **options}
         engine = options.pop("engine", engine)
         _check_name(name, engine)
+        if "adapter" in options and packaged(name) is not None:
+            raise InputError(f"{name!r} is a LoRA adapter itself and takes no adapter=. Name its base.")
         if engine is None and name in ENGINES and not ENGINES.takes_argument(name):
             engine = name
         if engine is not None:
@@ -87,9 +90,16 @@ class Model:
         return self.name, self.runs_on, *sorted((name, repr(value)) for name, value in self.options.items())
 
     @property
+    def adapter(self) -> str | Path | None:
+        """The folder of its LoRA adapter: the option ``adapter``, or of one that comes with bon."""
+        return packaged(self.name) or self.options.get("adapter")
+
+    @property
     def base(self) -> Model:
-        """The model without the LoRA adapter that the option ``adapter`` names: both share one engine's weights."""
-        return replace(self, options={name: value for name, value in self.options.items() if name != "adapter"})
+        """The model without its LoRA adapter: both share one engine's weights."""
+        entry = CATALOG.get(self.name)
+        options = {name: value for name, value in self.options.items() if name != "adapter"}
+        return replace(self, name=entry.base if entry and entry.base else self.name, options=options)
 
     @property
     def runs_on(self) -> str:
@@ -169,9 +179,9 @@ class ModelPool:
         """Load what is not there yet; several models on vLLM start at the same time and share the GPU."""
         with self._lock:
             missing = {m.base.key: m.base for m in models if m.base.key not in self._engines}
-            adapted = {m.key: m for m in models if m.key != m.base.key and m.key not in self._engines}
+            adapted = {m.key: (m, m.adapter) for m in models if m.adapter is not None and m.key not in self._engines}
             for key, model in missing.items():
-                folders = [each.options["adapter"] for each in adapted.values() if each.base.key == key]
+                folders = [folder for each, folder in adapted.values() if each.base.key == key]
                 if folders and model.runs_on == "vllm":  # it has to know of them when it starts
                     missing[key] = replace(model, options={**model.options, "adapters": folders})
             if len(missing) > 1 and {m.runs_on for m in missing.values()} == {"vllm"}:
@@ -184,14 +194,14 @@ class ModelPool:
             else:
                 for key, model in missing.items():
                     self._engines[key] = self._make(model)
-            for key, model in adapted.items():
+            for key, (model, folder) in adapted.items():
                 base = self._engines[model.base.key]
                 if not isinstance(base, Adapts):
                     raise InputError(
                         f"{base.name!r} takes no adapter=: language models on torch and on vLLM do. A server has its "
                         "own way to name one."
                     )
-                self._engines[key] = base.adapted(model.options["adapter"])
+                self._engines[key] = base.adapted(folder)
 
     def _make(self, model: Model) -> Engine:
         arguments = [weights_of(model)] if ENGINES.takes_argument(model.runs_on) else []

@@ -10,7 +10,8 @@ from bon.cli.options import JSON
 
 NOTES = """\
 A model is used by its name: --policy NAME, --scorer default:NAME. One from
-PyPI is fetched with bon fetch NAME, one from the hub on first use.
+PyPI is fetched with bon fetch NAME, one from the hub on first use; one of
+bon's is a small adapter of smollm2-135m, which is fetched in the same way.
 On a CPU 135M parameters take 0.5 GB of memory, and two cores read or write
 100 to 300 tokens/s; others cost in proportion to their parameters."""
 
@@ -27,7 +28,7 @@ def models(as_json: JSON = False) -> int:
             "parameters": entry.parameters,
             "bytes": entry.size,
             "licence": entry.licence,
-            "from": "hub" if entry.wheel is None else "PyPI",
+            "from": "PyPI" if entry.wheel else "bon" if entry.base else "hub",
             "here": _is_here(name),
         }
         for name, entry in CATALOG.items()
@@ -49,6 +50,7 @@ def _is_here(name: str) -> bool:
     from bon.catalog import CATALOG, kept_in
     from bon.engines.loading import cached
 
+    name = CATALOG[name].base or name
     return kept_in(name).is_dir() if CATALOG[name].wheel else cached(name) is not None
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bon.catalog import packaged
 from bon.errors import InputError, ModelNotFoundError
 from bon.mini import WEIGHTS as MINI
 from bon.mini import shown_name
@@ -205,12 +206,12 @@ def named_adapter(folder: str | Path) -> Adapter:
 
 
 def adapter_of(model: str | Path) -> Adapter | None:
-    """The adapter that a folder holds; None for whole models and for names.
+    """The adapter that a folder holds, or one that comes with bon; None for whole models and other names.
 
     Raises:
         InputError: an adapter_config.json that cannot be read.
     """
-    folder = Path(model).expanduser()
+    folder = packaged(str(model)) or Path(model).expanduser()
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return None
     try:
