@@ -35,7 +35,7 @@ from bon.tuning.pairs import Pair, read_pairs
 from bon.tuning.settings import Settings
 from bon.tuning.training import Training
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", reason="pip install 'bon[train]'")
 
 COLOURS = ("red", "green", "blue", "gold", "grey", "pink")
 THINGS = ("ship", "tower", "garden", "engine", "letter", "piano", "harbour")
