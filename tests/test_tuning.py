@@ -234,7 +234,9 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path:
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b") != adapter_bytes(tmp_path / "c")
 
 
-def test_a_training_that_is_killed_goes_on_to_the_same_adapter(tmp_path: Path) -> None:
+def test_a_training_that_is_killed_goes_on_to_the_same_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs, whole, out = written(tmp_path / "pairs.jsonl", FEW), tmp_path / "whole", tmp_path / "out"
     command = ["train", "flip", "--model", "mini", "--pairs", pairs, "--batch", 4, "--dropout", 0.1]
     command += ["--contrast", 0.5, "--checkpoint-every", 0]
@@ -250,6 +252,9 @@ def test_a_training_that_is_killed_goes_on_to_the_same_adapter(tmp_path: Path) -
     assert adapter_bytes(out) == adapter_bytes(whole)
     losses = [json.loads((folder / "bon.json").read_text())["loss"] for folder in (out, whole)]
     assert losses[0] == losses[1]
+    assert f"step {len(losses[0])} of {len(losses[0])}, loss" in capsys.readouterr().err, (
+        "there is no terminal for a bar"
+    )
 
 
 @contextmanager

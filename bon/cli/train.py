@@ -13,6 +13,8 @@ import typer
 from bon.cli.options import JSON, Setup, configured, grouped
 from bon.errors import InputError
 
+_LINES = 20  # that a training prints where there is no terminal for a bar
+
 app = typer.Typer(help="Train a reward of your own.", no_args_is_help=True)
 
 
@@ -134,7 +136,7 @@ def flip(
     from tqdm import tqdm
 
     from bon.cli.options import threads_for
-    from bon.cli.terminal import print_json
+    from bon.cli.terminal import print_json, say
     from bon.evals.dataset import as_dataset
     from bon.models import Model
     from bon.tuning.flip import table, train
@@ -164,6 +166,8 @@ def flip(
             bar.total = of
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(done - bar.n)
+            if not show and done * _LINES // of != (done - 1) * _LINES // of:
+                say(f"step {done} of {of}, loss {loss:.3f} per token")
 
         record = train(
             Model.of(config.policy),
