@@ -162,8 +162,8 @@ def pairs(
         raise InputError(f"there is no file {file!r}.")
     if kept.least is not None:
         check_number("--least", kept.least)
-    for name, given in (("--scorer", scorer), ("-n", number.n)):
-        if given is not None and policy is None:
+    for name, value in (("--scorer", scorer), ("-n", number.n)):
+        if value is not None and policy is None:
             raise InputError(f"{name} says how answers are chosen that --policy gives: name one, or leave {name} out.")
     if turn_temperature and file is not None:
         raise InputError(f"--turn-temperature is of what a model asks, and here {file} does: leave one of them out.")

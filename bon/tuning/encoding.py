@@ -36,14 +36,18 @@ class Encoded:
 
 
 def encode(pair: Pair, scorer: BackwardLikelihood, renderer: Renderer, negatives: int = 0) -> Encoded | None:
-    """A pair in the prompt of a scorer, with so many negatives; None where a response is nothing but thinking."""
+    """A pair in the prompt of a scorer, with so many negatives.
+
+    None where a response is nothing but thinking, or an instruction nothing that the tokenizer knows.
+    """
     response = response_piece(Candidate(0, pair.response))
     if response is None:
         return None
     end = () if renderer.end_id is None else (renderer.end_id,)
     prompt = renderer.render(scorer.style.prompt(pair.task, response, scorer.template))
     texts = (pair.instruction, *pair.negatives[:negatives])
-    return Encoded(prompt, tuple((*renderer.encode(text.strip()), *end) for text in texts))
+    own, *others = ((*renderer.encode(text.strip()), *end) for text in texts)
+    return Encoded(prompt, (own, *filter(None, others))) if own else None
 
 
 def steps(lengths: Sequence[int], batch: int, epochs: int, seed: int) -> list[list[int]]:
