@@ -455,7 +455,7 @@ def test_a_policy_and_the_scorer_that_was_trained_on_it_share_one_set_of_weights
     answer = "Leaves drift on cold wind,\nred and gold, they kiss the earth.\nAutumn says goodbye."
     [group] = portal.run(score(scorer, [("Write a haiku about autumn leaves.", ["I like pizza.", answer])]))
     assert group.rewards[1] > group.rewards[0]
-    assert "autumn" in group.scores[1].details.inferred.lower()
+    assert "leaves" in group.scores[1].details.inferred, "it asks for something about them, and repeats nothing"
     portal.run(pool.aclose())
 
 
