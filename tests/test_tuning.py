@@ -30,7 +30,7 @@ from bon.scorers.flip import Flip
 from bon.scorers.likelihood import BackwardLikelihood
 from bon.tuning import checkpoint
 from bon.tuning.encoding import Encoded, encode, passes, steps, with_rivals
-from bon.tuning.flip import train, without
+from bon.tuning.flip import _held_back, train, without
 from bon.tuning.loss import logprobs, losses
 from bon.tuning.pairs import Pair, read_pairs
 from bon.tuning.settings import Settings
@@ -199,6 +199,12 @@ def test_the_adapter_is_a_scorer_beside_its_base_and_a_model_of_its_own(trained:
     )
     assert beside == pytest.approx(merged, rel=1e-3)
     assert np.mean(np.array(beside) - plain) > 1
+
+
+def test_64_different_prompts_are_held_back_where_prompts_have_several_answers() -> None:
+    pairs = [Pair(f"Describe item {item}.", f"Answer {answer}") for item in range(300) for answer in range(2)]
+    held = _held_back(pairs, 0)
+    assert len({pair.instruction for pair in held}) == len(held) == 64
 
 
 def test_another_model_does_not_take_it(trained: Any, tmp_path: Path) -> None:

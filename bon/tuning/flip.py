@@ -119,8 +119,9 @@ def without(pairs: Sequence[Pair], judged: Sequence[str]) -> list[Pair]:
 
 
 def _held_back(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    count = min(_HELD_BACK, max(1, len(pairs) // 8))
-    return [pairs[at] for at in sorted(np.random.default_rng(seed).permutation(len(pairs))[:count])]
+    drawn = [pairs[at] for at in np.random.default_rng(seed).permutation(len(pairs))]
+    different = list({pair.instruction: pair for pair in drawn}.values())  # a prompt is told from the others
+    return different[: min(_HELD_BACK, max(1, len(pairs) // 8))]
 
 
 def _measured(
