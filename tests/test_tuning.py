@@ -128,17 +128,20 @@ def test_the_loss_is_what_the_likelihood_scorer_says_however_rows_are_padded(tmp
     assert means == pytest.approx(rewards, rel=1e-4)
 
 
-def test_the_contrast_is_the_cross_entropy_of_the_own_instruction_among_all(tmp_path: Path) -> None:
+def test_contrast_and_preference_are_cross_entropies_among_instructions_and_among_responses(tmp_path: Path) -> None:
     engine = TorchEngine(save(tmp_path / "base", "Llama"), share_prefix=False)
-    pairs = [Encoded((5, 6, 7), ((1, 2), (3,))), Encoded((8, 9), ((4,), (1, 2), (3, 3, 3)))]
+    pairs = [Encoded((5, 6, 7), ((1, 2), (3,)), (6, 5, 7, 7)), Encoded((8, 9), ((4,), (1, 2), (3, 3, 3)))]
     with torch.no_grad():
-        own, contrast = losses(engine._model, pairs, 0.5)
-        expected = np.zeros(2)
+        found = losses(engine._model, pairs, 0.5)
+        expected = np.zeros(3)
         for pair in pairs:
             alone = [float(logprobs(engine._model, [Encoded(pair.prompt, (one,))])[0][0]) for one in pair.targets]
             means = np.array([total / len(target) for total, target in zip(alone, pair.targets, strict=True)]) / 0.5
-            expected += -alone[0], np.log(np.exp(means).sum()) - means[0]
-    assert [float(own), float(contrast)] == pytest.approx(expected.tolist(), rel=1e-4)
+            expected += -alone[0], np.log(np.exp(means).sum()) - means[0], 0
+            if pair.worse:
+                worse = float(logprobs(engine._model, [Encoded(pair.worse, pair.targets[:1])])[0][0])
+                expected[2] += np.log1p(np.exp(worse / len(pair.targets[0]) / 0.5 - means[0]))
+    assert [float(each) for each in found] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_rivals_are_the_pairs_own_negatives_first_and_never_its_instruction() -> None:
@@ -156,10 +159,12 @@ def test_each_epoch_reads_every_pair_once_in_passes_of_bounded_size() -> None:
     assert sorted(read[:100]) == sorted(read[100:]) == [*range(100)]
     assert read[:100] != read[100:]
     assert order == steps(lengths.tolist(), 8, 2, seed=3) != steps(lengths.tolist(), 8, 2, seed=4)
-    pairs = [Encoded((0,) * int(n), ((1,), (2,))) for n in lengths]
+    pairs = [Encoded((0,) * int(n), ((1,), (2,)), (3,) * (int(n) % 3 * 90)) for n in lengths]
     made = [*passes(pairs, 300)]
     assert sum(map(len, made)) == 100
-    assert all(len(some) == 1 or max(p.length for p in some) * len(some) <= 300 for some in made)
+    for some in made:
+        rows = [row.length for pair in some for row in (pair, *pair.rejected)]
+        assert len(some) == 1 or max(rows) * len(rows) <= 300
 
 
 # --- what comes of it -----------------------------------------------------------------------------------------------

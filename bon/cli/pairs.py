@@ -108,6 +108,10 @@ class Kept:
     drop: Annotated[
         list[str] | None, option(_KEPT, "--drop", metavar="REGEX", help="No pair has a match; repeatable.")
     ] = None
+    rejected: Annotated[
+        bool,
+        option(_KEPT, "--rejected", help="Add a worse answer of the same row, for bon train flip --preference."),
+    ] = False
     negatives: Annotated[
         int,
         typer.Option("--negatives", min=0, metavar="K", help="Of each of both kinds, at most.", rich_help_panel=_KEPT),
@@ -193,7 +197,7 @@ def pairs(
             config = config.changed(n=1, scorer=scorer or "first")
     name = "standard input" if file == "-" else Path(file).name if file else f"{policy}, seed {config.sampling['seed']}"
     fields = (rows.prompt_field, held.response_field, held.input_field, held.label)
-    reading = Reading(held.source or name, licence, *fields, least=kept.least)
+    reading = Reading(held.source or name, licence, *fields, least=kept.least, rejected=kept.rejected)
     wanted = Filters(kept.language or (), most_words=kept.most_words, strip=kept.strip or (), drop=kept.drop or ())
     held_out = HeldOut(chain.from_iterable(map(instructions_of, kept.held_out or ())))
     collection = Collection(wanted, held_out, kept.per_prompt, kept.near)

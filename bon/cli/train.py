@@ -114,9 +114,13 @@ def flip(
     contrast: Annotated[
         float, typer.Option("--contrast", metavar="W", help="Weight of the contrast with other instructions.")
     ] = 0.0,
+    preference: Annotated[
+        float, typer.Option("--preference", metavar="W", help="Weight of the preference over rejected answers.")
+    ] = 0.0,
     rivals: Annotated[int, typer.Option("--rivals", metavar="K", help="Other instructions for each response.")] = 3,
     temperature: Annotated[
-        float, typer.Option("--contrast-temperature", metavar="T", help="Of the contrast, in nats per token.")
+        float,
+        typer.Option("--contrast-temperature", metavar="T", help="Of contrast and preference, in nats per token."),
     ] = 0.2,
     max_tokens: Annotated[
         int | None, typer.Option("--pass-tokens", metavar="T", help="Of one pass; longer pairs are left out.")
@@ -153,6 +157,7 @@ def flip(
         dropout=dropout,
         batch=batch,
         contrast=contrast,
+        preference=preference,
         rivals=rivals,
         temperature=temperature,
         max_tokens=max_tokens,

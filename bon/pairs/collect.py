@@ -90,7 +90,10 @@ class Collection:
         if reason is not None:
             self.refused[reason] += 1
             return
-        output.write(replace(pair, instruction=instruction, response=response).to_dict())
+        worse = self.filters.stripped(pair.rejected)
+        if worse == response or self.filters.of_text("rejected response", worse):
+            worse = ""
+        output.write(replace(pair, instruction=instruction, response=response, rejected=worse).to_dict())
         self._note(instruction, response, pair.source, pair.at)
 
     def _note(self, instruction: str, response: str, source: str, at: Any) -> None:

@@ -88,18 +88,19 @@ class Filters:
 
     def of_instruction(self, text: str) -> str | None:
         """Why an instruction is refused; None where it is not."""
-        reason = self._of("instruction", text, self.least_words)
+        reason = self.of_text("instruction", text, self.least_words)
         repeats = reason is None and RULES["repeats"].fires(Read(""), Read(text))
         return "the instruction repeats itself" if repeats else reason
 
     def of_response(self, instruction: str, text: str) -> str | None:
         """Why a response is refused; None where it is not."""
-        if reason := self._of("response", text, 1):
+        if reason := self.of_text("response", text):
             return reason
         rule = fired(instruction, text)
         return None if rule is None else f"of the response: {RULES[rule].says}"
 
-    def _of(self, what: str, text: str, least: int) -> str | None:
+    def of_text(self, what: str, text: str, least: int = 1) -> str | None:
+        """Why a text is refused, whatever it belongs to; None where it is not."""
         count = len(tokens(text))
         if not least <= count <= self.most_words:
             return f"the {what} is too {'short' if count < least else 'long'}"

@@ -60,7 +60,8 @@ def from_prompts(
             if isinstance(outcome, BonError):
                 fail(row.line, outcome)
             elif answer := winner(outcome):
-                yield reading.pair(row, answer[0], bon.policy.name, answer[1])
+                text, reward, worse = answer
+                yield reading.pair(row, text, bon.policy.name, reward, worse)
             else:
                 collection.refused["no answer is good enough"] += 1
 

@@ -19,6 +19,9 @@ from bon.evals.dataset import as_dataset
 from bon.evals.jsonlines import judged
 from bon.types import Result, Sampling
 
+Answer = tuple[str, str, float | None, str]
+"""A response, who wrote it, what made it the best, and a worse response of the same row, "" where there is none."""
+
 TURN_TOKENS = 256
 """Of a user's turn at most; one that is not at its end by then is no pair's instruction."""
 
@@ -36,6 +39,7 @@ class Pair:
         context: what a reader of the response knew beforehand; see ``Task``.
         generator: who wrote the response, where that is known.
         reward: what made it the best, where a scorer chose it.
+        rejected: a worse answer of the same row, where one is asked for.
     """
 
     instruction: str
@@ -46,6 +50,7 @@ class Pair:
     context: str = ""
     generator: str = ""
     reward: float | None = None
+    rejected: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that say something."""
@@ -64,6 +69,7 @@ class Reading:
         input_field: the field with what belongs behind what is asked (Alpaca's ``input``), in the same message.
         label: the field that holds the labels of candidates, where a row has several.
         least: the least label or reward of an answer that is good; None takes the best of a row.
+        rejected: whether a pair also gets an answer that is worse by label or reward.
     """
 
     source: str
@@ -73,6 +79,7 @@ class Reading:
     input_field: str | None = None
     label: str | None = None
     least: float | None = None
+    rejected: bool = False
 
     def row(self, line: int, fields: Mapping[str, Any]) -> Row:
         """The row of a record; see ``row_of``.
@@ -99,14 +106,17 @@ class Reading:
         """
         return [self.pair(row, *answer) for answer in self._answers(row)]
 
-    def pair(self, row: Row, response: str, generator: str = "", reward: float | None = None) -> Pair:
+    def pair(
+        self, row: Row, response: str, generator: str = "", reward: float | None = None, rejected: str = ""
+    ) -> Pair:
         """The pair of a row and an answer; raises what ``licence_of`` does."""
         fields = row.fields
         at = fields.get("at", row.line) if fields.get("id") is None else fields["id"]
         context = row.task.context or fields.get("context") or ""
         source = str(fields.get("source") or self.source)
         licence = self.licence_of(row)
-        return Pair(row.task.instruction, response, source, at, licence, str(context), generator, reward)
+        worse = rejected if self.rejected else ""
+        return Pair(row.task.instruction, response, source, at, licence, str(context), generator, reward, worse)
 
     def licence_of(self, row: Row) -> str:
         """The row's licence.
@@ -119,13 +129,13 @@ class Reading:
             raise InputError("the row has no licence. Give --licence NAME, or --licence unknown if you do not know it.")
         return str(licence)
 
-    def _answers(self, row: Row) -> Sequence[tuple[str, str, float | None]]:
+    def _answers(self, row: Row) -> Sequence[Answer]:
         fields = row.fields
         if self.response_field in fields:
-            response = fields[self.response_field]
-            if not isinstance(response, str):
-                raise InputError(f"{self.response_field!r} must be text, not {shown(response)}.")
-            return [(response, str(fields.get("generator") or ""), None)]
+            for name in (self.response_field, "rejected"):
+                if not isinstance(fields.get(name, ""), str):
+                    raise InputError(f"{name!r} must be text, not {shown(fields[name])}.")
+            return [(fields[self.response_field], str(fields.get("generator") or ""), None, fields.get("rejected", ""))]
         if self.label is None and {"text", "reward"} <= fields.keys():
             return self._winner(fields)
         if "candidates" in fields:
@@ -135,22 +145,21 @@ class Reading:
             "with labels. Give --response-field NAME, or --policy MODEL to have its prompt answered."
         )
 
-    def _winner(self, fields: Mapping[str, Any]) -> Sequence[tuple[str, str, float | None]]:
+    def _winner(self, fields: Mapping[str, Any]) -> Sequence[Answer]:
         text, reward, best = fields["text"], fields["reward"], fields.get("best")
         if text is None or reward is None:
             return []
         if not isinstance(text, str) or not isinstance(reward, int | float):
             raise InputError(f"'text' and 'reward' must be text and a number, not {shown(text)} and {shown(reward)}.")
         given = fields.get("candidates")
-        of_best = [
-            one
-            for one in (given if isinstance(given, list) else ())
-            if isinstance(one, dict) and one.get("index") == best
-        ]
-        cut = any(one.get("finish_reason") == "length" for one in of_best)
-        return [] if cut or (self.least is not None and reward < self.least) else [(text, "", float(reward))]
+        every = [one for one in (given if isinstance(given, list) else ()) if isinstance(one, dict)]
+        cut = any(one.get("finish_reason") == "length" for one in every if one.get("index") == best)
+        if cut or (self.least is not None and reward < self.least):
+            return []
+        rated = [(one["reward"], one["text"]) for one in every if isinstance(one.get("reward"), int | float)]
+        return [(text, "", float(reward), _worst(rated, float(reward)))]
 
-    def _labelled(self, row: Row) -> Sequence[tuple[str, str, float | None]]:
+    def _labelled(self, row: Row) -> Sequence[Answer]:
         fields = {name: value for name, value in row.fields.items() if name not in ("messages", "instruction")}
         example = judged({**fields, "prompt": row.task.instruction}, self.label)
         top, labels = max(example.labels), example.labels
@@ -158,8 +167,14 @@ class Reading:
             return []  # all are as good, or as bad
         least = top if self.least is None else self.least
         good = sorted((i for i in range(len(labels)) if labels[i] >= least), key=lambda i: -labels[i])
+        worse = (
+            sorted((i for i in range(len(labels)) if labels[i] < labels[good[-1]]), key=lambda i: labels[i])
+            if good
+            else []
+        )
         writers = example.generators or [""] * len(labels)
-        return [(example.candidates[i], writers[i], None) for i in good]
+        others = [example.candidates[i] for i in worse] or [""]
+        return [(example.candidates[i], writers[i], None, others[n % len(others)]) for n, i in enumerate(good)]
 
 
 def instructions_of(rows: str) -> Iterator[str]:
@@ -186,14 +201,24 @@ def instructions_of(rows: str) -> Iterator[str]:
         yield next(message.content for message in reversed(task.messages) if message.role == "user")
 
 
-def winner(result: Result) -> tuple[str, float | None] | None:
-    """The best answer that a policy gave, and its reward where it was one of several.
+def winner(result: Result) -> tuple[str, float | None, str] | None:
+    """The best answer that a policy gave, its reward where it was one of several, and the worst of those ("" if none).
 
     None where there is no answer, or where it was cut off.
     """
     if result.text is None or result.best is None or result.candidates[result.best].finish_reason == "length":
         return None
-    return result.text, result.reward if len(result.candidates) > 1 else None
+    if len(result.candidates) == 1 or result.reward is None:
+        return result.text, None, ""
+    texts = {candidate.index: candidate.text for candidate in result.candidates}
+    rated = [(score.reward, texts[score.candidate]) for score in result.scores if score.reward is not None]
+    return result.text, result.reward, _worst(rated, result.reward)
+
+
+def _worst(rated: Sequence[tuple[float, str]], best: float) -> str:
+    """The text of the least reward, where that is below the best."""
+    reward, text = min(rated, default=(best, ""))
+    return text if reward < best else ""
 
 
 async def users_turns(engine: Generates, sampling: Sampling, first: int, count: int) -> list[tuple[int, str]]:

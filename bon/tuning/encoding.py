@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
@@ -26,30 +25,49 @@ class Encoded:
     Args:
         prompt: ids up to where the instruction begins.
         targets: ids of the instruction, and of each negative, with the end of the turn.
+        worse: as the prompt, with the rejected response; empty where there is none.
     """
 
     prompt: Ids
     targets: tuple[Ids, ...]
+    worse: Ids = ()
 
     @property
     def length(self) -> int:
         """Tokens of its row: the prompt, and all targets behind it."""
         return len(self.prompt) + sum(map(len, self.targets))
 
+    @property
+    def rejected(self) -> tuple[Encoded, ...]:
+        """The row of the rejected response, with the instruction behind it; none where there is none."""
+        return (Encoded(self.worse, self.targets[:1]),) if self.worse else ()
 
-def encode(pair: Pair, scorer: BackwardLikelihood, renderer: Renderer, negatives: int = 0) -> Encoded | None:
-    """A pair in the prompt of a scorer, with so many negatives.
+    @property
+    def width(self) -> int:
+        """Tokens of the longer of its rows."""
+        return max(row.length for row in (self, *self.rejected))
+
+
+def encode(
+    pair: Pair, scorer: BackwardLikelihood, renderer: Renderer, negatives: int = 0, *, rejected: bool = False
+) -> Encoded | None:
+    """A pair in the prompt of a scorer, with so many negatives, and with its rejected response where that is asked for.
 
     None where a response is nothing but thinking, or an instruction nothing that the tokenizer knows.
     """
-    response = response_piece(Candidate(0, pair.response))
-    if response is None:
+
+    def read(text: str) -> Ids:
+        response = response_piece(Candidate(0, text))
+        return () if response is None else renderer.render(scorer.style.prompt(pair.task, response, scorer.template))
+
+    prompt = read(pair.response)
+    if not prompt:
         return None
     end = () if renderer.end_id is None else (renderer.end_id,)
-    prompt = renderer.render(scorer.style.prompt(pair.task, response, scorer.template))
+    worse = read(pair.rejected) if rejected and pair.rejected else ()
     texts = (pair.instruction, *pair.negatives[:negatives])
     own, *others = (renderer.encode(text.strip()) for text in texts)
-    return Encoded(prompt, tuple((*ids, *end) for ids in (own, *filter(None, others)))) if own else None
+    return Encoded(prompt, tuple((*ids, *end) for ids in (own, *filter(None, others))), worse) if own else None
 
 
 def steps(lengths: Sequence[int], batch: int, epochs: int, seed: int) -> list[list[int]]:
@@ -86,11 +104,12 @@ def with_rivals(pairs: Sequence[Encoded], rivals: int, rng: np.random.Generator)
         own, *negatives = pair.targets
         others = [pairs[i].targets[0] for i in rng.permutation(len(pairs)) if i != at]
         chosen = [target for target in (*negatives, *others) if target != own][:rivals]
-        found.append(Encoded(pair.prompt, (own, *chosen)))
+        found.append(Encoded(pair.prompt, (own, *chosen), pair.worse))
     return found
 
 
 def passes(pairs: Sequence[Encoded], most: int) -> Iterator[list[Encoded]]:
     """The pairs of a step, some at a time: at most ``most`` tokens with padding, a longer one alone."""
-    rows = {at: (*pair.prompt, *chain.from_iterable(pair.targets)) for at, pair in enumerate(pairs)}
-    return ([pairs[at] for at in batch] for batch in in_batches(rows, most))
+    each = 1 + any(pair.worse for pair in pairs)  # rows
+    sizes = {at: (0,) * (each * pair.width) for at, pair in enumerate(pairs)}
+    return ([pairs[at] for at in batch] for batch in in_batches(sizes, most))

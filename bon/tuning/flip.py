@@ -94,7 +94,7 @@ def train(
         "licences": Counter(pair.licence or "unknown" for pair in apart),
     }
     training.write_record(record)
-    _plot(out / PLOT, [own for own, _ in training.losses])
+    _plot(out / PLOT, [own for own, _, _ in training.losses])
     adapted = replace(model, options={**model.options, "adapter": str(out)})
     record["measured"] = {one.name: _measured(one, (model, adapted), settings, limit, threads, show) for one in sets}
     return training.finish(record)

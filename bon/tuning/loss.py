@@ -1,4 +1,6 @@
-"""What training minimises: -log p(instruction | response) per token, and the contrast with other instructions.
+"""What training minimises: -log p(instruction | response) per token, and two contrasts.
+
+One is with other instructions for the same response, one with a worse response for the same instruction.
 
 All instructions that a response is rated with stand in one row behind it, none of them seeing another: the response,
 which is most of the row, is read once.
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from bon.tuning.encoding import Encoded
 
@@ -76,20 +79,26 @@ def _apart(which: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~torch.from_numpy(sees), torch.finfo(dtype).min)[:, None]
 
 
-def losses(model: Any, pairs: Sequence[Encoded], temperature: float) -> tuple[Tensor, Tensor]:
-    """Sums over pairs: of -log p(instruction | response), and of the contrast.
+def losses(model: Any, pairs: Sequence[Encoded], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over pairs: of -log p(instruction | response), of the contrast, and of the preference.
 
     The contrast is InfoNCE (arXiv 1807.03748): the cross entropy of the own instruction among all that a response is
-    rated with, by mean log p per token over the temperature.
+    rated with, by mean log p per token over the temperature. The preference is Bradley and Terry's: minus the log of
+    the probability, a logistic function of the same mean's difference, that the response is ahead of the rejected one.
 
     Args:
         model: see ``logprobs``.
-        pairs: with their rivals; without any the contrast is 0.
+        pairs: with their rivals and rejected responses; without any, contrast and preference are 0.
         temperature: in nats.
     """
-    own, contrast = [], []
-    for pair, totals in zip(pairs, logprobs(model, pairs), strict=True):
+    own, contrast, preference = [], [], [torch.zeros((), device=model.device)]
+    found = iter(logprobs(model, [row for pair in pairs for row in (pair, *pair.rejected)]))
+    for pair in pairs:
+        totals = next(found)
         lengths = torch.tensor([len(target) for target in pair.targets], device=totals.device)
+        means = totals / lengths / temperature
         own.append(-totals[0])
-        contrast.append(-(totals / lengths / temperature).log_softmax(0)[0])
-    return torch.stack(own).sum(), torch.stack(contrast).sum()
+        contrast.append(-means.log_softmax(0)[0])
+        if pair.worse:
+            preference.append(-logsigmoid(means[0] - next(found)[0] / lengths[0] / temperature))
+    return torch.stack(own).sum(), torch.stack(contrast).sum(), torch.stack(preference).sum()

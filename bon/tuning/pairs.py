@@ -25,6 +25,7 @@ class Pair:
         context: what a reader of the response knew beforehand; see ``Task``.
         source, licence: where it comes from, for the adapter's record.
         negatives: other instructions that the response does not follow.
+        rejected: a worse answer to the instruction, where there is one.
     """
 
     instruction: str
@@ -33,6 +34,7 @@ class Pair:
     source: str = ""
     licence: str = ""
     negatives: tuple[str, ...] = ()
+    rejected: str = ""
 
     @property
     def task(self) -> Task:
@@ -63,7 +65,7 @@ def read_pairs(path: str) -> list[Pair]:
 
 
 def _pair(fields: Mapping[str, Any]) -> Pair:
-    texts = {name: fields.get(name) or "" for name in ("response", "context", "source", "licence")}
+    texts = {name: fields.get(name) or "" for name in ("response", "context", "source", "licence", "rejected")}
     texts["instruction"] = fields.get("instruction") or fields.get("prompt") or ""
     negatives = fields.get("negatives") or []
     for name, text in texts.items():

@@ -22,8 +22,10 @@ class Settings:
         batch: pairs of a step.
         contrast: weight of the contrast, InfoNCE over mean log p(instruction | response) with other instructions; 0
             leaves it out.
+        preference: weight of the preference, a logistic loss on what mean log p(instruction | response) has beyond the
+            same for the pair's rejected response; 0 leaves it out.
         rivals: how many other instructions each response is rated with: the pair's negatives, then the batch's.
-        temperature: of the contrast, in nats.
+        temperature: of the contrast and the preference, in nats.
         max_tokens: tokens of one pass with padding, which bounds the memory; longer pairs are left out. None takes
             1,024 on a CPU and 8,192 on a GPU.
         checkpoint_s: seconds between two checkpoints.
@@ -41,6 +43,7 @@ class Settings:
     dropout: float = 0.0
     batch: int = 16
     contrast: float = 0.0
+    preference: float = 0.0
     rivals: int = 3
     temperature: float = 0.2
     max_tokens: int | None = None

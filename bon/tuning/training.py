@@ -63,7 +63,7 @@ class Training:
 
     Attributes:
         left_out: pairs that are longer than a pass or than the model reads, or whose response is nothing but thinking.
-        losses: of each step so far: nats per token of the instructions, and the contrast where there is one.
+        losses: of each step so far: nats per token of the instructions, contrast, preference.
 
     Raises:
         InputError: too few pairs, a folder that holds a finished adapter, a checkpoint of another training.
@@ -91,14 +91,21 @@ class Training:
         self._most = settings.max_tokens or _PASS_TOKENS.get(loaded.device.type, _PASS_TOKENS["cuda"])
         scorer = BackwardLikelihood(style=settings.style)
         self._rivals = settings.rivals if settings.contrast else 0
-        encoded = [encode(pair, scorer, renderer, self._rivals) for pair in pairs]
+        rejected = settings.preference > 0
+        if rejected and not any(pair.rejected for pair in pairs):
+            raise InputError(
+                "no pair has a rejected answer, so there is no preference to learn. bon pairs ROWS --rejected writes "
+                "some, or leave --preference out."
+            )
+        encoded = [encode(pair, scorer, renderer, self._rivals, rejected=rejected) for pair in pairs]
         room = context_of(loaded.config, None) or math.inf
         self._pairs = [
             pair
             for pair in encoded
             if pair is not None
-            and pair.length <= self._most
-            and len(pair.prompt) + max(map(len, pair.targets)) <= room  # as the scorer, which refuses a longer one
+            and pair.width * (1 + bool(pair.worse)) <= self._most
+            # as the scorer, which refuses a longer one
+            and max(len(pair.prompt), len(pair.worse)) + max(map(len, pair.targets)) <= room
         ]
         self.left_out = len(pairs) - len(self._pairs)
         if len(self._pairs) < LEAST_PAIRS:
@@ -107,7 +114,7 @@ class Training:
                 "response, so nothing is left to train on. "
                 + ("Raise max_tokens (--pass-tokens)." if self._most < room else "The model reads no longer ones.")
             )
-        self._steps = steps([pair.length for pair in self._pairs], settings.batch, settings.epochs, settings.seed)
+        self._steps = steps([pair.width for pair in self._pairs], settings.batch, settings.epochs, settings.seed)
         with torch_errors(model.name, f"rank (now {settings.rank})"):
             self._model = _with_adapter(loaded, model.name, settings)
         self._weights = {name: weight for name, weight in self._model.named_parameters() if weight.requires_grad}
@@ -115,7 +122,7 @@ class Training:
             self._weights.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self._done = 0
-        self.losses: list[tuple[float, float]] = []
+        self.losses: list[tuple[float, float, float]] = []
         self._key = self._describe(pairs)
         self._resume()
 
@@ -157,7 +164,7 @@ class Training:
         (self.out / checkpoint.NAME).unlink(missing_ok=True)
         return whole
 
-    def _gradients(self) -> tuple[float, float]:
+    def _gradients(self) -> tuple[float, float, float]:
         """The gradients of the next step, and its losses."""
         settings, number = self.settings, self._done
         torch.manual_seed(int(np.random.default_rng([settings.seed, number]).integers(1 << 62)))
@@ -167,15 +174,19 @@ class Training:
         rng = np.random.default_rng([settings.seed, number, 1])
         pairs = with_rivals(pairs, self._rivals, rng)
         tokens = sum(len(pair.targets[0]) for pair in pairs)
-        sums = np.zeros(2)
+        compared = max(1, sum(len(pair.rejected) for pair in pairs))
+        shares = torch.tensor([1 / tokens, 1 / len(pairs), 1 / compared])
+        weights = torch.tensor([1.0, settings.contrast, settings.preference])
+        sums = np.zeros(3)
         for some in passes(pairs, self._most):
-            own, contrast = losses(self._model, some, settings.temperature)
-            torch.autograd.backward(own / tokens + settings.contrast * contrast / len(pairs))
-            sums += float(own.detach()) / tokens, float(contrast.detach()) / len(pairs)
+            found = torch.stack(losses(self._model, some, settings.temperature)).cpu() * shares
+            torch.autograd.backward(weights @ found)
+            sums += found.detach().numpy()
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), _CLIP)
         if not (np.isfinite(sums).all() and math.isfinite(float(norm))):
             self._fail()
-        return float(sums[0]), float(sums[1])
+        own, contrast, preference = sums.tolist()
+        return own, contrast, preference
 
     def _fail(self) -> NoReturn:
         """Go back to the last checkpoint, write the adapter as it was there, and say so."""
@@ -207,7 +218,7 @@ class Training:
             for name, weight in self._weights.items():
                 weight.copy_(state["weights"][name])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._done, self.losses = state["step"], [(own, contrast) for own, contrast in state["losses"]]
+        self._done, self.losses = state["step"], [tuple(each) for each in state["losses"]]
         log.info("going on behind step %d of %d", self._done, len(self._steps))
         return True
 
@@ -238,10 +249,12 @@ class Training:
             "pairs": len(self._pairs),
             "steps": self._done,
             **record,
-            "loss": [own for own, _ in self.losses],
+            "loss": [own for own, _, _ in self.losses],
         }
         if self.settings.contrast:
-            whole["contrast"] = [contrast for _, contrast in self.losses]
+            whole["contrast"] = [contrast for _, contrast, _ in self.losses]
+        if self.settings.preference:
+            whole["preference"] = [preference for _, _, preference in self.losses]
         checkpoint.write(
             self.out / RECORD, json.dumps(whole, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
         )
