@@ -76,6 +76,35 @@ def test_the_next_good_candidate_is_taken_where_the_best_one_may_not_go_in(pairs
     assert made[0]["response"] == "It is a good one."
 
 
+def test_with_rejected_each_good_answer_has_a_worse_one_of_its_row_and_only_then(pairs):
+    row = labelled(TEA, grade=[0.1, 0.9, 0.7])
+    preferred = {**OTHER, "rejected": "A dog."}
+    _, made, _ = pairs([row, preferred], "--rejected", "--least", 0.6, "--per-prompt", 3)
+    assert [(pair["response"], pair["rejected"]) for pair in made] == [
+        ("It is the best.", "It is a bad one."),
+        ("It is a good one.", "It is a bad one."),
+        (OTHER["response"], "A dog."),
+    ]
+    _, made, _ = pairs([row, preferred], "--rejected", "--most-words", 15, "--strip", "^A dog.$", "--overwrite")
+    assert [pair.get("rejected") for pair in made] == ["It is a bad one.", None]
+    _, made, _ = pairs([row, preferred], "--overwrite")
+    assert not any("rejected" in pair for pair in made)
+
+
+def test_what_a_scorer_likes_least_is_rejected(pairs, tmp_path):
+    prompts = [{"prompt": f"{verb} Anna to water the plants on Monday."} for verb in ("Remind", "Please tell")]
+    asked = ("--policy", "mini", "--near", 1, "--scorer", "longest", "-n", "4", "--seed", "1", "--rejected")
+    _, made, _ = pairs(prompts, *asked)
+    rejected = [pair.get("rejected") for pair in made]
+    assert any(rejected)
+    assert all(len(worse or "") < len(pair["response"]) for worse, pair in zip(rejected, made, strict=True))
+    write_rows(tmp_path / "prompts.jsonl", prompts)
+    again = ("run", "prompts.jsonl", "--scorer", "longest", "-n", "4", "--seed", "1", "--all", "-o", "run.jsonl")
+    assert main([*again]) == 0
+    _, winners, _ = pairs(rows_of(tmp_path / "run.jsonl"), "--near", 1, "--rejected", "--overwrite")
+    assert [pair.get("rejected") for pair in winners] == rejected
+
+
 def test_a_pair_says_who_wrote_it_where_it_is_from_and_its_licence(pairs):
     row = labelled(TEA, correct=[False, True, False], generators=["a", "b", "c"], id="q7", license="CC0-1.0")
     _, made, _ = pairs([row, {**OTHER, "source": "a book"}])

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,17 @@ def test_the_loss_of_the_embedded_model_falls_and_what_that_brought_stands_besid
 
 def rewards_of(scorer: Any) -> list[float]:
     return [scores_of(scorer, pair.task, pair.response)[0].reward for pair in PAIRS[:8]]
+
+
+def test_a_preference_is_learned_from_rejected_answers_and_refused_without_any(tmp_path: Path) -> None:
+    worse = [replace(pair, rejected=other.response) for pair, other in zip(FEW, reversed(FEW), strict=True)]
+    run = training(tmp_path / "adapter", pairs=worse, epochs=6, preference=1.0)
+    run.run()
+    preference = [each[2] for each in run.losses]
+    assert np.mean(preference[-4:]) < 0.7 * np.mean(preference[:4])
+    assert run.write_record({})["preference"] == preference
+    with pytest.raises(InputError, match="no pair has a rejected answer"):
+        training(tmp_path / "other", preference=1.0)
 
 
 def test_the_adapter_is_a_scorer_beside_its_base_and_a_model_of_its_own(trained: Any) -> None:

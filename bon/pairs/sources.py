@@ -151,12 +151,13 @@ class Reading:
             return []
         if not isinstance(text, str) or not isinstance(reward, int | float):
             raise InputError(f"'text' and 'reward' must be text and a number, not {shown(text)} and {shown(reward)}.")
-        given = fields.get("candidates")
-        every = [one for one in (given if isinstance(given, list) else ()) if isinstance(one, dict)]
+        every = _objects(fields.get("candidates"))
         cut = any(one.get("finish_reason") == "length" for one in every if one.get("index") == best)
         if cut or (self.least is not None and reward < self.least):
             return []
-        rated = [(one["reward"], one["text"]) for one in every if isinstance(one.get("reward"), int | float)]
+        texts = {one.get("index"): one.get("text") for one in every}
+        scored = [(one.get("reward"), texts.get(one.get("candidate"))) for one in _objects(fields.get("scores"))]
+        rated = [(r, worse) for r, worse in scored if isinstance(r, int | float) and isinstance(worse, str)]
         return [(text, "", float(reward), _worst(rated, float(reward)))]
 
     def _labelled(self, row: Row) -> Sequence[Answer]:
@@ -166,15 +167,15 @@ class Reading:
         if self.least is None and top == min(labels):
             return []  # all are as good, or as bad
         least = top if self.least is None else self.least
-        good = sorted((i for i in range(len(labels)) if labels[i] >= least), key=lambda i: -labels[i])
-        worse = (
-            sorted((i for i in range(len(labels)) if labels[i] < labels[good[-1]]), key=lambda i: labels[i])
-            if good
-            else []
-        )
+        order = sorted(range(len(labels)), key=lambda i: -labels[i])
+        good = [i for i in order if labels[i] >= least]
+        others = [example.candidates[i] for i in reversed(order[len(good) :])] or [""]  # the worst first
         writers = example.generators or [""] * len(labels)
-        others = [example.candidates[i] for i in worse] or [""]
         return [(example.candidates[i], writers[i], None, others[n % len(others)]) for n, i in enumerate(good)]
+
+
+def _objects(given: Any) -> list[dict[str, Any]]:
+    return [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
 
 
 def instructions_of(rows: str) -> Iterator[str]:

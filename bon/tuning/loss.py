@@ -47,9 +47,8 @@ def logprobs(model: Any, pairs: Sequence[Encoded]) -> list[Tensor]:
             columns += [last, *range(end, end + len(target) - 1)]
             end += len(target)
         before.append(columns)
-    single = all(len(pair.targets) == 1 for pair in pairs)
     inputs = {
-        "attention_mask": torch.from_numpy(which >= 0).long() if single else _apart(which, model.dtype),
+        "attention_mask": _apart(which, model.dtype),
         "position_ids": torch.from_numpy(positions),
         "logits_to_keep": keep,
         "use_cache": False,
@@ -74,7 +73,8 @@ def logprobs(model: Any, pairs: Sequence[Encoded]) -> list[Tensor]:
 def _apart(which: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     """What is added to attention so that a token sees the prompt and its own part up to itself: (rows, 1, to, from)."""
     own, seen = which[:, :, None], which[:, None, :]
-    sees = (seen == 0) | (seen == own)  # padding sees padding, and nobody sees that
+    # Padding sees padding, and nobody sees that: of a token that sees nothing, kernels of a GPU make no number.
+    sees = (seen == 0) | (seen == own)
     sees &= np.tri(which.shape[1], dtype=bool)
     return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~torch.from_numpy(sees), torch.finfo(dtype).min)[:, None]
 
