@@ -68,6 +68,7 @@ class Pipeline:
     async def run(self, groups: Sequence[Group], deadline: float | None = None) -> None:
         """Sample and score groups until their budgets want no more, or until ``deadline`` seconds have passed."""
         for group in groups:
+            group.range = self.scorer.range
             group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
             if self.scorer.needs.reference and group.task.reference is None:
                 name = self.scorer.name
@@ -136,7 +137,7 @@ class Pipeline:
     def _size(self, item: Group | BonError) -> int:
         if isinstance(item, BonError):
             return 1
-        return item.asked or getattr(self.budget, "most", None) or 1
+        return item.asked or getattr(self.budget, "least", None) or getattr(self.budget, "most", None) or 1
 
     def _asked(self, groups: Sequence[Group]) -> list[tuple[Group, Request]]:
         """What the budget wants more of."""
