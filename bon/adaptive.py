@@ -68,17 +68,13 @@ class Adaptive(Specified):
         for name in ("least", "most", "batch"):
             whole_number(name, getattr(self, name), 1)
         if self.least > self.most:
-            raise InputError(
-                f"least={self.least} is above most={self.most}: at least so many cannot be at most so many."
-            )
+            raise InputError(f"least={self.least} is above most={self.most}: lower the one or raise the other.")
         if self.price is not None and not 0 < number("price", self.price) < math.inf:
             raise InputError(f"price must be above 0, got {self.price!r}: samples that cost nothing never end.")
         name, colon, argument = self.rule.partition(":") if isinstance(self.rule, str) else ("", "", "")
         if name not in RULES or bool(argument) != (name == "vote") or (colon and not argument):
             raise UnknownNameError("rule for stopping", self.rule, [*RULES, "vote:number"])
-        make, price = RULES[name]
-        object.__setattr__(self, "_gain", make(argument))
-        object.__setattr__(self, "_price", price if self.price is None else self.price)
+        RULES[name][0](argument)
 
     @property
     def _votes(self) -> bool:
@@ -112,7 +108,9 @@ class Adaptive(Specified):
         seen, share = _seen(group, self.most - group.asked)
         if not self._votes and len(seen.rewards) and seen.rewards.max() >= seen.top:
             return Stop("a reward is the largest that there can be", 0.0)
-        gain: float | None = self._gain(seen)  # type: ignore[attr-defined]
+        name, _, argument = self.rule.partition(":")
+        make, price = RULES[name]
+        gain = make(argument)(seen)
         if gain is not None and not self._votes:
             gain *= share
         if group.asked >= self.most:
@@ -120,7 +118,7 @@ class Adaptive(Specified):
         if gain is None:
             known = "rewards that do not differ" if len(seen.rewards) else "no reward"
             return Stop(f"so many samples have {known}") if group.asked >= 2 * self.least else None
-        if gain <= self._price:  # type: ignore[attr-defined]
+        if gain <= (price if self.price is None else self.price):
             return Stop("one more sample would gain less than it costs", gain)
         return None
 

@@ -134,11 +134,12 @@ def votes(extract: str) -> Rule:
 
     def overtaken(seen: Seen) -> float:
         counted = Counter(answer for answer in classes([found(text) for text in seen.texts]) if answer is not None)
-        first, second = (count for _, count in [*counted.most_common(2), (None, 0), (None, 0)][:2])
+        first, second = [*sorted(counted.values(), reverse=True), 0, 0][:2]
         if first - second > seen.left:
             return 0.0
         n = first + second + 1  # P(share of the first < 1/2) under Beta(first + 1, second + 1)
-        return sum(math.comb(n, i) for i in range(first + 1, n + 1)) / 2**n
+        ways: int = sum(math.comb(n, i) for i in range(first + 1, n + 1))
+        return float(ways / 2**n)
 
     return overtaken
 

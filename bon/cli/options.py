@@ -121,7 +121,7 @@ class Number:
             _SAMPLING,
             "-n",
             metavar="N",
-            help="Candidates for each prompt, 8 by default; or stop-at:0.9,most=16; or adaptive:most=64,price=0.01.",
+            help="Candidates for each prompt, 8 by default; or stop-at:0.9,most=16, adaptive.",
         ),
     ] = None
 

@@ -202,7 +202,7 @@ class Planner:
         options, k, own = request.options, request.returned, self.bon.budget
         name, n = request.candidates
         stop_at = options.stop_at
-        if n is None and stop_at is None and k <= max(1, getattr(own, "least", 1)):
+        if n is None and stop_at is None and k <= getattr(own, "least", 1):
             return own
         if stop_at is not None and k > 1:
             raise bad("best_of_n.stop_at", f"cannot be combined with n={k}: the {k} best need every reward.")
