@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from bon.selectors import Selector
 
 RULES: dict[str, tuple[Callable[[str], Rule], float]] = {
-    "improvement": (lambda _: improvement, 0.01),
+    "improvement": (lambda _: improvement, 0.003),
     "exact": (lambda _: exact, 1e-9),
-    "bound": (lambda _: bound, 0.05),
-    "pandora": (lambda _: pandora, 0.02),
-    "excess": (lambda _: excess, 0.005),
+    "bound": (lambda _: bound, 0.01),
+    "pandora": (lambda _: pandora, 0.003),
+    "excess": (lambda _: excess, 0.003),
     "vote": (votes, 0.05),
 }
 """By name: what makes the rule from what stands behind the name's colon, and its price where none is said."""
 _NEED_A_RANGE = ("exact", "bound")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adaptive(Specified):
     """Samples until one more would gain less than its price.
 
@@ -50,8 +50,9 @@ class Adaptive(Specified):
         rule: what estimates the gain: "improvement", "exact" (stop at the largest reward there is, and only there),
             "bound", "pandora", "excess", or "vote:EXTRACT" with a final answer to extract as in ``WeightedVote``; see
             ``bon.stopping``.
-        price: of a sample, as the gain is counted: as a share of the scorer's range, or of the standard deviation of
-            the rewards where it has none; for pandora, excess and vote as a probability. None is the rule's own.
+        price: of a sample, as the gain is counted: as a share of the scorer's range, for which six standard deviations
+            of the rewards stand where it has none; for pandora, excess and vote as a probability. None takes the
+            rule's own.
         batch: samples that are asked for together after the first.
 
     Raises:
@@ -130,7 +131,7 @@ def _seen(group: Group, left: int) -> tuple[Seen, float]:
     rewards = np.array([value for _, value in pairs])
     tokens = np.array([c.completion_tokens or 0 for c in group.candidates], float)
     low, top = 0.0, math.inf
-    unit = float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0
+    unit = 6 * float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0
     if group.range is not None:
         low, unit, top = group.range[0], group.range[1] - group.range[0], 1.0
     seen = Seen((rewards - low) / (unit or 1.0), top, tokens, [c.text for c, _ in pairs], left)

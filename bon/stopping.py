@@ -4,9 +4,9 @@ Each is a function of ``Seen`` that returns an expected gain; None where it cann
 candidates have a reward or all rewards are the same. ``bon.adaptive`` compares the gain with a price. Nothing here
 knows of groups or models.
 
-Rewards come in units: of the scorer's range where it has one (0 is its least reward and 1 its largest), else of the
-standard deviation of the rewards so far. What ``pandora`` and ``excess`` gain is a chance to win, and what ``votes``
-gains the chance to be overtaken; these have no unit.
+Rewards come in units of the scorer's range: 0 is its least reward and 1 its largest. Where it has none, six standard
+deviations of the rewards so far stand for it. What ``pandora`` and ``excess`` gain is a chance to win, and what
+``votes`` gains the chance to be overtaken; these have no unit.
 """
 
 from __future__ import annotations

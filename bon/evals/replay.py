@@ -14,7 +14,7 @@ import numpy as np
 
 from bon.budget import Budget
 from bon.errors import BonError
-from bon.evals.metrics import Floats, expected_best
+from bon.evals.metrics import Floats
 from bon.group import Group
 from bon.selectors import Best, Selector
 from bon.task import Task
@@ -44,12 +44,6 @@ class Samples:
     def tokens(self) -> Floats:
         """What the policy wrote for each candidate."""
         return np.array([candidate.completion_tokens or 0 for candidate in self.candidates], float)
-
-    def best_of(self, n: int) -> tuple[float, float]:
-        """The expected label of the pick among n of the candidates, and the tokens of these."""
-        keys = np.array([_key(score) for score in self.scores])
-        order = np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1).astype(float)
-        return expected_best(self.labels, order, n), n * float(self.tokens.mean())
 
     def oracle(self) -> tuple[float, float, float]:
         """Label, samples and tokens of who stops at the first candidate with the best label of all; expected."""
@@ -100,10 +94,3 @@ def _one(budget: Budget, samples: Samples, order: Sequence[int], selector: Selec
         best = None
     label = 0.0 if best is None else float(samples.labels[order[best]])
     return label, group.asked, group.usage.policy_completion_tokens, rounds
-
-
-def _key(score: Score) -> tuple[float, float, float]:
-    """What candidates are ranked by, see ``bon.selectors``."""
-    if score.reward is None:
-        return -np.inf, 0.0, 0.0
-    return score.reward, -np.inf if score.tie_break is None else score.tie_break, -score.tokens
