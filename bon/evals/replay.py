@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from bon.budget import Budget
-from bon.errors import BonError
 from bon.evals.metrics import Floats
 from bon.group import Group
 from bon.selectors import Best, Selector
 from bon.task import Task
 from bon.types import Candidate, Score, Usage
 
-ORDERS = 8
+ORDERS = 4
 """Orders in which each row is replayed: its candidates are samples of one policy, so that any is as good as another."""
 
 
@@ -40,45 +40,42 @@ class Samples:
     labels: Floats
     range: tuple[float, float] | None
 
-    @property
-    def tokens(self) -> Floats:
-        """What the policy wrote for each candidate."""
-        return np.array([candidate.completion_tokens or 0 for candidate in self.candidates], float)
 
-    def oracle(self) -> tuple[float, float, float]:
-        """Label, samples and tokens of who stops at the first candidate with the best label of all; expected."""
-        n, good = len(self.labels), int((self.labels == self.labels.max()).sum())
-        samples = (n + 1) / (good + 1)
-        return float(self.labels.max()), samples, samples * float(self.tokens.mean())
+def replay(budget: Budget, rows: Sequence[Samples], selector: Selector | None = None, seed: int = 0) -> Floats:
+    """What a budget would have done with each task, on average over some orders, the same ones for every budget.
 
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """What a budget did with one task, on average over some orders of its candidates.
-
-    Args:
-        label: of the pick; 0 where there was none.
-        samples, tokens: what it cost.
-        rounds: how often the budget was asked.
-    """
-
-    label: float
-    samples: float
-    tokens: float
-    rounds: float
-
-
-def replay(budget: Budget, samples: Samples, selector: Selector | None = None, seed: int = 0) -> Replayed:
-    """What a budget would have done: the mean over ``ORDERS`` orders, the same ones for every budget.
+    Returns:
+        Shape [rows, 4]: the label of the pick, 0 where there was none; samples; their tokens; rounds.
 
     Raises:
         BonError: what the budget raised.
     """
-    orders = np.random.default_rng(seed).permuted(np.tile(np.arange(len(samples.labels)), (ORDERS, 1)), axis=1)
-    return Replayed(*np.mean([_one(budget, samples, order, selector or Best()) for order in orders], axis=0).tolist())
+    pick = selector or Best()
+    found = [_one(budget, row, order, pick) for row in rows for order in _orders(row, seed)]
+    return _averaged(found, len(rows))
 
 
-def _one(budget: Budget, samples: Samples, order: Sequence[int], selector: Selector) -> tuple[float, ...]:
+def oracle(n: int, rows: Sequence[Samples], seed: int = 0) -> Floats:
+    """What nobody can beat who wants the best label of n candidates: stop at the first that has it.
+
+    Returns:
+        As ``replay``, the rounds being as many as the samples.
+    """
+    found = []
+    for row in rows:
+        for order in _orders(row, seed):
+            labels = row.labels[order[:n]]
+            samples = int(labels.argmax()) + 1
+            tokens = sum(row.candidates[index].completion_tokens or 0 for index in order[:samples])
+            found.append((float(labels.max()), samples, tokens, samples))
+    return _averaged(found, len(rows))
+
+
+def _orders(row: Samples, seed: int) -> npt.NDArray[np.intp]:
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(len(row.labels)), (ORDERS, 1)), axis=1)
+
+
+def _one(budget: Budget, samples: Samples, order: npt.NDArray[np.intp], selector: Selector) -> tuple[float, ...]:
     group, rounds = Group(Task.of("replayed")), 0
     group.range = samples.range
     most = min(len(order), getattr(budget, "most", None) or len(order))
@@ -88,9 +85,11 @@ def _one(budget: Budget, samples: Samples, order: Sequence[int], selector: Selec
             candidate = replace(samples.candidates[order[index]], index=index)
             if group.admit(candidate, Usage(policy_completion_tokens=candidate.completion_tokens or 0)):
                 group.post(candidate, samples.scores[order[index]])
-    try:
-        best = group.result(selector).best
-    except BonError:
-        best = None
+    best = group.result(selector).best
     label = 0.0 if best is None else float(samples.labels[order[best]])
     return label, group.asked, group.usage.policy_completion_tokens, rounds
+
+
+def _averaged(found: Sequence[tuple[float, ...]], rows: int) -> Floats:
+    averaged: Floats = np.array(found, float).reshape(rows, ORDERS, 4).mean(axis=1)
+    return averaged
