@@ -24,9 +24,10 @@ import numpy as np
 from bon import BestOfN
 from bon.adaptive import Adaptive
 from bon.bench.harness import Report, Spread, conditions, table
-from bon.evals.budgets import ANY, compare, settings
+from bon.evals.budgets import ANY, compare, front, settings
 from bon.evals.dataset import Example, as_dataset
 from bon.evals.replay import Samples
+from bon.evals.report import budget_plot
 from bon.group import Group
 from bon.selectors import WeightedVote
 from bon.task import Task
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
     rows = _rows(options)
     most = min(len(row.labels) for row in rows)
-    sizes = [size for size in (8, 16) if size < most]
+    sizes = [*(size for size in (8, 16) if size < most), most]
     selector = None if options.votes is None else WeightedVote(options.votes)
     tried = settings(most, bounded=rows[0].range is not None, extract=options.votes)
     found = compare(rows, tried, sizes, selector, options.seed)
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     report = Report("adaptive", conditions(**facts, prompts=len(rows), candidates=most), rows=[found])
     for judged in found["halves"]:
         n, names = judged["n"], ("saved", "tokens_saved", 1), ("lost", "points_lost", 100)
-        if judged["rule"] == ANY and n in sizes:
+        if judged["rule"] == ANY and n < most:
             for key, name, times in names:
                 mean, low, high = (times * judged[key][end] for end in ("mean", "low", "high"))
                 report.ratios[f"{name}_{n}"] = Spread(mean, low, high)
@@ -60,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         report.ratios[f"ms_a_round_{rule.partition(':')[0]}"] = Spread.of([_overhead(rule, most)])
     report.text += [_curve(found), _judgements(found)]
     if options.plot is not None:
-        _plot(found, options.plot)
+        rules = {rule[:20]: front(tried) for rule, tried in found["tried"].items()}
+        budget_plot(
+            {"fixed N": front(found["fixed"]), **rules, "oracle": front([*found["oracle"].values()])}, options.plot
+        )
     report.emit(options.out)
 
 
@@ -164,29 +168,6 @@ def _judgements(found: dict[str, Any]) -> str:
 
 def _cells(each: dict[str, float]) -> list[str]:
     return [f"{each['label']:.3f}", f"{each['samples']:.1f}", f"{each['tokens']:.0f}", f"{each['rounds']:.1f}"]
-
-
-def _plot(found: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    fixed = [(each["tokens"], each["label"]) for each in found["fixed"]]
-    axes.plot(*zip(*fixed, strict=True), "o-", color="#8a8a8a", label="fixed N")
-    for each in found["fixed"]:
-        axes.annotate(str(each["n"]), (each["tokens"], each["label"]), (3, -10), textcoords="offset points", fontsize=7)
-    for rule, tried in found["tried"].items():
-        best, line = -1.0, []
-        for each in sorted(tried, key=lambda one: one["tokens"]):  # those that no cheaper one beats
-            if each["label"] > best:
-                best = each["label"]
-                line.append((each["tokens"], best))
-        axes.plot(*zip(*line, strict=True), ".-", label=rule[:20])
-    known = found["oracle"].values()
-    axes.plot([o["tokens"] for o in known], [o["label"] for o in known], "k*", label="oracle")
-    axes.set(xscale="log", xlabel="policy tokens for a prompt", ylabel="pass rate")
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

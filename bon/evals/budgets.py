@@ -20,6 +20,7 @@ from bon.selectors import Selector
 ANY = "any rule"
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+_AS_GOOD = 0.005  # half a point
 _LABEL, _SAMPLES, _TOKENS, _ROUNDS = range(4)
 
 Tried = Mapping[str, Mapping[str, Floats]]
@@ -65,17 +66,17 @@ def compare(
     Args:
         rows: at least two, all with as many candidates.
         tried: by rule, what may be chosen; see ``settings``.
-        sizes: the fixed numbers that rules are to be as good as.
+        sizes: the fixed numbers that rules are to be as good as, up to half a point.
         selector: what picks; ``Best`` where it is None.
         seed: of orders, halves and intervals.
 
     Returns:
         ``rows``; ``fixed`` (a list of ``n``, ``label``, ``samples``, ``tokens`` and ``rounds``); ``tried``, the same by
-        rule for each ``spec``; ``oracle``, the same by size; ``halves``, see ``_judged``; and ``recommended``, the spec
-        that is the cheapest on all rows of those that are as good as the largest of ``sizes``.
+        rule for each ``spec``; ``oracle``, the same by size; ``halves``, see ``_judged``; and ``recommended``, by size
+        the spec that is the cheapest on all rows of those that are as good.
     """
     most = min(len(row.labels) for row in rows)
-    fixed = {n: replay(Fixed(n), rows, selector, seed) for n in {*_SIZES, *sizes, most} if n <= most}
+    fixed = {n: replay(Fixed(n), rows, selector, seed) for n in {*_SIZES, *sizes} if n <= most}
     found: dict[str, dict[str, Floats]] = {
         rule: {str(spec_of(budget)): replay(budget, rows, selector, seed) for budget in budgets}
         for rule, budgets in tried.items()
@@ -83,7 +84,7 @@ def compare(
     everything = {spec: some for of_rule in found.values() for spec, some in of_rule.items()}
     judged = [
         _judged(rule, of_rule, size, fixed[size], seed)
-        for size in (*sizes, most)
+        for size in sizes
         for rule, of_rule in {**found, ANY: everything}.items()
     ]
     return {
@@ -92,10 +93,19 @@ def compare(
         "tried": {
             rule: [{"spec": s, **_means(some)} for s, some in of_rule.items()] for rule, of_rule in found.items()
         },
-        "oracle": {str(size): _means(oracle(size, rows, seed)) for size in (*sizes, most)},
+        "oracle": {str(size): _means(oracle(size, rows, seed)) for size in sizes},
         "halves": judged,
-        "recommended": _cheapest(everything, fixed[max(sizes)], np.arange(len(rows))),
+        "recommended": {str(size): _cheapest(everything, fixed[size], np.arange(len(rows))) for size in sizes},
     }
+
+
+def front(points: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(tokens, label) of those that no cheaper one equals."""
+    line: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda each: (each["tokens"], -each["label"])):
+        if not line or point["label"] > line[-1][1]:
+            line.append((point["tokens"], point["label"]))
+    return line
 
 
 def _judged(rule: str, tried: Mapping[str, Floats], size: int, fixed: Floats, seed: int) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def _judged(rule: str, tried: Mapping[str, Floats], size: int, fixed: Floats, se
 def _cheapest(tried: Mapping[str, Floats], fixed: Floats, rows: Any) -> str:
     """Of what is as good as the fixed N on these rows the spec with the fewest tokens; else the best there is."""
     means = {spec: some[rows].mean(axis=0) for spec, some in tried.items()}
-    good = {spec: mean for spec, mean in means.items() if mean[_LABEL] >= fixed[rows, _LABEL].mean()}
+    good = {spec: mean for spec, mean in means.items() if mean[_LABEL] >= fixed[rows, _LABEL].mean() - _AS_GOOD}
     if good:
         return min(good, key=lambda spec: float(good[spec][_TOKENS]))
     return max(means, key=lambda spec: float(means[spec][_LABEL]))
