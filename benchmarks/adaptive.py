@@ -47,13 +47,15 @@ def main(argv: list[str] | None = None) -> None:
     facts = {name: getattr(options, name) for name in ("dataset", "policy", "scorer", "votes", "seed")}
     report = Report("adaptive", conditions(**facts, prompts=len(rows), candidates=most), rows=[found])
     for judged in found["halves"]:
-        n, names = judged["n"], ("saved", "tokens_saved", 1), ("lost", "points_lost", 100)
+        n = judged["n"]
         if judged["rule"] == ANY and n < most:
-            for key, name, times in names:
+            for key, name, times in (("saved", "tokens_saved", 1), ("lost", "points_lost", 100)):
                 mean, low, high = (times * judged[key][end] for end in ("mean", "low", "high"))
                 report.ratios[f"{name}_{n}"] = Spread(mean, low, high)
             most_saved = 1 - found["oracle"][str(n)]["tokens"] / _fixed(found, n)["tokens"]
             report.ratios[f"oracle_saved_{n}"] = Spread.of([most_saved])
+            gained = found["allocated"][str(n)]["label"] - _fixed(found, n)["label"]
+            report.ratios[f"points_gained_by_allocation_{n}"] = Spread.of([100 * gained])
         elif judged["rule"] == ANY:
             report.ratios[f"samples_to_best_{n}"] = Spread.of([judged["samples"]])
             report.ratios[f"points_lost_{n}"] = Spread.of([100 * judged["lost"]["mean"]])
@@ -153,6 +155,7 @@ def _fixed(found: dict[str, Any], n: int) -> dict[str, float]:
 
 def _curve(found: dict[str, Any]) -> str:
     lines = [[f"fixed, n={each['n']}", *_cells(each)] for each in found["fixed"]]
+    lines += [[f"{n} a prompt, allocated", *_cells(each)] for n, each in found["allocated"].items()]
     lines += [[f"oracle, n={n}", *_cells(each)] for n, each in found["oracle"].items()]
     return table(["", "pass rate", "samples", "tokens", "rounds"], lines)
 

@@ -98,30 +98,43 @@ class Adaptive(Specified):
 
     def more(self, group: Group) -> int:
         """``least`` at first; then ``batch``, until one more would not pay."""
-        if group.prune and group.range and not group.whole and not self._votes:
-            group.stop_at = group.range[1]  # what is still running is given up then
+        if not self._votes:
+            stop_at_the_top(group)
         if group.asked < self.least:
             return self.least - group.asked
         group.stop = self._stop(group)
         return min(self.batch, self.most - group.asked) if group.stop is None else 0
 
-    def _stop(self, group: Group) -> Stop | None:
-        seen, share = _seen(group, self.most - group.asked)
-        if not self._votes and len(seen.rewards) and seen.rewards.max() >= seen.top:
-            return Stop("a reward is the largest that there can be", 0.0)
+    def gain(self, group: Group) -> float | None:
+        """What one more sample can be expected to gain; None where the rule cannot tell, 0 where nothing can."""
         name, _, argument = self.rule.partition(":")
-        make, price = RULES[name]
-        gain = make(argument)(seen)
-        if gain is not None and not self._votes:
-            gain *= share
+        seen, share = _seen(group, self.most - group.asked)
+        if self._votes:
+            return RULES[name][0](argument)(seen)
+        if len(seen.rewards) and seen.rewards.max() >= seen.top:
+            return 0.0
+        gain = RULES[name][0](argument)(seen)
+        return None if gain is None else gain * share
+
+    def _stop(self, group: Group) -> Stop | None:
+        gain = self.gain(group)
+        rewards = [reward for reward in group.rewards if reward is not None]
+        if not self._votes and group.range and rewards and max(rewards) >= group.range[1]:
+            return Stop("a reward is the largest that there can be", gain)
         if group.asked >= self.most:
             return Stop("there are as many samples as there may be", gain)
         if gain is None:
-            known = "rewards that do not differ" if len(seen.rewards) else "no reward"
+            known = "rewards that do not differ" if rewards else "no reward"
             return Stop(f"so many samples have {known}") if group.asked >= 2 * self.least else None
-        if gain <= (price if self.price is None else self.price):
+        if gain <= (RULES[self.rule.partition(":")[0]][1] if self.price is None else self.price):
             return Stop("one more sample would gain less than it costs", gain)
         return None
+
+
+def stop_at_the_top(group: Group) -> None:
+    """Let a group give up what is still running when a reward is the largest of the range, where that is final."""
+    if group.prune and group.range and not group.whole:
+        group.stop_at = group.range[1]
 
 
 def _seen(group: Group, left: int) -> tuple[Seen, float]:

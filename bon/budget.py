@@ -3,7 +3,8 @@
 Any object with ``more(group) -> int`` is a budget. ``most``, where it has it, is the largest number of samples that a
 group gets (else ``MOST``: a reward that it waits for may never come), ``least`` the smallest, ``stop_at``, where it is
 not None, the reward at which what is still running is given up, and ``fits(scorer, selector)`` raises an ``InputError``
-where it cannot work with these. Why it stops it may leave in ``group.stop``. ``bon.adaptive`` has the rules.
+where it cannot work with these. One that has ``share(groups)`` runs all groups together: it is called with all of them
+before each round. Why it stops it may leave in ``group.stop``. ``bon.adaptive`` has the rules.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ budget, a callback) belongs to the group that it was called for.
 from __future__ import annotations
 
 import asyncio
+import math
 import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -93,7 +94,8 @@ class Pipeline:
         running: dict[asyncio.Future[Any], int] = {}  # and how many candidates each has
         reading: set[asyncio.Future[Any]] = set()
         broken: Exception | None = None
-        more, enough = True, 1 if self.concurrent else WAVE
+        together = hasattr(self.budget, "share")
+        more, enough = True, math.inf if together else 1 if self.concurrent else WAVE
         waves = _chunks(enumerate(groups), enough, lambda item: self._size(item[1]))
         async with aclosing(portal.pull(waves)) as chunks:
             try:
@@ -144,6 +146,12 @@ class Pipeline:
         asked = []
         most = getattr(self.budget, "most", None) or MOST
         sampling = self.scorer.needs.asked(self.sampling)
+        try:
+            if share := getattr(self.budget, "share", None):
+                share(groups)
+        except Exception as error:
+            for group in groups:
+                group.fail(user_error("the budget", error))
         for group in groups:
             if self.policy is None or self.budget is None or group.over or group.stuck:
                 continue
@@ -471,7 +479,7 @@ def _usage(completion: Completion) -> Usage:
     )
 
 
-def _chunks(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+def _chunks(items: Iterable[T], enough: float, size: Callable[[T], int]) -> Iterator[list[T]]:
     """Items in lists whose sizes add up to ``enough``."""
     chunk: list[T] = []
     broken: Exception | None = None

@@ -14,7 +14,7 @@ import numpy as np
 from bon.adaptive import Adaptive
 from bon.budget import Fixed, spec_of
 from bon.evals.metrics import Floats, bootstrap, interval
-from bon.evals.replay import Samples, oracle, replay
+from bon.evals.replay import Samples, allocated, oracle, replay
 from bon.selectors import Selector
 
 ANY = "any rule"
@@ -72,7 +72,7 @@ def compare(
 
     Returns:
         ``rows``; ``fixed`` (a list of ``n``, ``label``, ``samples``, ``tokens`` and ``rounds``); ``tried``, the same by
-        rule for each ``spec``; ``oracle``, the same by size; ``halves``, see ``_judged``; and ``recommended``, by size
+        rule for each ``spec``; ``oracle`` and ``allocated`` (all rows together get as many), the same by size; ``halves``, see ``_judged``; and ``recommended``, by size
         the spec that is the cheapest on all rows of those that are as good.
     """
     most = min(len(row.labels) for row in rows)
@@ -92,6 +92,10 @@ def compare(
         "fixed": [{"n": n, **_means(some)} for n, some in sorted(fixed.items())],
         "tried": {
             rule: [{"spec": s, **_means(some)} for s, some in of_rule.items()] for rule, of_rule in found.items()
+        },
+        "allocated": {
+            str(size): _means(allocated(size * len(rows), rows, selector, seed, Adaptive(rule=next(iter(tried)))))
+            for size in sizes
         },
         "oracle": {str(size): _means(oracle(size, rows, seed)) for size in sizes},
         "halves": judged,

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from bon.adaptive import Adaptive
+from bon.allocation import Allocation
 from bon.budget import Budget
 from bon.evals.metrics import Floats
 from bon.group import Group
@@ -55,6 +57,27 @@ def replay(budget: Budget, rows: Sequence[Samples], selector: Selector | None = 
     return _averaged(found, len(rows))
 
 
+def allocated(
+    total: int, rows: Sequence[Samples], selector: Selector | None = None, seed: int = 0, rule: Adaptive | None = None
+) -> Floats:
+    """What all tasks would have got of one number of samples, see ``bon.allocation``.
+
+    Returns:
+        As ``replay``, but that ``rounds`` are those of all.
+    """
+    found = []
+    for number in range(ORDERS):
+        allocation, rounds = Allocation(total, rule), 0
+        places = [_Place(row, _orders(row, seed)[number]) for row in rows]
+        while True:
+            allocation.share([place.group for place in places])
+            if not sum(place.take(allocation.more(place.group)) for place in places):
+                break
+            rounds += 1
+        found.append([(*place.spent(selector or Best()), rounds) for place in places])
+    return _averaged([each for row in zip(*found, strict=True) for each in row], len(rows))
+
+
 def oracle(n: int, rows: Sequence[Samples], seed: int = 0) -> Floats:
     """What nobody can beat who wants the best label of n candidates: stop at the first that has it.
 
@@ -75,19 +98,35 @@ def _orders(row: Samples, seed: int) -> npt.NDArray[np.intp]:
     return np.random.default_rng(seed).permuted(np.tile(np.arange(len(row.labels)), (ORDERS, 1)), axis=1)
 
 
-def _one(budget: Budget, samples: Samples, order: npt.NDArray[np.intp], selector: Selector) -> tuple[float, ...]:
-    group, rounds = Group(Task.of("replayed")), 0
-    group.range = samples.range
-    most = min(len(order), getattr(budget, "most", None) or len(order))
-    while more := min(budget.more(group), most - group.asked):
+def _one(budget: Budget, row: Samples, order: npt.NDArray[np.intp], selector: Selector) -> tuple[float, ...]:
+    place, rounds = _Place(row, order), 0
+    while place.take(budget.more(place.group)):
         rounds += 1
-        for index in range(group.ask(more), group.asked):
-            candidate = replace(samples.candidates[order[index]], index=index)
-            if group.admit(candidate, Usage(policy_completion_tokens=candidate.completion_tokens or 0)):
-                group.post(candidate, samples.scores[order[index]])
-    best = group.result(selector).best
-    label = 0.0 if best is None else float(samples.labels[order[best]])
-    return label, group.asked, group.usage.policy_completion_tokens, rounds
+    return *place.spent(selector), rounds
+
+
+class _Place:
+    """One row in one order, and the group that gets its candidates."""
+
+    def __init__(self, row: Samples, order: npt.NDArray[np.intp]) -> None:
+        self._row, self._order = row, order
+        self.group = Group(Task.of("replayed"))
+        self.group.range = row.range
+
+    def take(self, more: int) -> int:
+        """Sample and score as many more as there are; returns how many."""
+        more = min(more, len(self._order) - self.group.asked)
+        for index in range(self.group.ask(more), self.group.asked):
+            candidate = replace(self._row.candidates[self._order[index]], index=index)
+            if self.group.admit(candidate, Usage(policy_completion_tokens=candidate.completion_tokens or 0)):
+                self.group.post(candidate, self._row.scores[self._order[index]])
+        return more
+
+    def spent(self, selector: Selector) -> tuple[float, float, float]:
+        """The label of the pick, samples, their tokens."""
+        best = self.group.result(selector).best
+        label = 0.0 if best is None else float(self._row.labels[self._order[best]])
+        return label, self.group.asked, self.group.usage.policy_completion_tokens
 
 
 def _averaged(found: Sequence[tuple[float, ...]], rows: int) -> Floats:
