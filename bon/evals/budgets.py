@@ -72,8 +72,9 @@ def compare(
 
     Returns:
         ``rows``; ``fixed`` (a list of ``n``, ``label``, ``samples``, ``tokens`` and ``rounds``); ``tried``, the same by
-        rule for each ``spec``; ``oracle`` and ``allocated`` (all rows together get as many), the same by size; ``halves``, see ``_judged``; and ``recommended``, by size
-        the spec that is the cheapest on all rows of those that are as good.
+        rule for each ``spec``; ``oracle`` and ``allocated`` (all rows together get as many samples), the same by size;
+        ``halves``, see ``_judged``; and ``recommended``, by size the spec that is the cheapest on all rows of those
+        that are as good.
     """
     most = min(len(row.labels) for row in rows)
     fixed = {n: replay(Fixed(n), rows, selector, seed) for n in {*_SIZES, *sizes} if n <= most}
