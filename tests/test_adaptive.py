@@ -13,6 +13,7 @@ from scoring import Own
 
 from bon import Adaptive, BestOfN, Fixed, Limited, TopK
 from bon.adaptive import RULES
+from bon.allocation import Allocation
 from bon.budget import as_budget, spec_of
 from bon.config import Config
 from bon.engines.scripted import ScriptedEngine
@@ -177,6 +178,64 @@ def test_votes_stop_when_the_leader_will_hardly_be_overtaken():
     assert rule(seen([1.0] * 4, texts=["7", "7", "8", "8"])) == pytest.approx(1 / 2)
     assert rule(seen([1.0] * 4, texts=["7", "7", "7", "8"], left=1)) == 0.0, "one vote cannot turn it"
     assert rule(seen([1.0] * 2, texts=["none", "at all"])) == pytest.approx(1 / 2)
+
+
+# --- A number of samples for several prompts --------------------------------------------------------------------------
+
+
+class Prompted(Own):
+    """Prompt "k" gets its first good answer at sample k."""
+
+    range = (0.0, 1.0)
+
+    def __init__(self):
+        super().__init__(
+            lambda e: 1.0 if e.candidate.index >= int(e.task.instruction) else 0.1 + e.candidate.index / 99
+        )
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_samples_of_a_whole_go_where_they_can_still_gain(concurrent):
+    engine = ScriptedEngine([f"answer {i}" for i in range(64)], concurrent=concurrent)
+    prompts = ["0", "1", "11", "2", "0", "15"]
+    even = [r.reward for r in BestOfN(engine, Prompted(), n=8)(prompts)]
+    results = BestOfN(engine, Prompted(), n=Allocation(48), prune=False)(prompts)
+    assert [r.reward for r in results] == [1.0] * 6 != even
+    assert sum(len(r.candidates) for r in results) <= 48
+    assert [len(r.candidates) for r in results][:2] == [4, 4], "a prompt that cannot gain gets no more"
+
+
+@given(st.integers(6, 90), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_no_more_are_spent_than_there_are_and_every_prompt_gets_half_of_an_even_division(total, seed):
+    draw = np.random.default_rng(seed)
+    rewards = draw.uniform(0, 0.9, size=(6, 100)).round(int(draw.integers(0, 3)))
+    scorer = Own(lambda e: float(rewards[int(e.task.instruction), e.candidate.index]))
+    scorer.range = (0.0, 1.0)
+    engine = ScriptedEngine([f"answer {i}" for i in range(100)], concurrent=False)
+    results = BestOfN(engine, scorer, n=Allocation(total))([str(i) for i in range(6)])
+    counts = [len(r.candidates) for r in results]
+    assert sum(counts) <= total
+    assert all(n >= min(max(1, total // 12), 64) or r.reward == 1.0 for n, r in zip(counts, results, strict=True))
+
+
+def test_a_file_is_sampled_as_a_whole(tmp_path):
+    (tmp_path / "in.txt").write_text("one\ntwo\nthree\n")
+    arguments = ("run", "in.txt", *SCRIPTED, "--total-samples")
+    code, out, err = in_process_of_its_own(*arguments, 20, cwd=tmp_path)
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert sum(row["n"] for row in rows) <= 20
+    assert all(row["stop"]["reason"] for row in rows)
+    for more, complaint in (
+        ((2,), "--total-samples 2 is below the 3 prompts"),
+        ((20, "-n", 8), "--total-samples takes the place of -n 8"),
+        ((20, "-n", "adaptive:rule=bound"), "have no bounds"),
+    ):
+        code, out, err = in_process_of_its_own(*arguments, *more, cwd=tmp_path)
+        assert (code, out, complaint in err) == (2, "", True), err
+    code, _, err = in_process_of_its_own("run", "Hi", *SCRIPTED, "--total-samples", 9, cwd=tmp_path)
+    assert (code, "--total-samples is for files of prompts" in err) == (2, True)
 
 
 # --- Limits -----------------------------------------------------------------------------------------------------------

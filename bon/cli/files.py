@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bon import portal
+from bon.allocation import Allocation
 from bon.cli.options import Files, embedded, loaded, threads_for
 from bon.cli.show import show
 from bon.cli.terminal import StoppedError, one_line, said_of, say, say_off_world, sentence
@@ -210,6 +211,7 @@ def run_file(
     system: str | None = None,
     ranked: bool = False,
     credit: bool = False,
+    total: int | None = None,
 ) -> int:
     """Do every row of a file; return the exit code.
 
@@ -220,6 +222,7 @@ def run_file(
         system: a system message for rows that have none of their own.
         ranked: whether rows bring their candidates, so that no policy is needed.
         credit: whether each row's winner is rated again without each of its sentences.
+        total: samples of all rows together, which are then read before the first is sampled.
 
     Raises:
         InputError: the input cannot be read, the output cannot be written, or there are no rows.
@@ -227,7 +230,7 @@ def run_file(
     """
     _check_output(source, files)
     read = partial(row_of, system=system, ranked=ranked, prompt_field=files.prompt_field)
-    run = _settings(files, config, system, ranked, credit)
+    run = _settings(files, config, system, ranked, credit, total)
     with ExitStack() as stack:
         output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite, run=run, read=read)
         stack.callback(output.close)
@@ -243,9 +246,14 @@ def run_file(
         started = perf_counter()
         if first is not None:
             rows = chain([first], rows)
+            if total is not None:
+                waiting = list(rows)
+                if total < len(waiting):
+                    raise InputError(f"--total-samples {total} is below the {len(waiting)} prompts: each needs one.")
+                rows = iter(waiting)
             if embedded(config, ranked=ranked):
                 rows = _off_world_counted(job, rows)
-            with _ranking(config) if ranked else _sampling(config) as (scorer, outcomes):
+            with _ranking(config) if ranked else _sampling(config, total) as (scorer, outcomes):
                 if credit:
                     refuse(scorer)
                 started = perf_counter()  # loading is not counted
@@ -264,8 +272,11 @@ def run_file(
 
 
 @contextmanager
-def _sampling(config: Config) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
+def _sampling(config: Config, total: int | None) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
     with config.changed(threads=threads_for(config)).build() as bon:
+        if total is not None:
+            rule: Any = bon.budget if hasattr(bon.budget, "gain") else None
+            bon = bon.replace(n=Allocation(total, rule))
         yield bon.scorer, partial(run_rows, bon)
 
 
@@ -301,12 +312,13 @@ def _finish_all(job: Job, outcomes: Outcomes, total: int | None) -> None:
             raise StoppedError(job.interrupted) from None
 
 
-def _settings(files: Files, config: Config, system: str | None, ranked: bool, credit: bool) -> str:
+def _settings(files: Files, config: Config, system: str | None, ranked: bool, credit: bool, total: int | None) -> str:
     """What decides how a row comes out, beside the row, in short."""
     settings = config.to_dict()
     for name in ("threads", "schedule", *(("policy", "n") if ranked else ())):
         del settings[name]
     settings |= {"ranked": ranked, "system": system, "everything": files.everything, "credit": credit}
+    settings |= {} if total is None else {"total_samples": total}
     return blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
 
 
