@@ -82,11 +82,13 @@ def _budgets(scorer: str, found: Mapping[str, Any]) -> list[str]:
     for judged in found["halves"]:
         cells[f"{judged['rule'][:11]}, N={judged['n']}"] = [*_spent(judged), _interval(judged["saved"])]
     told = "saved: the policy's tokens, beside the fixed N that the rule is as good as on half of the rows"
-    ran = [
-        f"run with -n {spec}: score {_number(each['label'])}, {each['tokens']:.0f} tokens and {each['samples']:.1f} "
-        f"samples a row, {each['seconds']:.1f} s for all rows"
-        for spec, each in found["ran"].items()
-    ]
+    ran = []
+    for spec, each in found["ran"].items():
+        label, samples, tokens = _spent(each)
+        line = (
+            f"run with -n {spec}: score {label}, {tokens} tokens and {samples} samples a row, {each['seconds']:.1f} s"
+        )
+        ran.append(textwrap.fill(line, WIDTH))
     best = [*found["recommended"].values()][-1]
     return [*_blocks(_short(scorer), columns, cells), told, *ran, f"To type: --scorer {scorer} -n {best}"]
 
