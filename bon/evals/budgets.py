@@ -41,9 +41,10 @@ def settings(most: int, *, bounded: bool, extract: str | None = None) -> dict[st
         rules = (f"vote:{extract}",)
     tried = {
         rule: [
-            Adaptive(least=batch, most=most, rule=rule, price=price, batch=batch)
+            Adaptive(least=batch, most=size, rule=rule, price=price, batch=batch)
             for price in _PRICES
             for batch in (2, 4)
+            for size in ((most,) if extract is None else sizes)
         ]
         for rule in rules
     }

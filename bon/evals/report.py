@@ -257,12 +257,15 @@ def _budgets(report: Report) -> Figure | None:
 
 
 def _budget_figure(lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(2.8, legend=len(lines))
     for name, line in lines.items():
         axes.plot(*zip(*line, strict=True), "o--" if "fixed" in name else "o-", label=name, markersize=4)
     axes.set(xscale="log", xlabel="the policy's tokens for a row", ylabel="score of the pick")
-    axes.minorticks_off()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
     figure.legend(loc="outside lower left")
     return figure
 
