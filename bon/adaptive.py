@@ -3,7 +3,8 @@
 What holds whatever the rule is: never fewer than ``least`` samples are asked for and never more than ``most``; a reward
 that is the largest of the scorer's range ends the search, for nothing can beat it; a candidate without a reward adds
 nothing, so the gain is that of a candidate with one times the share that has one; of a candidate that was pruned the
-bound of its reward counts. A scorer that looks at whole groups scores again in each round.
+bound of its reward counts. A scorer that looks at whole groups scores all again in each round, and its range is not
+relied on: who beats all others so far may yet be beaten.
 """
 
 from __future__ import annotations
@@ -87,10 +88,11 @@ class Adaptive(Specified):
         Raises:
             InputError: a rule that needs a range with a scorer without one, or fewer samples than are to be picked.
         """
-        if self.rule in _NEED_A_RANGE and scorer.range is None:
+        if self.rule in _NEED_A_RANGE and (scorer.range is None or scorer.needs.group):
+            why = "have no bounds" if scorer.range is None else "change with the other candidates"
             raise InputError(
                 f"the rule {self.rule!r} goes by the largest reward there can be, and the rewards of {scorer.name!r} "
-                "have no bounds: take rule=improvement, pandora or excess."
+                f"{why}: take rule=improvement, pandora or excess."
             )
         k: int = getattr(getattr(selector, "selector", selector), "k", 1)
         if self.least < k:
@@ -133,7 +135,7 @@ class Adaptive(Specified):
 
 def stop_at_the_top(group: Group) -> None:
     """Let a group give up what is still running when a reward is the largest of the range, where that is final."""
-    if group.prune and group.range and not group.whole:
+    if group.prune and group.range:
         group.stop_at = group.range[1]
 
 

@@ -49,7 +49,8 @@ class Group:
         best_reward: the highest reward so far.
         usage: tokens spent so far.
         warnings: what is known before there is a result, see ``Result.warnings``.
-        range: the least and the largest reward that the scorer can give, where there is one.
+        range: the least and the largest reward that the scorer can give, where there is one; not where rewards depend
+            on the other candidates, so that the largest may not stay it.
         stop: why no more samples are asked for, where the budget says it.
     """
 

@@ -69,7 +69,7 @@ class Pipeline:
     async def run(self, groups: Sequence[Group], deadline: float | None = None) -> None:
         """Sample and score groups until their budgets want no more, or until ``deadline`` seconds have passed."""
         for group in groups:
-            group.range = self.scorer.range
+            group.range = None if self.scorer.needs.group else self.scorer.range
             group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
             if self.scorer.needs.reference and group.task.reference is None:
                 name = self.scorer.name

@@ -18,6 +18,7 @@ from bon.budget import as_budget, spec_of
 from bon.config import Config
 from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, InputError
+from bon.scorers.base import Needs
 from bon.stopping import Seen, bound, exact, excess, improvement, pandora, votes
 from bon.types import Stop
 
@@ -122,6 +123,22 @@ def test_a_scorer_of_whole_groups_scores_again_in_each_round():
     assert calls == [3, 8, 13, 18, 20][: len(calls)]
     assert len(calls) > 2
     assert len(result.candidates) == calls[-1]
+
+
+def test_the_best_of_a_group_that_compares_its_candidates_is_not_the_largest_reward_there_can_be():
+    """Who beat all others had reward 1, and the search ended with the first four, whoever they were."""
+
+    class Ranks(Own):
+        needs, range = Needs(group=True), (0.0, 1.0)
+
+        def __init__(self):
+            super().__init__(lambda e: e.candidate.index / max(1, len(e.group.candidates) - 1))
+
+    engine = ScriptedEngine([f"answer {i}" for i in range(64)])
+    result = BestOfN(engine, Ranks(), n="adaptive:most=20,price=0.001")(PROMPT)
+    assert len(result.candidates) > 4
+    with pytest.raises(InputError, match="the rewards of 'Ranks' change with the other candidates"):
+        BestOfN(engine, Ranks(), n="adaptive:rule=exact")
 
 
 # --- What the rules estimate ------------------------------------------------------------------------------------------
