@@ -98,6 +98,24 @@ def test_the_readmes_pass_rates_of_a_real_policy_are_those_recorded():
             assert cells == rates
 
 
+def test_the_figures_of_adaptive_n_are_those_recorded():
+    report = json.loads((ROOT / "benchmarks/results/adaptive.json").read_text())
+    ratios, quartiles, [found] = report["ratios"], report["quartiles"], report["rows"]
+    default = next(each for each in found["tried"]["improvement"] if "price=0.003,batch=4" in each["spec"])
+    fixed = next(each for each in found["fixed"] if each["n"] == 16)
+    told = " ".join(README.split())
+    assert f"{ratios['tokens_saved_8']:.0%} fewer" in told
+    assert f"{ratios['tokens_saved_16']:.0%} fewer than best of 16" in told
+    assert f"passes {default['label']:.1%} with {default['tokens']:.0f} tokens a prompt" in told
+    assert f"best of 16 {fixed['label']:.1%} with {fixed['tokens']:.0f}" in told
+    lines = (ROOT / "benchmarks/README.md").read_text()
+    for n in (8, 16):
+        low, high = quartiles[f"tokens_saved_{n}"]
+        assert f"{ratios[f'tokens_saved_{n}']:.2f} [{low:.2f}, {high:.2f}]" in lines
+    assert f"| {ratios['samples_to_best_64']:.1f} |" in lines
+    assert f"| {ratios['points_gained_by_allocation_8']:.1f} |" in lines
+
+
 def test_every_scorer_has_a_row_whose_figures_are_those_recorded():
     lines = README.splitlines()
     [head] = [at for at, line in enumerate(lines) if line.startswith("| reward |")]
