@@ -9,7 +9,7 @@ import pytest
 from command import in_process_of_its_own, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scoring import Own
+from scoring import Own, group_of
 
 from bon import Adaptive, BestOfN, Fixed, Limited, TopK
 from bon.adaptive import RULES
@@ -20,7 +20,7 @@ from bon.engines.scripted import ScriptedEngine
 from bon.errors import BonError, InputError
 from bon.scorers.base import Needs
 from bon.stopping import Seen, bound, exact, excess, improvement, pandora, votes
-from bon.types import Stop
+from bon.types import Score, Stop
 
 PROMPT = "Say a number"
 SCRIPTED = ("--policy", "scripted", "--scorer", "longest")
@@ -96,6 +96,17 @@ def test_rewards_that_fail_half_of_the_time_halve_the_gain():
     half = sampled([reward for each in good for reward in (each, None)], Adaptive(least=8, most=8)).stop
     assert half.gain == pytest.approx(whole.gain / 2)
     assert half.reason == "there are as many samples as there may be"
+
+
+def test_of_a_pruned_candidate_the_bound_of_its_reward_counts():
+    def gain(third):
+        group = group_of("x", ["a", "b", "c", "d"])
+        group.range = (0.0, 1.0)
+        for candidate, score in zip(group.candidates, [Score(0.5), Score(0.7), third, Score(0.2)], strict=True):
+            group.post(candidate, score)
+        return Adaptive().gain(group)
+
+    assert gain(Score(None, "pruned", upper_bound=0.6)) == gain(Score(0.6)) != gain(Score(0.1))
 
 
 @given(st.floats(0.01, 100), st.floats(-50, 50))
