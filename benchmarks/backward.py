@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 
 from bon import portal
-from bon.bench.harness import Report, conditions, table
+from bon.bench.harness import Report, conditions
 from bon.evals.dataset import Example
 from bon.evals.inversion import inversion
 from bon.evals.metrics import Floats, bootstrap, expected_best, interval
@@ -35,6 +35,7 @@ from bon.scorers.ensemble import Ensemble
 from bon.scorers.guard import Guard
 from bon.spec import SCORERS
 from lib.scripts import parser, script
+from lib.shares import over_sets, shares_table
 from real_text import SETS, Selected
 
 JUDGED = SETS[:-1]  # the last one is a control
@@ -83,10 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         portal.run(pool.aclose())
     for spec, found in over.items():
-        low, high = np.percentile(np.mean([drawn for drawn, _ in found], 0), (2.5, 97.5))
-        share = {"mean": float(np.mean([mean for _, mean in found])), "low": float(low), "high": float(high)}
-        report.rows.append({"case": "mean", "scorer": spec, "share": share})
-    report.text.append(_table(report.rows, [*over]))
+        report.rows.append({"case": "mean", "scorer": spec, "share": over_sets(found)})
+    report.text.append(shares_table(report.rows, "scorer"))
     report.emit(options.record / "backward.json" if options.record else options.out)
 
 
@@ -137,16 +136,6 @@ def _read_back(rows: Sequence[Example], groups: Sequence[Group], seed: int) -> d
         if getattr(one.details, "inferred", None)
     ]
     return inversion([row.task.instruction for row in rows], inferred, seed) if inferred else {}
-
-
-def _table(rows: Sequence[dict[str, Any]], specs: Sequence[str]) -> str:
-    shares = {(row["case"], row["scorer"]): row["share"] for row in rows}
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    return table(["pick by", *cases], [[spec[:34], *(_cell(shares[case, spec]) for case in cases)] for spec in specs])
-
-
-def _cell(share: dict[str, float]) -> str:
-    return f"{share['mean']:+.2f} [{share['low']:+.2f}, {share['high']:+.2f}]"
 
 
 def _write_halves(options: argparse.Namespace) -> None:

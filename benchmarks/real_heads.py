@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bon import portal
-from bon.bench.harness import Report, conditions, table
+from bon.bench.harness import Report, conditions
 from bon.evals.metrics import bootstrap, interval
 from bon.evals.store import Store, stored
 from bon.heads import probe
@@ -28,6 +28,7 @@ from bon.models import ModelPool
 from bon.pipeline import score
 from bon.spec import SCORERS
 from lib.scripts import parser, script
+from lib.shares import over_sets, shares_table
 from real_text import SETS, Selected
 
 LABELLED = SETS[:-1]  # the last one is a control
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         portal.run(pool.aclose())
     together = _head(_joined([choose.data for choose, _ in sets.values()]), options.seed)
-    gained: dict[str, list[tuple[Floats, Floats]]] = {}
+    gained: dict[str, list[tuple[Floats, float]]] = {}
     for name, (choose, out) in sets.items():
         settings, arrays = _head(choose.data, options.seed)
         rewards = probe.rewards(arrays, settings, out.data.states).mean
@@ -78,12 +79,10 @@ def main(argv: list[str] | None = None) -> None:
             figures = {"share": interval(draws, won, best), "minus_default": interval(draws, won - usual, best)}
             chosen = {"head": settings, "both": {"weight": weight}, "joint": together[0]}.get(pick, {})
             report.rows.append({"case": name, "pick": pick, **sizes, **figures, **chosen})
-            gained.setdefault(pick, []).append(((draws @ won) / (draws @ best), won.sum() / best.sum()))
+            gained.setdefault(pick, []).append(((draws @ won) / (draws @ best), float(won.sum() / best.sum())))
     for pick, found in gained.items():  # sets count alike, and are drawn anew each on its own
-        low, high = np.percentile(np.mean([drawn for drawn, _ in found], 0), (2.5, 97.5))
-        share = {"mean": float(np.mean([mean for _, mean in found])), "low": float(low), "high": float(high)}
-        report.rows.append({"case": "mean", "pick": pick, "share": share})
-    report.text.append(_table(report.rows, [*gained]))
+        report.rows.append({"case": "mean", "pick": pick, "share": over_sets(found)})
+    report.text.append(shares_table(report.rows, "pick"))
     report.emit(options.record / "real_heads.json" if options.record else options.out)
 
 
@@ -133,17 +132,6 @@ def _joined(parts: Sequence[Labelled]) -> Labelled:
     labels = np.concatenate([part.labels / part.centred(part.labels).std() for part in parts])
     rows = np.concatenate([part.rows + 10_000 * at for at, part in enumerate(parts)])
     return Labelled(states, labels, np.concatenate([part.lengths for part in parts]), rows)
-
-
-def _table(rows: Sequence[dict[str, Any]], picks: Sequence[str]) -> str:
-    shares = {(row["case"], row["pick"]): row["share"] for row in rows}
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    lines = [[case, *(_cell(shares[case, pick]) for pick in picks)] for case in cases]
-    return table(["set", *picks], lines)
-
-
-def _cell(share: dict[str, float]) -> str:
-    return f"{share['mean']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:

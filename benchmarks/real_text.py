@@ -27,6 +27,7 @@ from bon.evals.dataset import Dataset, Example, as_dataset
 from bon.evals.harness import evaluate
 from bon.evals.report import write_plots
 from lib.scripts import parser, script
+from lib.shares import cell
 
 SETS = ("ifeval", "arena-early", "gsm8k", "alpaca-eval", "llmbar-natural", "llmbar-adversarial", "crux")
 PARTS = ("choose", "report", "all")
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
                     kept = {key: figures[key] for key in (*KEPT, *SPENT)}
                     report.rows.append({"case": name, "part": part, "scorer": rule, **sizes, **kept})
                     if figures["kind"] == "scorer" or (rule in RULES and run.candidates is None):
-                        shown.append([name, rule[:40], part, str(found["rows"]), _cell(figures["share"])])
+                        shown.append([name, rule[:40], part, str(found["rows"]), cell(figures["share"])])
                 if options.record and part == "all" and run.candidates is None:
                     _plot(found, options.record / f"eval_{name}.png")
         if options.record:
@@ -146,10 +147,6 @@ def _keep(path: Path, name: str, report: Report) -> None:
     others = [row for row in before if (row["part"], row["scorer"], row["candidates"]) not in ours]
     kept = {"dataset": name, "conditions": report.conditions, "rows": others + rows}
     path.write_bytes(orjson.dumps(kept, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-
-
-def _cell(share: dict[str, Any] | None) -> str:
-    return "-" if share is None else f"{share['mean']:+.2f} [{share['low']:+.2f}, {share['high']:+.2f}]"
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:

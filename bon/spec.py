@@ -25,7 +25,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -233,18 +233,7 @@ class Registry:
             UserCodeError: a class of another package raised something else.
         """
         made, parameters = self.load(name), self._parameters(name)
-        named = [p.name for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        for option in options:
-            if option in named[: len(arguments)]:
-                raise InputError(
-                    f"{option}= is what stands behind {name}: already. An option of a model is quoted with it: "
-                    f'{name}:"MODEL,{option}=VALUE"'
-                )
-            # An option of the scorer's model passes on, but not one that is nearly an option of the scorer.
-            near = difflib.get_close_matches(option, named, n=1, cutoff=0.75)
-            if option not in named and (near or not open_ended):
-                raise UnknownNameError(f"option of the {self.kind} {name!r}", option, named)
+        self.check(name, options, len(arguments))
         options = {**{k: v for k, v in (defaults or {}).items() if k in parameters}, **options}
         try:
             _signature(made).bind(*arguments, **options)
@@ -258,6 +247,32 @@ class Registry:
             raise
         except Exception as error:
             raise user_error(f"the {self.kind} {name!r}", error) from error
+
+    def check(self, name: str, options: Iterable[str], given: int = 1) -> None:
+        """Refuse options that a registered class does not have, or that its first arguments say already.
+
+        Args:
+            name: of the class.
+            options: names.
+            given: how many arguments there are.
+
+        Raises:
+            UnknownNameError: an option that the class does not have.
+            InputError: one that is given twice.
+        """
+        parameters = self._parameters(name).values()
+        named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        for option in options:
+            if option in named[:given]:
+                raise InputError(
+                    f"{option}= is what stands behind {name}: already. An option of a model is quoted with it: "
+                    f'{name}:"MODEL,{option}=VALUE"'
+                )
+            # An option of the scorer's model passes on, but not one that is nearly an option of the scorer.
+            near = difflib.get_close_matches(option, named, n=1, cutoff=0.75)
+            if option not in named and (near or not open_ended):
+                raise UnknownNameError(f"option of the {self.kind} {name!r}", option, named)
 
     def takes_argument(self, name: str) -> bool:
         """Whether the class behind a name cannot do without a first argument, such as the model that an engine runs."""

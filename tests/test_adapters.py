@@ -150,6 +150,14 @@ def test_a_store_scores_anew_what_another_adapter_of_the_same_name_rated(
     assert rewards[0] == rewards[2] != rewards[1]
 
 
+def test_a_folder_whose_name_is_a_number_is_an_adapter(
+    tmp_path: Path, base: Any, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters[0].rename(tmp_path / "3")
+    monkeypatch.chdir(tmp_path)
+    assert asyncio.run(_pooled(f"{base},engine=torch,adapter=3")).name.endswith("+3")
+
+
 def test_an_engine_that_takes_no_adapter_says_so(adapters: list[Path]) -> None:
     with pytest.raises(InputError, match="takes no adapter"):
         ModelPool().engine(Model("scripted", options={"adapter": str(adapters[0])}))

@@ -20,7 +20,7 @@ from bon import catalog, fetching, portal
 from bon.catalog import CATALOG, SMALLEST, kept_in
 from bon.cli import main
 from bon.engines.base import Prompt, Request
-from bon.engines.lora import named_adapter
+from bon.engines.lora import adapter_of, named_adapter
 from bon.engines.torch.engine import TorchEngine
 from bon.errors import InputError, MissingExtraError, ModelNotFoundError
 from bon.models import Model, ModelPool, choose_engine
@@ -318,7 +318,9 @@ def test_a_fetch_that_was_killed_leaves_no_model_and_the_next_one_cleans_up(cach
 
 
 @pytest.mark.usefixtures("known")
-def test_an_adapter_of_bons_brings_its_base_and_is_small(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_of_bons_brings_its_base_and_is_small(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["fetch", ADAPTER]) == 0
     folder = Path(capsys.readouterr().out.strip())
     assert folder == catalog.packaged(ADAPTER)
@@ -329,6 +331,9 @@ def test_an_adapter_of_bons_brings_its_base_and_is_small(cache: Path, capsys: py
     assert sizes["adapter_model.safetensors"] == CATALOG[ADAPTER].size
     assert sum(sizes.values()) < 10e6
     assert set(adapter.record["licences"]) <= {"MIT", "Apache-2.0"}, "it may be given on"
+    (cache / ADAPTER).mkdir()
+    monkeypatch.chdir(cache)
+    assert adapter_of(ADAPTER) is None, "a folder of that name is the folder"
     assert main(["run", "Hi", "--policy", f"{ADAPTER},adapter={cache}"]) == 2
     assert "'flip-135m' is a LoRA adapter itself and takes no adapter=" in capsys.readouterr().err
 
@@ -450,7 +455,7 @@ def test_a_policy_and_the_scorer_that_was_trained_on_it_share_one_set_of_weights
     answer = "Leaves drift on cold wind,\nred and gold, they kiss the earth.\nAutumn says goodbye."
     [group] = portal.run(score(scorer, [("Write a haiku about autumn leaves.", ["I like pizza.", answer])]))
     assert group.rewards[1] > group.rewards[0]
-    assert "autumn" in group.scores[1].details.inferred.lower()
+    assert "leaves" in group.scores[1].details.inferred, "it asks for something about them, and repeats nothing"
     portal.run(pool.aclose())
 
 

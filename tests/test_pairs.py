@@ -411,6 +411,11 @@ def test_every_pair_has_both_kinds_of_negatives_and_none_is_its_own_instruction(
         ([PAIR, OTHER], ("--held-out", "none.jsonl"), "cannot read none.jsonl"),
         ([PAIR, OTHER], ("-o", "in.jsonl"), "both the input and the output"),
         (None, (), "nothing to make pairs of"),
+        ([PAIR, OTHER], ("--scorer", "longest"), "--scorer says how answers are chosen that --policy gives"),
+        ([PAIR, OTHER], ("--least", "nan"), "--least must be a number"),
+        ([PAIR, OTHER], ("--licence", " "), "the row has no licence"),
+        ([PAIR, OTHER], ("-n", "4"), "-n says how answers are chosen that --policy gives"),
+        ([PAIR, OTHER], ("--policy", "mini", "--turn-temperature", "1"), "in.jsonl does: leave one of them out"),
     ],
 )
 def test_bad_input_gets_one_sentence(pairs, rows, options, says):
@@ -443,6 +448,57 @@ def test_another_source_is_added_to_what_is_there(pairs):
     assert code == 0
     assert [pair["response"] for pair in made] == [PAIR["response"], OTHER["response"], "Lima."]
     assert "1 new pairs, 3 in out.jsonl" in err
+
+
+def test_what_is_to_be_overwritten_stays_where_the_first_row_is_bad(pairs):
+    pairs([PAIR, OTHER])
+    code, made, err = pairs([{"response": "x"}], "--overwrite")
+    assert (code, len(made)) == (2, 2)
+    assert "0 new pairs" not in err
+
+
+def test_a_held_out_file_without_rows_is_refused(pairs, tmp_path):
+    (tmp_path / "test.jsonl").write_text("")
+    code, made, err = pairs([PAIR, OTHER], "--held-out", "test.jsonl")
+    assert (code, made) == (2, [])
+    assert "test.jsonl holds no rows" in err
+
+
+def test_a_winner_whose_field_candidates_is_something_else_is_a_pair(pairs):
+    row = {"prompt": TEA, "text": "It is cheap.", "reward": 1.0, "candidates": 5}
+    assert [pair["response"] for pair in pairs([row, OTHER])[1]] == ["It is cheap.", OTHER["response"]]
+
+
+def test_pairs_of_another_tool_whose_source_is_no_text_are_added_to(pairs, tmp_path):
+    write_rows(tmp_path / "out.jsonl", [{**PAIR, "source": ["a book", 3], "at": 7}])
+    code, made, err = pairs([OTHER], "--resume")
+    assert (code, len(made)) == (0, 2), err
+
+
+def test_ctrl_c_while_negatives_are_made_says_that_the_pairs_are_there(pairs, tmp_path, monkeypatch):
+    def interrupted(texts, count):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bon.pairs.collect.neighbours", interrupted)
+        code, made, err = pairs([PAIR, OTHER])
+    assert (code, len(made)) == (130, 2)
+    assert "2 pairs are in out.jsonl, without negatives. The same command with --resume goes on" in err
+    code, made, _ = pairs([PAIR, OTHER], "--resume")
+    assert (code, all(pair["negatives"] for pair in made)) == (0, True)
+
+
+def test_half_a_file_with_negatives_is_removed(pairs, tmp_path, monkeypatch):
+    """On a full disk it took the room that the pairs need."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bon.pairs.collect.altered", full)
+    code, made, err = pairs([PAIR, OTHER])
+    assert (code, len(made)) == (1, 2)
+    assert "No space left on device" in err
+    assert not (tmp_path / "out.jsonl.part").exists()
 
 
 def test_pairs_are_kept_where_the_negatives_cannot_be_written(pairs, tmp_path):

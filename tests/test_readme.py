@@ -168,3 +168,15 @@ def test_every_file_that_the_readme_names_exists():
         r"\]\((benchmarks/[\w/.]+)\)", README
     ):
         assert (ROOT / path).exists(), path
+
+
+def test_the_figures_of_the_adapter_that_comes_with_bon_are_those_recorded():
+    record = json.loads((ROOT / "bon/adapters/flip-135m/bon.json").read_text())
+    before, after = record["measured"]["held-back pairs"].values()
+    for label, key in (("reconstructions that echo", "echoes"), ("mean word F1", "f1")):
+        [row] = [line for line in README.splitlines() if line.startswith(f"| {label}")]
+        assert row.split("|")[2:4] == [f" {before[key]:.2f} ", f" {after[key]:.2f} "]
+    rows = json.loads((ROOT / "benchmarks/results/backward.json").read_text())["rows"]
+    shares = [row["share"] for row in rows if row["case"] == "mean" and row["scorer"].endswith(":flip-135m")]
+    stated = [f"{share['mean']:.2f} [{share['low']:.2f}, {share['high']:.2f}]" for share in shares]
+    assert f"| {', '.join(stated)} |" in README

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -29,13 +30,13 @@ from bon.scorers.flip import Flip
 from bon.scorers.likelihood import BackwardLikelihood
 from bon.tuning import checkpoint
 from bon.tuning.encoding import Encoded, encode, passes, steps, with_rivals
-from bon.tuning.flip import train, without
+from bon.tuning.flip import _held_back, train, without
 from bon.tuning.loss import logprobs, losses
 from bon.tuning.pairs import Pair, read_pairs
 from bon.tuning.settings import Settings
 from bon.tuning.training import Training
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", reason="pip install 'bon[train]'")
 
 COLOURS = ("red", "green", "blue", "gold", "grey", "pink")
 THINGS = ("ship", "tower", "garden", "engine", "letter", "piano", "harbour")
@@ -200,6 +201,12 @@ def test_the_adapter_is_a_scorer_beside_its_base_and_a_model_of_its_own(trained:
     assert np.mean(np.array(beside) - plain) > 1
 
 
+def test_64_different_prompts_are_held_back_where_prompts_have_several_answers() -> None:
+    pairs = [Pair(f"Describe item {item}.", f"Answer {answer}") for item in range(300) for answer in range(2)]
+    held = _held_back(pairs, 0)
+    assert len({pair.instruction for pair in held}) == len(held) == 64
+
+
 def test_another_model_does_not_take_it(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="was trained for"):
         TorchEngine(save(tmp_path / "other")).adapted(trained[0])
@@ -234,7 +241,9 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path:
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b") != adapter_bytes(tmp_path / "c")
 
 
-def test_a_training_that_is_killed_goes_on_to_the_same_adapter(tmp_path: Path) -> None:
+def test_a_training_that_is_killed_goes_on_to_the_same_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs, whole, out = written(tmp_path / "pairs.jsonl", FEW), tmp_path / "whole", tmp_path / "out"
     command = ["train", "flip", "--model", "mini", "--pairs", pairs, "--batch", 4, "--dropout", 0.1]
     command += ["--contrast", 0.5, "--checkpoint-every", 0]
@@ -250,6 +259,9 @@ def test_a_training_that_is_killed_goes_on_to_the_same_adapter(tmp_path: Path) -
     assert adapter_bytes(out) == adapter_bytes(whole)
     losses = [json.loads((folder / "bon.json").read_text())["loss"] for folder in (out, whole)]
     assert losses[0] == losses[1]
+    assert f"step {len(losses[0])} of {len(losses[0])}, loss" in capsys.readouterr().err, (
+        "there is no terminal for a bar"
+    )
 
 
 @contextmanager
@@ -305,6 +317,43 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path, change: dic
         training(tmp_path)
 
 
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, seen = written(tmp_path / "pairs.jsonl", FEW), checkpoint.save
+
+    def interrupted(folder: Path, state: dict[str, Any]) -> None:
+        seen(folder, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    command = ["train", "flip", "--pairs", str(pairs), "-o", str(tmp_path / "out"), "--checkpoint-every"]
+    assert main([*command, "0"]) == 130
+    assert "the same command goes on from the last checkpoint in" in capsys.readouterr().err
+
+
+def test_two_trainings_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    """Each replaced the checkpoints of the other, and whoever ended last left its adapter."""
+    first, second = training(tmp_path / "out"), training(tmp_path / "out")
+
+    def meanwhile(done: int, of: int, loss: float) -> None:
+        if done == 1:
+            with pytest.raises(InputError, match="another training is writing to"):
+                second.run()
+
+    first.run(meanwhile)
+
+
+def test_a_folder_that_cannot_take_the_adapter_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """It was found out after the training, whose work was lost; and a model's folder hid the adapter in it."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for out, complaint in (("file", "cannot write to the folder"), ("model", "holds something else, 'config.json'")):
+        with pytest.raises(InputError, match=complaint):
+            training(tmp_path / out).run(lambda done, of, loss: pytest.fail("it trains"))
+
+
 class Stop:
     """Ctrl-C after some steps."""
 
@@ -348,11 +397,59 @@ def test_a_file_without_pairs_is_refused_in_one_sentence(tmp_path: Path, content
         ({"dropout": 1.0}, "dropout must be below 1"),
         ({"max_tokens": 20}, "pairs have more than 20 tokens"),
         ({"style": "json"}, "asks for JSON"),
+        ({"seed": 1 << 64}, "seed must be below"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         training(tmp_path, **change)
+
+
+def test_a_pair_that_is_longer_than_the_scorer_takes_is_left_out(tmp_path: Path) -> None:
+    """The training read it at positions that the model does not know, and the scorer then refused it."""
+    base = save(tmp_path / "base", "Llama", max_position_embeddings=256)
+    long = Pair("Count for long.", "one two three " * 60)
+    assert training(tmp_path / "out", base, [*FEW, long], max_tokens=4096).left_out == 1
+    with pytest.raises(InputError, match=r"more than 256 tokens .* reads no longer ones"):
+        training(tmp_path / "out", base, [long, long], max_tokens=4096)
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [
+        (Model("mini", options={"adapter": "mine"}), "'mini,adapter=mine' has an adapter already"),
+        (Model("flip-135m"), "'flip-135m' has an adapter already"),
+        (Model("mini", options={"share_prefixes": False}), "Did you mean 'share_prefix'"),
+    ],
+)
+def test_a_model_that_could_not_be_measured_is_refused_before_the_training(
+    tmp_path: Path, model: Model, complaint: str
+) -> None:
+    """The first two were trained without their adapter, the last one failed once it was trained."""
+    with pytest.raises(InputError, match=complaint):
+        train(model, FEW, tmp_path / "out", Settings(**QUICK))
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_sets_of_one_name_are_refused(tmp_path: Path) -> None:
+    """The figures of the second took the place of the first's."""
+    sets = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        row = {"prompt": "Say hi.", "candidates": ["Hi", "No"], "best": 0}
+        (tmp_path / name / "rows.jsonl").write_text(json.dumps(row))
+        sets.append(as_dataset(str(tmp_path / name / "rows.jsonl")))
+    with pytest.raises(InputError, match=r"'rows.jsonl' is judged on twice"):
+        train(Model("mini"), FEW, tmp_path / "out", Settings(**QUICK), judged=sets)
+
+
+def test_the_last_line_is_a_spec_that_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It said flip:None without --model, and named half of a folder with a comma."""
+    out = tmp_path / "mine, all mine"
+    command = ["train", "flip", "--pairs", str(written(tmp_path / "pairs.jsonl", FEW)), "-o", str(out), "--limit", "1"]
+    assert main(command) == 0
+    spec = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("--scorer ")[2])[0]
+    assert Model.of(spec.removeprefix("flip:")) == Model.of("mini", adapter=str(out))
 
 
 def test_a_finished_adapter_is_not_written_over(trained: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from bon.cli.options import (
 )
 from bon.cli.run import is_file
 from bon.errors import BonError, InputError
+from bon.errors import number as check_number
 
 if TYPE_CHECKING:
     from bon.config import Config
@@ -159,6 +160,13 @@ def pairs(
         )
     if file is not None and not is_file(file):
         raise InputError(f"there is no file {file!r}.")
+    if kept.least is not None:
+        check_number("--least", kept.least)
+    for name, value in (("--scorer", scorer), ("-n", number.n)):
+        if value is not None and policy is None:
+            raise InputError(f"{name} says how answers are chosen that --policy gives: name one, or leave {name} out.")
+    if turn_temperature and file is not None:
+        raise InputError(f"--turn-temperature is of what a model asks, and here {file} does: leave one of them out.")
     if rows.output is None or (rows.output.exists() and not rows.output.is_file()):
         raise InputError(
             "pairs go to a file, which is written anew with their negatives at the end: give -o FILE.jsonl."
@@ -197,6 +205,7 @@ def pairs(
         made = _made(given, config, policy is not None, turn_temperature or [0.6, 0.8, 1.0], count, collection)
         try:
             with (
+                _broken_into(given),
                 closing(made),
                 tqdm(
                     total=None if file else count,
@@ -205,22 +214,21 @@ def pairs(
                     disable=not sys.stderr.isatty(),
                 ) as bar,
             ):
-                first = next(made, None)  # until then what is to be overwritten stays
-                output.start()
+                first = next(made, None)
+                if first is not None or not (given.stopped or given.broken):  # else what is to be overwritten stays
+                    output.start()
                 for pair in made if first is None else chain([first], made):
                     collection.add(pair, output)
                     bar.update(collection.count - bar.n)
+            if collection.count:
+                add_negatives(rows.output, kept.negatives)
         except KeyboardInterrupt:
             raise StoppedError(
                 f"interrupted: {collection.count} pairs are in {output.name}, without negatives. The same command with "
                 "--resume goes on from there."
             ) from None
-        except BonError as error:
-            given.broken = error
-        if collection.count:
-            add_negatives(rows.output, kept.negatives)
         refused = "".join(f"; {count} refused: {reason}" for reason, count in collection.refused.most_common() if count)
-        if given.broken is None or output.written:
+        if output.written or not (given.stopped or given.broken):
             say(f"{output.written} new pairs, {collection.count} in {output.name}{refused}.")
         if given.broken is not None:
             raise given.broken
@@ -268,6 +276,15 @@ class _Input:
     def exit_code(self) -> int:
         """As that of ``bon run`` over a file."""
         return 1 if self.engine_failed else 2 if self.stopped else 0
+
+
+@contextmanager
+def _broken_into(given: _Input) -> Iterator[None]:
+    """Note what ends the making of pairs; those that are there get their negatives all the same."""
+    try:
+        yield
+    except BonError as error:
+        given.broken = error
 
 
 def _made(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import typer
 
 from bon.cli.options import JSON, Setup, configured, grouped
 from bon.errors import InputError
+
+_LINES = 20  # that a training prints where there is no terminal for a bar
 
 app = typer.Typer(help="Train a reward of your own.", no_args_is_help=True)
 
@@ -134,9 +137,10 @@ def flip(
     from tqdm import tqdm
 
     from bon.cli.options import threads_for
-    from bon.cli.terminal import print_json
+    from bon.cli.terminal import StoppedError, print_json, say
     from bon.evals.dataset import as_dataset
     from bon.models import Model
+    from bon.tuning import checkpoint
     from bon.tuning.flip import table, train
     from bon.tuning.pairs import read_pairs
     from bon.tuning.settings import Settings
@@ -164,23 +168,34 @@ def flip(
             bar.total = of
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(done - bar.n)
+            if not show and done * _LINES // of != (done - 1) * _LINES // of:
+                say(f"step {done} of {of}, loss {loss:.3f} per token")
 
-        record = train(
-            Model.of(config.policy),
-            read_pairs(pairs),
-            output,
-            settings,
-            judged=[as_dataset(each) for each in rows or ()],
-            limit=limit,
-            threads=threads_for(config.changed(scorer="random")),
-            progress=progress,
-            show=show,
-        )
+        try:
+            record = train(
+                base := Model.of(config.policy),
+                read_pairs(pairs),
+                output,
+                settings,
+                judged=[as_dataset(each) for each in rows or ()],
+                limit=limit,
+                threads=threads_for(config.changed(scorer="random")),
+                progress=progress,
+                show=show,
+            )
+        except KeyboardInterrupt:
+            there = (output / checkpoint.NAME).exists()
+            raise StoppedError(
+                f"interrupted: the same command goes on from the last checkpoint in {output}."
+                if there
+                else "interrupted before the first checkpoint: nothing is kept. --checkpoint-every S writes more."
+            ) from None
     if as_json:
         print_json(record)
     else:
         print(table(record))
-        print(f"The adapter, its record and its loss are in {output}: --scorer flip:{config.policy},adapter={output}")
+        spec = shlex.quote(f"flip:{Model.of(base, adapter=str(output)).text}")
+        print(f"The adapter, its record and its loss are in {output}: --scorer {spec}")
     return 0
 
 

@@ -211,7 +211,9 @@ def adapter_of(model: str | Path) -> Adapter | None:
     Raises:
         InputError: an adapter_config.json that cannot be read.
     """
-    folder = packaged(str(model)) or Path(model).expanduser()
+    folder = Path(str(model)).expanduser()  # in a spec a folder named 3 is a number
+    if not folder.is_dir():
+        folder = packaged(str(model)) or folder
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return None
     try:

@@ -59,7 +59,7 @@ class Collection:
             raise InputError("it is no pair: it has not both texts, 'instruction' and 'response'. Choose another -o.")
         if self.held.holds(instruction):
             raise InputError("the pair stands in the rows of --held-out. Make the file anew from it, with another -o.")
-        self._note(instruction, response, fields.get("source"), fields.get("at"))
+        self._note(instruction, response, str(fields.get("source")), fields.get("at"))
         return Row(line, fields, Task.of(instruction))
 
     def last(self, source: str) -> int:
@@ -93,7 +93,7 @@ class Collection:
         output.write(replace(pair, instruction=instruction, response=response).to_dict())
         self._note(instruction, response, pair.source, pair.at)
 
-    def _note(self, instruction: str, response: str, source: Any, at: Any) -> None:
+    def _note(self, instruction: str, response: str, source: str, at: Any) -> None:
         self.count += 1
         self._seen.add(instruction)
         self._answers[instruction] += 1
@@ -115,15 +115,19 @@ def add_negatives(path: Path, count: int) -> None:
         near = dict(zip(texts, neighbours(texts, count), strict=True))
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        for pair in _pairs(path):
-            pair.pop("negatives", None)
-            if count:
-                instruction = pair["instruction"]
-                kinds = zip_longest(near[instruction], altered(instruction, pair["response"], count))
-                pair["negatives"] = [text for one in kinds for text in one if text]  # whoever takes few has both kinds
-            file.write(to_json(pair) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            for pair in _pairs(path):
+                pair.pop("negatives", None)
+                if count:
+                    instruction = pair["instruction"]
+                    kinds = zip_longest(near[instruction], altered(instruction, pair["response"], count))
+                    pair["negatives"] = [text for one in kinds for text in one if text]  # of few, some of both kinds
+                file.write(to_json(pair) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            part.unlink()  # on a full disk, room for pairs
+            raise
     part.replace(path)
 
 

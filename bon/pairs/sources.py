@@ -115,7 +115,7 @@ class Reading:
             InputError: neither the row nor the user says which one.
         """
         licence = row.fields.get("licence") or row.fields.get("license") or self.licence
-        if not licence:
+        if not licence or not str(licence).strip():
             raise InputError("the row has no licence. Give --licence NAME, or --licence unknown if you do not know it.")
         return str(licence)
 
@@ -141,8 +141,12 @@ class Reading:
             return []
         if not isinstance(text, str) or not isinstance(reward, int | float):
             raise InputError(f"'text' and 'reward' must be text and a number, not {shown(text)} and {shown(reward)}.")
-        given = fields.get("candidates") or ()
-        of_best = [one for one in given if isinstance(one, dict) and one.get("index") == best]
+        given = fields.get("candidates")
+        of_best = [
+            one
+            for one in (given if isinstance(given, list) else ())
+            if isinstance(one, dict) and one.get("index") == best
+        ]
         cut = any(one.get("finish_reason") == "length" for one in of_best)
         return [] if cut or (self.least is not None and reward < self.least) else [(text, "", float(reward))]
 
@@ -165,7 +169,7 @@ def instructions_of(rows: str) -> Iterator[str]:
         rows: a file of prompts, of labelled candidates or of pairs; or a dataset's spec.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or holds none.
     """
     if rows.endswith(NAMED):
         tasks = []
@@ -175,6 +179,8 @@ def instructions_of(rows: str) -> Iterator[str]:
             tasks.append(row.task)
     else:
         tasks = [example.task for example in as_dataset(rows).rows()]
+    if not tasks:
+        raise InputError(f"{rows} holds no rows, so nothing would be held out. Name another file.")
     for task in tasks:
         yield task.instruction
         yield next(message.content for message in reversed(task.messages) if message.role == "user")

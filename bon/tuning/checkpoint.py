@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -17,6 +20,42 @@ log = logging.getLogger("bon")
 NAME = "checkpoint.pt"
 
 
+@contextmanager
+def claimed(folder: Path, own: Collection[str]) -> Iterator[None]:
+    """Keep other trainings out of a folder, which is made where it is not there, and find out that it can be written.
+
+    Args:
+        folder: of an adapter.
+        own: names of the files that a training writes.
+
+    Raises:
+        InputError: it cannot be written, holds something else, or another training writes to it.
+    """
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - set(own)
+        with TemporaryFile(dir=folder):
+            held = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {str(folder)!r}: {error.strerror}. Name another.") from error
+    try:
+        if others and not (folder / NAME).exists():
+            raise InputError(f"the folder {str(folder)!r} holds something else, {min(others)!r} for one. Name another.")
+        try:
+            flock(held, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another training is writing to {str(folder)!r}. Wait until it ends, or name another folder."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(held)
+
+
 def write(path: Path, content: bytes) -> None:
     """Write a file in place of what is there, at once or not at all.
 
@@ -25,14 +64,19 @@ def write(path: Path, content: bytes) -> None:
     """
     beside = path.with_name(f".{path.name}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}.") from error
+        with suppress(OSError):
+            beside.unlink()
+        raise InputError(
+            f"cannot write {str(path)!r}: {error.strerror}. Once it can be, the same command goes on from the last "
+            "checkpoint."
+        ) from error
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:

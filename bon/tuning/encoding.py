@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from bon.engines.text.render import Renderer
+from bon.engines.torch.reading import in_batches
 from bon.scorers.likelihood import BackwardLikelihood
 from bon.scorers.parsing import response_piece
 from bon.tuning.pairs import Pair
@@ -36,14 +38,18 @@ class Encoded:
 
 
 def encode(pair: Pair, scorer: BackwardLikelihood, renderer: Renderer, negatives: int = 0) -> Encoded | None:
-    """A pair in the prompt of a scorer, with so many negatives; None where a response is nothing but thinking."""
+    """A pair in the prompt of a scorer, with so many negatives.
+
+    None where a response is nothing but thinking, or an instruction nothing that the tokenizer knows.
+    """
     response = response_piece(Candidate(0, pair.response))
     if response is None:
         return None
     end = () if renderer.end_id is None else (renderer.end_id,)
     prompt = renderer.render(scorer.style.prompt(pair.task, response, scorer.template))
     texts = (pair.instruction, *pair.negatives[:negatives])
-    return Encoded(prompt, tuple((*renderer.encode(text.strip()), *end) for text in texts))
+    own, *others = (renderer.encode(text.strip()) for text in texts)
+    return Encoded(prompt, tuple((*ids, *end) for ids in (own, *filter(None, others)))) if own else None
 
 
 def steps(lengths: Sequence[int], batch: int, epochs: int, seed: int) -> list[list[int]]:
@@ -86,11 +92,5 @@ def with_rivals(pairs: Sequence[Encoded], rivals: int, rng: np.random.Generator)
 
 def passes(pairs: Sequence[Encoded], most: int) -> Iterator[list[Encoded]]:
     """The pairs of a step, some at a time: at most ``most`` tokens with padding, a longer one alone."""
-    batch: list[Encoded] = []
-    for pair in sorted(pairs, key=lambda pair: pair.length):
-        if batch and (len(batch) + 1) * pair.length > most:
-            yield batch
-            batch = []
-        batch.append(pair)
-    if batch:
-        yield batch
+    rows = {at: (*pair.prompt, *chain.from_iterable(pair.targets)) for at, pair in enumerate(pairs)}
+    return ([pairs[at] for at in batch] for batch in in_batches(rows, most))

@@ -22,9 +22,10 @@ from bon.models import Model, ModelPool, weights_of
 from bon.pairs.alike import HeldOut
 from bon.scorers.flip import Flip
 from bon.scorers.likelihood import BackwardLikelihood
+from bon.spec import ENGINES
 from bon.tuning.pairs import LEAST_PAIRS, HeldBack, Pair
 from bon.tuning.settings import Settings
-from bon.tuning.training import Progress, Training
+from bon.tuning.training import PLOT, Progress, Training
 
 log = logging.getLogger("bon")
 
@@ -61,16 +62,23 @@ def train(
         What stands in the adapter's ``bon.json``; ``measured`` by name of the dataset and of the scorer.
 
     Raises:
-        InputError: too few pairs, or what ``Training`` and ``evaluate`` say.
+        InputError: too few pairs, a model that cannot be trained, or what ``Training`` and ``evaluate`` say.
         EngineError: the loss is no number.
     """
     if model.runs_on not in ("torch", "vllm"):
         raise InputError(
             f"{model.text!r} is trained by torch, which loads models in Hugging Face format and GGUF files."
         )
+    if model.adapter is not None:
+        raise InputError(f"{model.text!r} has an adapter already, and one on top cannot be used. Name its base.")
     model = replace(model, engine="torch")
+    ENGINES.check("torch", model.options)  # before the training, not after it
     held = [] if judged else _held_back(pairs, settings.seed)
     sets: list[Dataset] = [*judged] or [HeldBack(held)]
+    if twice := [name for name, count in Counter(one.name for one in sets).items() if count > 1]:
+        raise InputError(
+            f"{twice[0]!r} is judged on twice, and its figures have one place. Rename one, or leave it out."
+        )
     asked = [row.task.instruction for one in sets for row in one.rows()]
     apart = without([pair for pair in pairs if pair not in held], asked)
     if len(apart) < LEAST_PAIRS:
@@ -86,7 +94,7 @@ def train(
         "licences": Counter(pair.licence or "unknown" for pair in apart),
     }
     training.write_record(record)
-    _plot(out / "loss.png", [own for own, _ in training.losses])
+    _plot(out / PLOT, [own for own, _ in training.losses])
     adapted = replace(model, options={**model.options, "adapter": str(out)})
     record["measured"] = {one.name: _measured(one, (model, adapted), settings, limit, threads, show) for one in sets}
     return training.finish(record)
@@ -111,8 +119,9 @@ def without(pairs: Sequence[Pair], judged: Sequence[str]) -> list[Pair]:
 
 
 def _held_back(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    count = min(_HELD_BACK, max(1, len(pairs) // 8))
-    return [pairs[at] for at in sorted(np.random.default_rng(seed).permutation(len(pairs))[:count])]
+    drawn = [pairs[at] for at in np.random.default_rng(seed).permutation(len(pairs))]
+    different = list({pair.instruction: pair for pair in drawn}.values())  # a prompt is told from the others
+    return different[: min(_HELD_BACK, max(1, len(pairs) // 8))]
 
 
 def _measured(
@@ -137,7 +146,10 @@ def _plot(path: Path, losses: Sequence[float]) -> None:
 
     window = max(1, len(losses) // _WINDOW)
     ends = range(window, len(losses) + 1, window)
-    plot_loss(path, [(end, float(np.mean(losses[end - window : end]))) for end in ends])
+    try:
+        plot_loss(path, [(end, float(np.mean(losses[end - window : end]))) for end in ends])
+    except OSError as error:
+        log.warning("no plot of the loss: cannot write %r: %s", str(path), error.strerror)
 
 
 def table(record: Mapping[str, Any]) -> str:

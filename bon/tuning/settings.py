@@ -50,7 +50,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("epochs", "rank", "batch", "rivals"):
             whole_number(name, getattr(self, name), 1)
-        whole_number("seed", self.seed, 0)
+        if whole_number("seed", self.seed, 0) >= 1 << 63:
+            raise InputError(f"seed must be below 2 to the power of 63, got {self.seed}.")
         if self.max_tokens is not None:
             whole_number("max_tokens", self.max_tokens, 16)
         for field in fields(self):

@@ -25,7 +25,7 @@ from bon.engines.loading import load
 from bon.engines.lora import CONFIG, RECORD, WEIGHTS
 from bon.engines.memory import give_back
 from bon.engines.text.render import Renderer
-from bon.engines.torch.engine import torch_errors
+from bon.engines.torch.engine import context_of, torch_errors
 from bon.engines.torch.reading import fingerprint
 from bon.engines.torch.threads import choose_threads
 from bon.errors import EngineError, InputError, MissingExtraError
@@ -43,6 +43,7 @@ _LOADING = ("device", "dtype", "revision", "trust_remote_code")
 _TEMPLATE = ("chat_template", "chat_template_kwargs")
 _PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 _CLIP = 1.0  # norm of the gradient
+PLOT = "loss.png"
 _RISE = 0.05  # share of the steps over which the learning rate rises
 
 Progress = Callable[[int, int, float], object]
@@ -61,7 +62,7 @@ class Training:
         threads: of the arithmetic on a CPU; None follows the rule of ``bon.engines.torch.threads``.
 
     Attributes:
-        left_out: pairs that are longer than a pass, or whose response is nothing but thinking.
+        left_out: pairs that are longer than a pass or than the model reads, or whose response is nothing but thinking.
         losses: of each step so far: nats per token of the instructions, and the contrast where there is one.
 
     Raises:
@@ -91,15 +92,24 @@ class Training:
         scorer = BackwardLikelihood(style=settings.style)
         self._rivals = settings.rivals if settings.contrast else 0
         encoded = [encode(pair, scorer, renderer, self._rivals) for pair in pairs]
-        self._pairs = [pair for pair in encoded if pair is not None and pair.length <= self._most]
+        room = context_of(loaded.config, None) or math.inf
+        self._pairs = [
+            pair
+            for pair in encoded
+            if pair is not None
+            and pair.length <= self._most
+            and len(pair.prompt) + max(map(len, pair.targets)) <= room  # as the scorer, which refuses a longer one
+        ]
         self.left_out = len(pairs) - len(self._pairs)
         if len(self._pairs) < LEAST_PAIRS:
             raise InputError(
-                f"{self.left_out} of {len(pairs)} pairs have more than {self._most} tokens or an empty response, so "
-                "nothing is left to train on. Raise max_tokens (--pass-tokens)."
+                f"{self.left_out} of {len(pairs)} pairs have more than {min(self._most, room)} tokens or an empty "
+                "response, so nothing is left to train on. "
+                + ("Raise max_tokens (--pass-tokens)." if self._most < room else "The model reads no longer ones.")
             )
         self._steps = steps([pair.length for pair in self._pairs], settings.batch, settings.epochs, settings.seed)
-        self._model = _with_adapter(loaded, model.name, settings)
+        with torch_errors(model.name, f"rank (now {settings.rank})"):
+            self._model = _with_adapter(loaded, model.name, settings)
         self._weights = {name: weight for name, weight in self._model.named_parameters() if weight.requires_grad}
         self._optimizer: Any = torch.optim.AdamW(
             self._weights.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -114,11 +124,14 @@ class Training:
 
         Raises:
             EngineError: the loss is no number. The adapter as it was at the last checkpoint is written.
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be written, holds something else, or another training writes to it.
         """
         saved = time.monotonic()
         self._model.train()
-        with torch_errors(self._base.name, f"max_tokens (now {self._most})"):
+        with (
+            checkpoint.claimed(self.out, (CONFIG, WEIGHTS, RECORD, PLOT)),
+            torch_errors(self._base.name, f"max_tokens (now {self._most})"),
+        ):
             while self._done < len(self._steps):
                 loss = self._gradients()
                 if time.monotonic() - saved >= self.settings.checkpoint_s:
@@ -129,10 +142,10 @@ class Training:
                 self.losses.append(loss)
                 self._done += 1
                 progress(self._done, len(self._steps), loss[0])
-        if not all(bool(weight.isfinite().all()) for weight in self._weights.values()):
-            self._fail()
-        self._checkpoint()
-        self._write_adapter()
+            if not all(bool(weight.isfinite().all()) for weight in self._weights.values()):
+                self._fail()
+            self._checkpoint()
+            self._write_adapter()
         self._model = self._optimizer = None  # the memory is needed for what measures the adapter
         self._weights.clear()
         give_back()
@@ -176,7 +189,6 @@ class Training:
         )
 
     def _checkpoint(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         state = {
             "key": self._key,
             "step": self._done,
@@ -209,7 +221,6 @@ class Training:
         """PEFT's files, in bfloat16, and enough beside them that the base can be checked."""
         from peft import get_peft_model_state_dict
 
-        self.out.mkdir(parents=True, exist_ok=True)
         named = get_peft_model_state_dict(self._model, save_embedding_layers=False)
         small = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in named.items()}
         config = self._model.peft_config["default"].to_dict()
@@ -231,7 +242,9 @@ class Training:
         }
         if self.settings.contrast:
             whole["contrast"] = [contrast for _, contrast in self.losses]
-        checkpoint.write(self.out / RECORD, json.dumps(whole, indent=2, ensure_ascii=False).encode())
+        checkpoint.write(
+            self.out / RECORD, json.dumps(whole, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
+        )
         return whole
 
 
