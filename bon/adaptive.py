@@ -43,7 +43,7 @@ class Adaptive(Specified):
     """Samples until one more would gain less than its price.
 
     While the rule cannot tell (all rewards so far are the same, or there are none) up to twice ``least`` samples are
-    asked for, and no more.
+    asked for, and no more; "exact" goes on.
 
     Args:
         least: samples at least, asked for together.
@@ -127,7 +127,8 @@ class Adaptive(Specified):
             return Stop("there are as many samples as there may be", gain)
         if gain is None:
             known = "rewards that do not differ" if rewards else "no reward"
-            return Stop(f"so many samples have {known}") if group.asked >= 2 * self.least else None
+            enough = group.asked >= 2 * self.least and self.rule != "exact"
+            return Stop(f"so many samples have {known}") if enough else None
         if gain <= (RULES[self.rule.partition(":")[0]][1] if self.price is None else self.price):
             return Stop("one more sample would gain less than it costs", gain)
         return None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bon.selectors import Selector
 
 _SHARE = 4  # of what is left, one part is given away at a time
+_ROUND = 256  # samples of one round at most: they fill a batch, and what is scored an interrupted run keeps
 
 
 class Allocation:
@@ -32,12 +33,16 @@ class Allocation:
         rule: estimates the gains, and says how many samples a group gets at first, at most and at a time. Its price
             counts for nothing.
 
+    Attributes:
+        groups: of the run.
+
     Raises:
         InputError: ``total`` < 1.
     """
 
     def __init__(self, total: int, rule: Adaptive | None = None) -> None:
         self.total, self.rule = whole_number("total samples", total, 1), rule or Adaptive()
+        self.groups: Sequence[Group] = ()
         self._planned: dict[int, int] = {}
 
     @property
@@ -57,7 +62,7 @@ class Allocation:
         """
         if self.total < len(groups):
             raise InputError(f"{self.total} samples are fewer than the {len(groups)} prompts: each needs one at least.")
-        even = self.total // len(groups)
+        self.groups, even = groups, self.total // len(groups)
         least, half = min(self.rule.least, even), even // 2
         left = self.total - sum(group.asked for group in groups)
         waiting = []
@@ -68,12 +73,14 @@ class Allocation:
             if gain != 0.0 and group.asked < self.most and not group.over and not group.stuck:
                 first = group.asked < max(half, 2 * least if gain is None else least)
                 waiting.append((-math.inf if first else -(gain or 0.0), group.asked, position))
-        started = any(group.asked for group in groups)
-        batch = self.rule.batch if started else least
-        turns = -(-left // (_SHARE * batch)) if started else len(groups)
+        batch = max(least, self.rule.batch)
+        unbegun = sum(not asked for _, asked, _ in waiting)
+        turns = min(max(unbegun, -(-left // (_SHARE * batch))), -(-_ROUND // batch))
         self._planned = {}
         for _, asked, position in sorted(waiting)[:turns]:
-            self._planned[id(groups[position])] = more = min(batch, left, self.most - asked)
+            self._planned[id(groups[position])] = more = min(
+                self.rule.batch if asked else least, left, self.most - asked
+            )
             left -= more
 
     def more(self, group: Group) -> int:

@@ -291,10 +291,10 @@ class Group:
         """Note why the task has no result; the first reason stays."""
         self.error = self.error or error
 
-    def expire(self, deadline: float | None) -> None:
-        """Make up for what a deadline cut off: candidates and scores that are missing are late."""
-        self.stop = Stop(f"the deadline of {deadline:g} s passed")
-        passed = f"{self.stop.reason} before it was"
+    def expire(self, why: str) -> None:
+        """Make up for what was cut off, by a deadline for instance: candidates and scores that are missing are late."""
+        self.stop = Stop(why)
+        passed = f"{why} before it was"
         for index in range(self.asked):
             if index not in self._candidates:
                 self._candidates[index] = Candidate(index, "", "abort", finished=self._now())

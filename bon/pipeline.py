@@ -83,7 +83,7 @@ class Pipeline:
                 await self._settle(groups)
         except TimeoutError:  # of asyncio.timeout: what engines and scorers raise has been noted by then
             for group in groups:
-                group.expire(deadline)
+                group.expire(f"the deadline of {deadline:g} s passed")
 
     async def stream(self, groups: Iterable[Group | BonError]) -> AsyncGenerator[tuple[int, Group | BonError], None]:
         """Run many groups and yield (position, group) as they finish; what could not become a group passes through.

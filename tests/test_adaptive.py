@@ -3,11 +3,13 @@
 import asyncio
 import json
 import math
+import signal
+import time
 
 import numpy as np
 import pytest
-from command import in_process_of_its_own, rows_of
-from hypothesis import given, settings
+from command import in_process_of_its_own, process, rows_of
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scoring import Own, group_of
 
@@ -64,6 +66,7 @@ def test_never_fewer_than_least_nor_more_than_most_and_the_candidates_are_those_
 
 
 @given(rewards_of_64, st.integers(1, 9), st.integers(1, 7), st.booleans())
+@example([None, None, *[0.0] * 62], 1, 1, False)  # it ended with the second, and without a winner
 @settings(max_examples=50, deadline=None)
 def test_stopping_at_the_largest_reward_never_changes_the_winner(rewards, least, batch, prune):
     stopped = sampled(rewards, Adaptive(least=least, most=32, rule="exact", batch=batch), prune=prune)
@@ -264,6 +267,48 @@ def test_a_file_is_sampled_as_a_whole(tmp_path):
         assert (code, out, complaint in err) == (2, "", True), err
     code, _, err = in_process_of_its_own("run", "Hi", *SCRIPTED, "--total-samples", 9, cwd=tmp_path)
     assert (code, "--total-samples is for files of prompts" in err) == (2, True)
+
+
+def test_ctrl_c_keeps_what_each_prompt_of_a_whole_has_and_resume_spends_the_rest_on_the_others(tmp_path):
+    """Rows are written at the end, and an interrupted run had nothing."""
+    script = """
+from bon.engines.scripted import ScriptedEngine
+from bon.scorers.base import Scorer
+from bon.types import Score
+
+model = ScriptedEngine(lambda text, draw: "word " * int(text) + str(draw), step_seconds={step})
+
+class Last(Scorer):
+    concurrent = True
+
+    async def score(self, pending):
+        for position, each in enumerate(pending):
+            open("scored", "a").write("x")
+            yield position, Score(0.1 * int(each.candidate.text.split()[-1]))
+
+scorer = Last()
+"""
+    (tmp_path / "slow.py").write_text(script.format(step=0.02))
+    (tmp_path / "in.txt").write_text("2\n5000\n3\n")
+    arguments = ("run", "in.txt", "-o", "out.jsonl", "--policy", "slow:model", "--scorer", "slow:scorer")
+    arguments += ("--total-samples", 14, "--max-tokens", 9000)
+    running = process(*arguments, cwd=tmp_path)
+    end = time.monotonic() + 30
+    while not (tmp_path / "scored").exists() or (tmp_path / "scored").stat().st_size < 8:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert (running.returncode, b"interrupted: 2 rows done and in out.jsonl" in err) == (130, True), err
+    kept = rows_of(tmp_path / "out.jsonl")
+    assert [(row["prompt"], row["n"], row["text"].split()[-1]) for row in kept] == [("2", 4, "3"), ("3", 4, "3")]
+    assert {row["stop"]["reason"] for row in kept} == {"the run was interrupted"}
+    (tmp_path / "slow.py").write_text(script.format(step=0))
+    code, _, err = in_process_of_its_own(*arguments, "--resume", cwd=tmp_path)
+    assert code == 0, err
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert rows[:2] == kept
+    assert [(row["prompt"], row["n"]) for row in rows[2:]] == [("5000", 6)]
 
 
 # --- Limits -----------------------------------------------------------------------------------------------------------

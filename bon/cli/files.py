@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,9 @@ from typing import Any
 from tqdm import tqdm
 
 from bon import portal
+from bon.adaptive import Adaptive
 from bon.allocation import Allocation
+from bon.budget import as_budget
 from bon.cli.options import Files, embedded, loaded, threads_for
 from bon.cli.show import show
 from bon.cli.terminal import StoppedError, one_line, said_of, say, say_off_world, sentence
@@ -44,8 +46,10 @@ from bon.data.rows import (
 )
 from bon.data.sink import Output
 from bon.errors import BonError, InputError
+from bon.group import Group
+from bon.pipeline import made
 from bon.scorers.base import Scorer
-from bon.selectors import as_selector, only_the_best_counts
+from bon.selectors import Selector, as_selector, only_the_best_counts
 from bon.trace import Trace
 from bon.types import Result, Sampling, Saved, Usage
 
@@ -162,6 +166,20 @@ class Job:
             self.scored += 1
             self.reward_sum += result.reward
 
+    def keep(self, rows: Mapping[int, Row], groups: Iterable[Group], selector: Selector) -> None:
+        """Write what an interrupted run over all rows together has, where that is a candidate with a reward.
+
+        Args:
+            rows: that are not written, by the identity of their tasks.
+            groups: of the run.
+            selector: what picks.
+        """
+        for group in groups:
+            if (row := rows.get(id(group.task))) is not None and group.best_reward is not None:
+                group.expire("the run was interrupted")
+                if isinstance(result := made(group.result, selector), Result):
+                    self.finish(row, result)
+
     @property
     def exit_code(self) -> int:
         """0 when every row is done or was bad and to be skipped; 1 when a model failed, which is no row's fault."""
@@ -246,20 +264,29 @@ def run_file(
         started = perf_counter()
         if first is not None:
             rows = chain([first], rows)
+            allocation, left = None, {}
             if total is not None:
-                waiting = list(rows)
-                if total < len(waiting):
-                    raise InputError(f"--total-samples {total} is below the {len(waiting)} prompts: each needs one.")
-                rows = iter(waiting)
+                left = {id(row.task): row for row in rows}
+                if total < len(left):
+                    raise InputError(f"--total-samples {total} is below the {len(left)} prompts: each needs one.")
+                rows, rule = iter(left.copy().values()), as_budget(config.n)
+                more = max(total - output.spent, len(left))
+                allocation = Allocation(more, rule if isinstance(rule, Adaptive) else None)
             if embedded(config, ranked=ranked):
                 rows = _off_world_counted(job, rows)
-            with _ranking(config) if ranked else _sampling(config, total) as (scorer, outcomes):
+            with _ranking(config) if ranked else _sampling(config, allocation) as (scorer, outcomes):
                 if credit:
                     refuse(scorer)
                 started = perf_counter()  # loading is not counted
                 output.start()
                 finished = outcomes(rows)
-                _finish_all(job, credited_rows(scorer, finished) if credit else finished, _count(source, files.limit))
+                try:
+                    finished = credited_rows(scorer, finished) if credit else finished
+                    _finish_all(job, finished, _count(source, files.limit), left)
+                except KeyboardInterrupt:
+                    if allocation is not None:
+                        job.keep(left, allocation.groups, _selector(config))
+                    raise StoppedError(job.interrupted) from None
         if job.off_world:
             say_off_world(ranked=ranked, count=(job.off_world, job.seen))
         if job.listed > LISTED:
@@ -272,19 +299,22 @@ def run_file(
 
 
 @contextmanager
-def _sampling(config: Config, total: int | None) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
+def _sampling(
+    config: Config, allocation: Allocation | None
+) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
     with config.changed(threads=threads_for(config)).build() as bon:
-        if total is not None:
-            rule: Any = bon.budget if hasattr(bon.budget, "gain") else None
-            bon = bon.replace(n=Allocation(total, rule))
+        bon = bon if allocation is None else bon.replace(n=allocation)
         yield bon.scorer, partial(run_rows, bon)
 
 
 @contextmanager
 def _ranking(config: Config) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
-    selector = as_selector(config.selector, config.min_reward, seed=Sampling.of(config.sampling).seed)
     with loaded(config, ranked=True) as (_, scorer):
-        yield scorer, partial(rank_rows, scorer, selector, prune=config.prune)
+        yield scorer, partial(rank_rows, scorer, _selector(config), prune=config.prune)
+
+
+def _selector(config: Config) -> Selector:
+    return as_selector(config.selector, config.min_reward, seed=Sampling.of(config.sampling).seed)
 
 
 def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
@@ -295,7 +325,7 @@ def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
         yield row
 
 
-def _finish_all(job: Job, outcomes: Outcomes, total: int | None) -> None:
+def _finish_all(job: Job, outcomes: Outcomes, total: int | None, left: dict[int, Row]) -> None:
     async def work(bar: tqdm[Any]) -> None:
         async with aclosing(outcomes):
             async for row, outcome in outcomes:
@@ -303,13 +333,11 @@ def _finish_all(job: Job, outcomes: Outcomes, total: int | None) -> None:
                     job.fail(row.line, outcome)
                 else:
                     job.finish(row, outcome)
+                left.pop(id(row.task), None)
                 bar.update(job.already + job.output.written + job.failed - bar.n)
 
     with tqdm(total=total, unit="row", file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
-        try:
-            portal.run(work(bar))
-        except KeyboardInterrupt:
-            raise StoppedError(job.interrupted) from None
+        portal.run(work(bar))
 
 
 def _settings(files: Files, config: Config, system: str | None, ranked: bool, credit: bool, total: int | None) -> str:

@@ -59,7 +59,7 @@ def run(
             metavar="M",
             min=1,
             help="For a file: samples of all prompts together, in place of -n; each goes where it promises most. All "
-            "rows are read first, and written at the end.",
+            "rows are read first, and written at the end; or after Ctrl-C, each with the best so far.",
         ),
     ] = None,
     system: Annotated[
