@@ -444,6 +444,12 @@ def test_a_server_takes_it_from_a_request_and_says_why_it_stopped():
         ):
             refused = site.chat("a fox", best_of_n={"n": n, "scorer": scorer})
             assert (refused.status_code, said in refused.json()["error"]["message"]) == (400, True), refused.text
+        stops = {
+            reason: site.metric("bon_budget_stops_total", reason=reason)
+            for reason in ("a reward of N was reached", "there are as many samples as there may be")
+        }
+        assert stops == {"a reward of N was reached": 1, "there are as many samples as there may be": 2}
+        assert site.metric("bon_samples_saved_total") == 4, "two of six were sampled"
         assert "need every reward" in site.chat("a fox", best_of_n={"n": "adaptive"}, n=5).json()["error"]["message"]
 
 
