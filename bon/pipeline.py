@@ -159,7 +159,8 @@ class Pipeline:
                 if more := min(_whole(self.budget.more(group)), max(0, most - group.asked)):
                     prompt = Prompt.of(group.task.messages)
                     group.warnings += of_sampling(sampling, group.asked + more) if not group.asked else ()
-                    asked.append((group, Request(prompt, sampling, more, group.ask(more))))
+                    first = group.ask(more)
+                    asked.append((group, Request(prompt, sampling, more, first, continued=group.asked < most)))
             except Exception as error:
                 group.fail(user_error("the budget", error))
         return asked

@@ -16,10 +16,12 @@ from scoring import Own, group_of
 from bon import Adaptive, BestOfN, Fixed, Limited, TopK
 from bon.adaptive import RULES
 from bon.allocation import Allocation
-from bon.budget import as_budget, spec_of
+from bon.budget import StopAt, as_budget, spec_of
 from bon.config import Config
 from bon.engines.scripted import ScriptedEngine
+from bon.engines.torch.engine import TorchEngine
 from bon.errors import BonError, InputError
+from bon.mini import WEIGHTS
 from bon.scorers.base import Needs
 from bon.stopping import Seen, bound, exact, excess, improvement, pandora, votes
 from bon.types import Score, Stop
@@ -153,6 +155,23 @@ def test_the_best_of_a_group_that_compares_its_candidates_is_not_the_largest_rew
     assert len(result.candidates) > 4
     with pytest.raises(InputError, match="the rewards of 'Ranks' change with the other candidates"):
         BestOfN(engine, Ranks(), n="adaptive:rule=exact")
+
+
+def test_the_candidates_are_the_same_whatever_the_rounds_and_their_prompt_is_read_once():
+    policy = TorchEngine(WEIGHTS)
+    found = []
+    for size in (1, 2, 4, 8):
+        before = policy.stats.computed
+        rounds = StopAt(1e9, most=8, batch=size)  # a reward that none has
+        result = BestOfN(policy, "longest", n=rounds, sampling={"seed": 3, "max_tokens": 40})(f"Write {size} notes.")
+        tokens = result.usage.policy_prompt_tokens * size // 8
+        assert (
+            policy.stats.computed - before == tokens == result.usage.policy_prompt_tokens - result.usage.cached_tokens
+        )
+        again = BestOfN(policy, "longest", n=8, sampling={"seed": 3, "max_tokens": 40})(f"Write {size} notes.")
+        assert [c.text for c in result.candidates] == [c.text for c in again.candidates]
+        found += [c.text for c in result.candidates]
+    assert len({*found}) > 8
 
 
 # --- What the rules estimate ------------------------------------------------------------------------------------------
