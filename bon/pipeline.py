@@ -68,16 +68,9 @@ class Pipeline:
 
     async def run(self, groups: Sequence[Group], deadline: float | None = None) -> None:
         """Sample and score groups until their budgets want no more, or until ``deadline`` seconds have passed."""
-        for group in groups:
-            group.range = None if self.scorer.needs.group else self.scorer.range
-            group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
-            if self.scorer.needs.reference and group.task.reference is None:
-                name = self.scorer.name
-                group.fail(InputError(f"the scorer {name!r} compares with a reference, and the task has none."))
         try:
             async with asyncio.timeout(deadline):
-                if given := [w for group in groups for w in group.pending()]:
-                    await self._score(given)
+                await self._begin(groups)
                 while asked := self._asked(groups):
                     await _Round(self, asked, live=deadline is not None).run()
                 await self._settle(groups)
@@ -91,16 +84,21 @@ class Pipeline:
         Groups are made when they are needed, on a thread of their own: the iterable may take its time. What it raises
         comes after the groups before it.
         """
+        together = hasattr(self.budget, "share")
+        if not together and not self.concurrent:
+            async with aclosing(self._refilled(groups)) as finished:
+                async for outcome in finished:
+                    yield outcome
+            return
         running: dict[asyncio.Future[Any], int] = {}  # and how many candidates each has
         reading: set[asyncio.Future[Any]] = set()
         broken: Exception | None = None
-        together = hasattr(self.budget, "share")
-        more, enough = True, math.inf if together else 1 if self.concurrent else WAVE
+        more, enough = True, math.inf if together else 1
         waves = _chunks(enumerate(groups), enough, lambda item: self._size(item[1]))
         async with aclosing(portal.pull(waves)) as chunks:
             try:
                 while more or running:
-                    if more and not reading and sum(running.values()) < (WAVE if self.concurrent else 1):
+                    if more and not reading and sum(running.values()) < WAVE:
                         reading = {asyncio.ensure_future(anext(chunks, []))}
                     done, _ = await asyncio.wait({*running, *reading}, return_when=asyncio.FIRST_COMPLETED)
                     for read in done & reading:
@@ -124,6 +122,49 @@ class Pipeline:
                     task.cancel()
                 await asyncio.gather(*running, *reading, return_exceptions=True)
 
+    async def _begin(self, groups: Sequence[Group]) -> None:
+        """Note what is known of each task, and score the candidates that it brings."""
+        for group in groups:
+            group.range = None if self.scorer.needs.group else self.scorer.range
+            group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
+            if self.scorer.needs.reference and group.task.reference is None:
+                name = self.scorer.name
+                group.fail(InputError(f"the scorer {name!r} compares with a reference, and the task has none."))
+        if given := [w for group in groups for w in group.pending()]:
+            await self._score(given)
+
+    async def _refilled(self, groups: Iterable[Group | BonError]) -> AsyncGenerator[tuple[int, Group | BonError], None]:
+        """Like ``stream``, round by round: groups that are over make room for others, so that batches are full."""
+        going: dict[Group, int] = {}  # and where they stand
+        broken: Exception | None = None
+        more = True
+        async with aclosing(portal.pull(enumerate(groups))) as items:
+            while more or going:
+                asked = self._asked([*going])
+                over = going.keys() - {group for group, _ in asked}
+                await self._settle([*over])
+                for group in [group for group in going if group in over]:
+                    yield going.pop(group), group
+                room, fresh = WAVE - sum(request.n for _, request in asked), list[Group]()
+                while more and room > 0:
+                    try:
+                        position, item = await anext(items)
+                    except StopAsyncIteration:
+                        item = None
+                    except Exception as error:
+                        item, broken = None, error
+                    if isinstance(item, Group):
+                        going[item] = position
+                        fresh.append(item)
+                    elif item is not None:
+                        yield position, item
+                    more, room = item is not None, room - self._size(item)
+                await self._begin(fresh)
+                if asked := asked + self._asked(fresh):
+                    await _Round(self, asked, live=False).run()
+        if broken is not None:
+            raise broken
+
     async def results(
         self, groups: Iterable[Group | BonError], selector: Selector
     ) -> AsyncGenerator[tuple[int, Result | BonError], None]:
@@ -136,8 +177,8 @@ class Pipeline:
         await self.run([item for _, item in chunk if isinstance(item, Group)])
         return chunk
 
-    def _size(self, item: Group | BonError) -> int:
-        if isinstance(item, BonError):
+    def _size(self, item: Group | BonError | None) -> int:
+        if not isinstance(item, Group):
             return 1
         return item.asked or getattr(self.budget, "least", None) or getattr(self.budget, "most", None) or 1
 
