@@ -6,6 +6,7 @@ budgets on it takes neither. Rows are split into halves: what a rule may choose 
 other (`bon.evals.budgets`). Beside the rules stand every fixed N, and the oracle, which knows the labels.
 
     python benchmarks/adaptive.py --table mini.jsonl --plot adaptive.png
+    python benchmarks/adaptive.py --partial --dataset ifeval --policy smollm2-135m --scorer likelihood --prompts 20
     python benchmarks/adaptive.py --dataset crux --votes '"answer"\\s*:\\s*"([^"]*)"' --n 16
 """
 
@@ -32,12 +33,16 @@ from bon.group import Group
 from bon.selectors import WeightedVote
 from bon.task import Task
 from bon.types import Candidate, Score
+from lib import partial
 from lib.scripts import parser, script
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make the table if it is not there, replay, print a table and one JSON object."""
     options = _options(argv)
+    if options.partial:
+        partial.measure(options).emit(options.out)
+        return
     rows = _rows(options)
     most = min(len(row.labels) for row in rows)
     sizes = [*(size for size in (8, 16) if size < most), most]
@@ -79,6 +84,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--prompts", type=int, metavar="COUNT", help="rows; 120, or 12 with --quick")
     options.add_argument("--n", type=int, help="candidates of each; 64, or 24 with --quick")
     options.add_argument("--votes", metavar="EXTRACT", help="let answers vote, with no rewards: number, boxed, REGEX")
+    options.add_argument(
+        "--partial", action="store_true", help="how rewards of unfinished candidates tell the final ones"
+    )
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw pass rate against tokens (PNG)")
     return options.parse_args(argv)
 
