@@ -7,6 +7,7 @@ other (`bon.evals.budgets`). Beside the rules stand every fixed N, and the oracl
 
     python benchmarks/adaptive.py --table mini.jsonl --plot adaptive.png
     python benchmarks/adaptive.py --partial --dataset ifeval --policy smollm2-135m --scorer likelihood --prompts 20
+    python benchmarks/adaptive.py --wall                        # and --policy mini,engine=vllm
     python benchmarks/adaptive.py --dataset crux --votes '"answer"\\s*:\\s*"([^"]*)"' --n 16
 """
 
@@ -33,15 +34,15 @@ from bon.group import Group
 from bon.selectors import WeightedVote
 from bon.task import Task
 from bon.types import Candidate, Score
-from lib import partial
+from lib import partial, wall
 from lib.scripts import parser, script
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make the table if it is not there, replay, print a table and one JSON object."""
     options = _options(argv)
-    if options.partial:
-        partial.measure(options).emit(options.out)
+    if options.partial or options.wall:
+        (partial if options.partial else wall).measure(options).emit(options.out)
         return
     rows = _rows(options)
     most = min(len(row.labels) for row in rows)
@@ -87,6 +88,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument(
         "--partial", action="store_true", help="how rewards of unfinished candidates tell the final ones"
     )
+    options.add_argument("--wall", action="store_true", help="time a list of prompts, and a server's answers")
+    options.add_argument("--budget", default="adaptive:most=16", help="what --wall times beside N")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw pass rate against tokens (PNG)")
     return options.parse_args(argv)
 
