@@ -116,3 +116,10 @@ def test_the_benchmark_makes_its_table_once_and_ends_in_its_ratios(tmp_path, cap
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     ratios = json.loads(capsys.readouterr().out.splitlines()[-1])["ratios"]
     assert {"tokens_saved_8", "points_lost_8", "oracle_saved_8", "samples_to_best_9"} <= ratios.keys()
+
+
+def test_the_benchmark_says_how_rewards_of_unfinished_candidates_tell_the_final_ones(capsys):
+    importlib.import_module("adaptive").main(["--partial", "--prompts", "4", "--n", "6"])
+    ratios = json.loads(capsys.readouterr().out.splitlines()[-1])["ratios"]
+    assert ratios["rank_correlation_25"] < ratios["rank_correlation_75"] <= 1
+    assert ratios.keys() >= {"best_kept_50", "best_kept_by_chance"}
