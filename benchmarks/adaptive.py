@@ -89,7 +89,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         "--partial", action="store_true", help="how rewards of unfinished candidates tell the final ones"
     )
     options.add_argument("--wall", action="store_true", help="time a list of prompts, and a server's answers")
-    options.add_argument("--budget", default="adaptive:most=16", help="what --wall times beside N")
+    options.add_argument("--budget", default="adaptive", help="what --wall times beside N")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw pass rate against tokens (PNG)")
     return options.parse_args(argv)
 
