@@ -114,6 +114,26 @@ def test_the_figures_of_adaptive_n_are_those_recorded():
         assert f"{ratios[f'tokens_saved_{n}']:.2f} [{low:.2f}, {high:.2f}]" in lines
     assert f"| {ratios['samples_to_best_64']:.1f} |" in lines
     assert f"| {ratios['points_gained_by_allocation_8']:.1f} |" in lines
+    walls = {}
+    for name in ("wall", "wall_vllm", "partial"):
+        recorded = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        for key in recorded["ratios"].keys() - {"best_kept_by_chance"}:
+            low, high = recorded["quartiles"][key]
+            walls[key] = f"{recorded['ratios'][key]:.2f}"
+            spread = "" if low == high else f" ({low:.2f} to {high:.2f})"
+            assert f"{walls[key]}{spread} |" in lines.replace("**", "")
+    torch, vllm = (walls[f"adaptive_vs_fixed_run_{engine}"] for engine in ("torch", "vllm"))
+    assert f"it takes {torch} of best of 16's wall-clock on torch and {vllm} on vLLM" in told
+
+
+def test_the_times_of_other_libraries_are_those_recorded():
+    rows = json.loads((ROOT / "benchmarks/results/peers.json").read_text())["ratios"]
+    table = (ROOT / "benchmarks/README.md").read_text().replace("**", "")
+    for side in ("fixed", "adaptive", "stop", "prune", "single", "gather", "dspy", "optillm"):
+        [line] = [line for line in table.splitlines() if line.startswith(f"| `{side}` |")]
+        for n in (16, 32):
+            assert f"| {rows[f'{side}_vs_its_hub_{n}']:.2f}" in line
+            assert side == "gather" or f"| {rows[f'{side}_vs_gather_{n}']:.2f} |" in line
 
 
 def test_every_scorer_has_a_row_whose_figures_are_those_recorded():
