@@ -23,7 +23,6 @@ from typing import Any
 from tqdm import tqdm
 
 from bon import portal
-from bon.adaptive import Adaptive
 from bon.allocation import Allocation
 from bon.budget import as_budget
 from bon.cli.options import Files, embedded, loaded, threads_for
@@ -269,9 +268,10 @@ def run_file(
                 left = {id(row.task): row for row in rows}
                 if total < len(left):
                     raise InputError(f"--total-samples {total} is below the {len(left)} prompts: each needs one.")
-                rows, rule = iter(left.copy().values()), as_budget(config.n)
+                rows = iter(left.copy().values())
+                rule: Any = as_budget(config.n)
                 more = max(total - output.spent, len(left))
-                allocation = Allocation(more, rule if isinstance(rule, Adaptive) else None)
+                allocation = Allocation(more, rule if hasattr(rule, "gain") else None)
             if embedded(config, ranked=ranked):
                 rows = _off_world_counted(job, rows)
             with _ranking(config) if ranked else _sampling(config, allocation) as (scorer, outcomes):
