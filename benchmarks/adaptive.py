@@ -6,7 +6,7 @@ budgets on it takes neither. Rows are split into halves: what a rule may choose 
 other (`bon.evals.budgets`). Beside the rules stand every fixed N, and the oracle, which knows the labels.
 
     python benchmarks/adaptive.py --table mini.jsonl --plot adaptive.png
-    python benchmarks/adaptive.py --partial --dataset ifeval --policy smollm2-135m --scorer likelihood --prompts 20
+    python benchmarks/adaptive.py --partial --dataset gsm8k --scorer likelihood:smollm2-135m --prompts 6
     python benchmarks/adaptive.py --wall                        # and --policy mini,engine=vllm
     python benchmarks/adaptive.py --dataset crux --votes '"answer"\\s*:\\s*"([^"]*)"' --n 16
 """
