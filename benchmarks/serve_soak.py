@@ -78,11 +78,11 @@ def holds(row: dict[str, Any]) -> bool:
 
 
 class Server:
-    """``bon serve`` with the scripted engine, in a process of its own; its log goes to a file."""
+    """``bon serve``, with the scripted engine by default, in a process of its own with a file as its log."""
 
-    def __init__(self, step: float, running: int, waiting: int) -> None:
+    def __init__(self, *arguments: float, script: str = SERVER) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-c", SERVER, str(step), str(running), str(waiting)]
+        command = [sys.executable, "-c", script, *map(str, arguments)]
         self.process = subprocess.Popen(command, stderr=self._log, stdout=subprocess.DEVNULL)
         self.exit_code: int | None = None
         self.complaints: list[str] = []

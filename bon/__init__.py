@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bon.adaptive import Adaptive as Adaptive
     from bon.best_of_n import BestOfN as BestOfN
     from bon.budget import Fixed as Fixed
+    from bon.budget import Limited as Limited
     from bon.budget import StopAt as StopAt
     from bon.engines.base import Engine as Engine
     from bon.errors import BonError as BonError
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BestOfN": "bon.best_of_n",
+    "Adaptive": "bon.adaptive",
     "Fixed": "bon.budget",
+    "Limited": "bon.budget",
     "StopAt": "bon.budget",
     "Engine": "bon.engines.base",
     "Group": "bon.group",

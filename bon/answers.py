@@ -96,6 +96,7 @@ _HAS_VERIFY = importlib.util.find_spec("math_verify") is not None
 _LONGEST = 80  # characters of an answer that is looked at as mathematics
 
 
+@functools.lru_cache(maxsize=4096)  # a group is voted on again whenever a candidate comes
 def _equal(a: str, b: str) -> bool:
     if not _HAS_VERIFY or max(len(a), len(b)) > _LONGEST or not all(re.search(r"\d|\\", text) for text in (a, b)):
         return False

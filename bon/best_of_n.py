@@ -41,7 +41,7 @@ class BestOfN:
             for the embedded mini model.
         scorer: what rewards them: a ``Scorer`` or its spec ("likelihood:Qwen/Qwen3-0.6B"), a reward function, or a
             model for FLIP to run on; None is the scorer ``default``, and FLIP for the embedded model.
-        n: candidates for each prompt, or a ``Budget`` or its spec ("stop-at:0.9,most=16").
+        n: candidates for each prompt, or a ``Budget`` or its spec ("stop-at:0.9,most=16", "adaptive").
         sampling: how the policy samples; a ``Sampling`` or a mapping with its fields.
         selector: "best", another selector's spec ("top-k:3"), or a ``Selector``.
         min_reward: abstain when the best reward is below this.
@@ -83,6 +83,8 @@ class BestOfN:
         self._pool = ModelPool(threads)
         try:
             self.policy, self.scorer = self._pool.both(policy, scorer)
+            if fits := getattr(self.budget, "fits", None):
+                fits(self.scorer, self.selector)
         except BaseException:
             portal.run(self._pool.aclose())  # the policy may be there, and the scorer's model not
             raise

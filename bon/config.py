@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from bon.best_of_n import BestOfN
-from bon.budget import Fixed, as_budget
+from bon.budget import as_budget, spec_of
 from bon.errors import InputError, UnknownNameError, whole_number
 from bon.models import Model, as_scorer
 from bon.pipeline import SCHEDULES, Schedule
 from bon.selectors import as_selector
-from bon.spec import BUDGETS, SCORERS, SELECTORS, names_object
+from bon.spec import SCORERS, SELECTORS, names_object
 from bon.types import Sampling
 
 
@@ -117,7 +117,7 @@ class Config:
             else str(scorer)
             if isinstance(scorer, str | Path)
             else SCORERS.spec_of(scorer),
-            n=bon.budget.n if isinstance(bon.budget, Fixed) else BUDGETS.spec_of(bon.budget),
+            n=spec_of(bon.budget),
             selector=selector if isinstance(selector, str) else SELECTORS.spec_of(selector),
             min_reward=bon.min_reward,
             prune=bon.prune,

@@ -24,7 +24,7 @@ from bon.remarks import of_result
 from bon.scorers.base import Pending
 from bon.selectors import Selector, select
 from bon.task import Conversation, Task
-from bon.types import REWARDED, Candidate, Result, Score, Timing, Usage, without_text
+from bon.types import REWARDED, Candidate, Result, Score, Stop, Timing, Usage, without_text
 
 Callback = Callable[[Candidate | Score], None]
 Follow = Callable[[Partial], None]
@@ -49,6 +49,9 @@ class Group:
         best_reward: the highest reward so far.
         usage: tokens spent so far.
         warnings: what is known before there is a result, see ``Result.warnings``.
+        range: the least and the largest reward that the scorer can give, where there is one; not where rewards depend
+            on the other candidates, so that the largest may not stay it.
+        stop: why no more samples are asked for, where the budget says it.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Group:
         self.best_reward: float | None = None
         self.usage = Usage()
         self.warnings: list[str] = []
+        self.range: tuple[float, float] | None = None
+        self.stop: Stop | None = None
         self._callback, self._follow = callback, follow
         self._candidates: dict[int, Candidate] = {}
         self._scores: dict[int, Score] = {}
@@ -126,6 +131,11 @@ class Group:
     def reached(self) -> bool:
         """Whether a reward is good enough to stop."""
         return self.stop_at is not None and self.best_reward is not None and self.best_reward >= self.stop_at
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been there."""
+        return self._now()
 
     @property
     def watched(self) -> bool:
@@ -281,9 +291,10 @@ class Group:
         """Note why the task has no result; the first reason stays."""
         self.error = self.error or error
 
-    def expire(self, deadline: float | None) -> None:
-        """Make up for what a deadline cut off: candidates and scores that are missing are late."""
-        passed = f"the deadline of {deadline:g} s passed before it was"
+    def expire(self, why: str) -> None:
+        """Make up for what was cut off, by a deadline for instance: candidates and scores that are missing are late."""
+        self.stop = Stop(why)
+        passed = f"{why} before it was"
         for index in range(self.asked):
             if index not in self._candidates:
                 self._candidates[index] = Candidate(index, "", "abort", finished=self._now())
@@ -324,7 +335,8 @@ class Group:
             raise self.error from error
         timing = replace(timing, select=self._now() - total)
         warnings = (*self.warnings, *of_result(self.candidates, self.scores, selection))
-        return Result(self.task, self.candidates, self.scores, selection, timing, self.usage, warnings)
+        stop = self.stop or (Stop(f"a reward of {self.stop_at:g} was reached", 0.0) if self.reached else None)
+        return Result(self.task, self.candidates, self.scores, selection, timing, self.usage, warnings, stop=stop)
 
     def _copy(self, first: int, index: int) -> None:
         self._record(index, self._scores[first], same_as=first)

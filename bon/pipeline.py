@@ -8,6 +8,7 @@ budget, a callback) belongs to the group that it was called for.
 from __future__ import annotations
 
 import asyncio
+import math
 import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -67,21 +68,15 @@ class Pipeline:
 
     async def run(self, groups: Sequence[Group], deadline: float | None = None) -> None:
         """Sample and score groups until their budgets want no more, or until ``deadline`` seconds have passed."""
-        for group in groups:
-            group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
-            if self.scorer.needs.reference and group.task.reference is None:
-                name = self.scorer.name
-                group.fail(InputError(f"the scorer {name!r} compares with a reference, and the task has none."))
         try:
             async with asyncio.timeout(deadline):
-                if given := [w for group in groups for w in group.pending()]:
-                    await self._score(given)
+                await self._begin(groups)
                 while asked := self._asked(groups):
                     await _Round(self, asked, live=deadline is not None).run()
                 await self._settle(groups)
         except TimeoutError:  # of asyncio.timeout: what engines and scorers raise has been noted by then
             for group in groups:
-                group.expire(deadline)
+                group.expire(f"the deadline of {deadline:g} s passed")
 
     async def stream(self, groups: Iterable[Group | BonError]) -> AsyncGenerator[tuple[int, Group | BonError], None]:
         """Run many groups and yield (position, group) as they finish; what could not become a group passes through.
@@ -89,15 +84,21 @@ class Pipeline:
         Groups are made when they are needed, on a thread of their own: the iterable may take its time. What it raises
         comes after the groups before it.
         """
+        together = hasattr(self.budget, "share")
+        if not together and not self.concurrent:
+            async with aclosing(self._refilled(groups)) as finished:
+                async for outcome in finished:
+                    yield outcome
+            return
         running: dict[asyncio.Future[Any], int] = {}  # and how many candidates each has
         reading: set[asyncio.Future[Any]] = set()
         broken: Exception | None = None
-        more, enough = True, 1 if self.concurrent else WAVE
+        more, enough = True, math.inf if together else 1
         waves = _chunks(enumerate(groups), enough, lambda item: self._size(item[1]))
         async with aclosing(portal.pull(waves)) as chunks:
             try:
                 while more or running:
-                    if more and not reading and sum(running.values()) < (WAVE if self.concurrent else 1):
+                    if more and not reading and sum(running.values()) < WAVE:
                         reading = {asyncio.ensure_future(anext(chunks, []))}
                     done, _ = await asyncio.wait({*running, *reading}, return_when=asyncio.FIRST_COMPLETED)
                     for read in done & reading:
@@ -121,6 +122,49 @@ class Pipeline:
                     task.cancel()
                 await asyncio.gather(*running, *reading, return_exceptions=True)
 
+    async def _begin(self, groups: Sequence[Group]) -> None:
+        """Note what is known of each task, and score the candidates that it brings."""
+        for group in groups:
+            group.range = None if self.scorer.needs.group else self.scorer.range
+            group.warnings += of_task(group.task, [self.policy, *self.scorer.engines])
+            if self.scorer.needs.reference and group.task.reference is None:
+                name = self.scorer.name
+                group.fail(InputError(f"the scorer {name!r} compares with a reference, and the task has none."))
+        if given := [w for group in groups for w in group.pending()]:
+            await self._score(given)
+
+    async def _refilled(self, groups: Iterable[Group | BonError]) -> AsyncGenerator[tuple[int, Group | BonError], None]:
+        """Like ``stream``, round by round: groups that are over make room for others, so that batches are full."""
+        going: dict[Group, int] = {}  # and where they stand
+        broken: Exception | None = None
+        more = True
+        async with aclosing(portal.pull(enumerate(groups))) as items:
+            while more or going:
+                asked = self._asked([*going])
+                over = going.keys() - {group for group, _ in asked}
+                await self._settle([*over])
+                for group in [group for group in going if group in over]:
+                    yield going.pop(group), group
+                room, fresh = WAVE - sum(request.n for _, request in asked), list[Group]()
+                while more and room > 0:
+                    try:
+                        position, item = await anext(items)
+                    except StopAsyncIteration:
+                        item = None
+                    except Exception as error:
+                        item, broken = None, error
+                    if isinstance(item, Group):
+                        going[item] = position
+                        fresh.append(item)
+                    elif item is not None:
+                        yield position, item
+                    more, room = item is not None, room - self._size(item)
+                await self._begin(fresh)
+                if asked := asked + self._asked(fresh):
+                    await _Round(self, asked, live=False).run()
+        if broken is not None:
+            raise broken
+
     async def results(
         self, groups: Iterable[Group | BonError], selector: Selector
     ) -> AsyncGenerator[tuple[int, Result | BonError], None]:
@@ -133,16 +177,22 @@ class Pipeline:
         await self.run([item for _, item in chunk if isinstance(item, Group)])
         return chunk
 
-    def _size(self, item: Group | BonError) -> int:
-        if isinstance(item, BonError):
+    def _size(self, item: Group | BonError | None) -> int:
+        if not isinstance(item, Group):
             return 1
-        return item.asked or getattr(self.budget, "most", None) or 1
+        return item.asked or getattr(self.budget, "least", None) or getattr(self.budget, "most", None) or 1
 
     def _asked(self, groups: Sequence[Group]) -> list[tuple[Group, Request]]:
         """What the budget wants more of."""
         asked = []
         most = getattr(self.budget, "most", None) or MOST
         sampling = self.scorer.needs.asked(self.sampling)
+        try:
+            if share := getattr(self.budget, "share", None):
+                share(groups)
+        except Exception as error:
+            for group in groups:
+                group.fail(user_error("the budget", error))
         for group in groups:
             if self.policy is None or self.budget is None or group.over or group.stuck:
                 continue
@@ -150,7 +200,8 @@ class Pipeline:
                 if more := min(_whole(self.budget.more(group)), max(0, most - group.asked)):
                     prompt = Prompt.of(group.task.messages)
                     group.warnings += of_sampling(sampling, group.asked + more) if not group.asked else ()
-                    asked.append((group, Request(prompt, sampling, more, group.ask(more))))
+                    first = group.ask(more)
+                    asked.append((group, Request(prompt, sampling, more, first, continued=group.asked < most)))
             except Exception as error:
                 group.fail(user_error("the budget", error))
         return asked
@@ -470,7 +521,7 @@ def _usage(completion: Completion) -> Usage:
     )
 
 
-def _chunks(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+def _chunks(items: Iterable[T], enough: float, size: Callable[[T], int]) -> Iterator[list[T]]:
     """Items in lists whose sizes add up to ``enough``."""
     chunk: list[T] = []
     broken: Exception | None = None

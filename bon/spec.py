@@ -404,7 +404,10 @@ SELECTORS = Registry(
         "lcb": "bon.selectors:LowerBound",
     },
 )
-BUDGETS = Registry("budget", {"fixed": "bon.budget:Fixed", "stop-at": "bon.budget:StopAt"})
+BUDGETS = Registry(
+    "budget",
+    {"fixed": "bon.budget:Fixed", "stop-at": "bon.budget:StopAt", "adaptive": "bon.adaptive:Adaptive"},
+)
 DATASETS = Registry(
     "dataset",
     {

@@ -328,6 +328,19 @@ def as_reward(value: Any) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """Why no more samples of a task were asked for, where its budget decides that while it runs.
+
+    Args:
+        reason: in words.
+        gain: what one more sample could have been expected to gain, as the budget counts it; None where nobody knows.
+    """
+
+    reason: str
+    gain: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Which candidates a selector picked.
 
@@ -454,7 +467,8 @@ class Result:
 
     ``candidates`` and ``scores`` are aligned: ``scores[i]`` is about ``candidates[i]``. ``warnings`` are sentences that
     a reader must know before relying on it: rewards that say nothing, a winner that was cut off (``bon.remarks``).
-    ``credit`` has what each sentence of the winner adds to its reward, where that was asked for (``bon.credit``).
+    ``credit`` has what each sentence of the winner adds to its reward, where that was asked for (``bon.credit``), and
+    ``stop`` why there are no more candidates, where that was decided while they came.
     """
 
     task: Task
@@ -465,6 +479,7 @@ class Result:
     usage: Usage
     warnings: tuple[str, ...] = ()
     credit: tuple[Credit, ...] | None = None
+    stop: Stop | None = None
 
     @property
     def best(self) -> int | None:
@@ -526,6 +541,7 @@ class Result:
             "ranking": list(self.selection.ranking),
             "picked": list(self.selection.picked),
             "reason": self.selection.reason,
+            "stop": self.stop and dataclasses.asdict(self.stop),
             "warnings": list(self.warnings),
             "instruction": self.task.instruction,
             "candidates": [_drop(dataclasses.asdict(c), "tokens", "logprobs") for c in self.candidates],

@@ -216,7 +216,7 @@ def test_standard_input_that_is_empty_or_broken_is_refused(tmp_path):
         (["run", "hi", "--polcy", "x"], "No such option: --polcy. Did you mean '--policy'?"),
         (["run", "hi", "--flip", "x"], "No such option: --flip"),
         (["run", "hi", "--stop-at", "0.9"], "No such option: --stop-at. Did you mean '--stop'?"),
-        (["run", "hi", "-n", "many"], "unknown budget 'many'. Known: a whole number, fixed, stop-at"),
+        (["run", "hi", "-n", "many"], "unknown budget 'many'. Known: a whole number, adaptive, fixed, stop-at"),
         (
             ["run", "hi", "-n", "2.5"],
             "n must be a whole number of at least 1, or a budget such as stop-at:0.9, got 2.5",

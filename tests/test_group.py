@@ -165,7 +165,7 @@ def test_what_a_deadline_cut_off_is_late():
     group = group_of(TASK, ["a", "b", "b"])
     group.ask(1)
     group.post(group.candidates[0], Score(0.5))
-    group.expire(2.0)
+    group.expire("the deadline of 2 s passed")
     assert [s.status for s in group.scores] == ["ok", "late", "late", "late"]
     assert group.scores[3].reason == "the deadline of 2 s passed before it was finished"
     assert group.scores[1].reason == "the deadline of 2 s passed before it was scored"

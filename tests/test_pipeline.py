@@ -806,6 +806,34 @@ def test_a_long_file_runs_in_waves_on_an_engine_that_wants_whole_batches(monkeyp
     assert engine.calls == 3, "three prompts of two candidates each, and the rest"
 
 
+def test_prompts_that_are_over_make_room_for_the_next_so_that_each_round_is_full(monkeypatch):
+    """Rounds got smaller until the last prompt of a wave was over, and only then the next one began."""
+    monkeypatch.setattr(bon.pipeline, "WAVE", 8)
+    asked = []
+
+    class Noted(ScriptedEngine):
+        def generate(self, requests, *, keep=None):
+            asked.append(sum(request.n for request in requests))
+            return super().generate(requests, keep=keep)
+
+    class Until:
+        most, least = 20, 2
+
+        def more(self, group):
+            return 2 if group.asked < 2 * int(group.task.instruction) else 0
+
+    rounds = [1, 5, 1, 2, 1, 3, 1, 1, 4, 1, 2, 1]
+    bon_ = BestOfN(Noted(concurrent=False), Own(lambda e: 0.5, concurrent=False), n=Until())
+
+    async def collect():
+        return [(position, len(result.candidates)) async for position, result in bon_.stream(map(str, rounds))]
+
+    found = asyncio.run(collect())
+    assert sorted(found) == [(position, 2 * count) for position, count in enumerate(rounds)]
+    assert [position for position, _ in found][:4] == [0, 2, 3, 4], "each comes when it is over"
+    assert asked == [8] * 5 + [4, 2]
+
+
 # --- cancellation -----------------------------------------------------------------------------------------------------
 
 

@@ -98,6 +98,44 @@ def test_the_readmes_pass_rates_of_a_real_policy_are_those_recorded():
             assert cells == rates
 
 
+def test_the_figures_of_adaptive_n_are_those_recorded():
+    report = json.loads((ROOT / "benchmarks/results/adaptive.json").read_text())
+    ratios, quartiles, [found] = report["ratios"], report["quartiles"], report["rows"]
+    default = next(each for each in found["tried"]["improvement"] if "price=0.003,batch=4" in each["spec"])
+    fixed = next(each for each in found["fixed"] if each["n"] == 16)
+    told = " ".join(README.split())
+    assert f"{ratios['tokens_saved_8']:.0%} fewer" in told
+    assert f"{ratios['tokens_saved_16']:.0%} fewer than best of 16" in told
+    assert f"passes {default['label']:.1%} with {default['tokens']:.0f} tokens a prompt" in told
+    assert f"best of 16 {fixed['label']:.1%} with {fixed['tokens']:.0f}" in told
+    lines = (ROOT / "benchmarks/README.md").read_text()
+    for n in (8, 16):
+        low, high = quartiles[f"tokens_saved_{n}"]
+        assert f"{ratios[f'tokens_saved_{n}']:.2f} [{low:.2f}, {high:.2f}]" in lines
+    assert f"| {ratios['samples_to_best_64']:.1f} |" in lines
+    assert f"| {ratios['points_gained_by_allocation_8']:.1f} |" in lines
+    walls = {}
+    for name in ("wall", "wall_vllm", "partial", "partial_gsm8k"):
+        recorded = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        for key in recorded["ratios"].keys() - {"best_kept_by_chance"}:
+            low, high = recorded["quartiles"][key]
+            walls[key] = f"{recorded['ratios'][key]:.2f}"
+            spread = "" if low == high else f" ({low:.2f} to {high:.2f})"
+            assert f"{walls[key]}{spread} |" in lines.replace("**", "")
+    torch, vllm = (walls[f"adaptive_vs_fixed_run_{engine}"] for engine in ("torch", "vllm"))
+    assert f"it takes {torch} of best of 16's wall-clock on torch and {vllm} on vLLM" in told
+
+
+def test_the_times_of_other_libraries_are_those_recorded():
+    rows = json.loads((ROOT / "benchmarks/results/peers.json").read_text())["ratios"]
+    table = (ROOT / "benchmarks/README.md").read_text().replace("**", "")
+    for side in ("fixed", "adaptive", "stop", "prune", "single", "gather", "dspy", "optillm"):
+        [line] = [line for line in table.splitlines() if line.startswith(f"| `{side}` |")]
+        for n in (16, 32):
+            assert f"| {rows[f'{side}_vs_its_hub_{n}']:.2f}" in line
+            assert side == "gather" or f"| {rows[f'{side}_vs_gather_{n}']:.2f} |" in line
+
+
 def test_every_scorer_has_a_row_whose_figures_are_those_recorded():
     lines = README.splitlines()
     [head] = [at for at, line in enumerate(lines) if line.startswith("| reward |")]

@@ -305,10 +305,13 @@ def prompts(*candidates: str) -> list[Prompt]:
     ]
 
 
-def generate(engine: TorchEngine, asked: list[Prompt], n: int = 1, **sampling: Any) -> list[Completion]:
+def generate(
+    engine: TorchEngine, asked: list[Prompt], n: int = 1, first: int = 0, *, continued: bool = False, **sampling: Any
+) -> list[Completion]:
     async def collect() -> list[Completion]:
         options = Sampling(**{"max_tokens": 16, **sampling})
-        return [c async for c in engine.generate([Request(p, options, n) for p in asked])]
+        requests = [Request(p, options, n, first, continued=continued) for p in asked]
+        return [c async for c in engine.generate(requests)]
 
     return sorted(asyncio.run(collect()), key=lambda c: (c.request_index, c.sample_index))
 
@@ -333,6 +336,36 @@ def test_sharing_changes_no_completion_and_no_rating(folder: Path) -> None:
     assert shared.stats.computed < 0.5 * plain.stats.computed
     assert shared.stats.padding == 0
     assert shared.stats.cached > 0
+
+
+def test_a_prompt_is_read_once_while_more_of_its_samples_are_to_come(folder: Path) -> None:
+    """Each round of an adaptive N read all of its prompts again."""
+    engine, asked = TorchEngine(folder), prompts(*CANDIDATES)
+    whole = [c.text for c in generate(TorchEngine(folder), asked, 8, seed=5)]
+    for size in (1, 2, 4):
+        generate(engine, asked, size, continued=True, seed=5)
+        read = engine.stats.computed
+        for first in range(size, 8, size):  # fewer prompts from round to round, some of which share a context
+            left = range(first % 5, 15, 1 + first // size)
+            done = generate(engine, [asked[i] for i in left], size, first, continued=True, seed=5)
+            assert [c.text for c in done] == [whole[8 * i + first + j] for i in left for j in range(size)]
+            assert sum(c.cached_tokens for c in done) == sum(c.prompt_tokens for c in done) > 0
+        assert engine.stats.computed == read
+    assert engine._store.tokens > 0
+    asyncio.run(engine.aclose())
+    assert engine._store.tokens == 0
+
+
+def test_prompts_for_which_there_is_no_room_are_read_again(folder: Path) -> None:
+    engine, asked = TorchEngine(folder, max_batch_tokens=2500), prompts(*CANDIDATES)
+    whole = [c.text for c in generate(TorchEngine(folder), asked, 4, seed=5)]
+    read = []
+    for first in (0, 2):
+        done = generate(engine, asked, 2, first, continued=True, seed=5)
+        assert [c.text for c in done] == [whole[4 * i + first + j] for i in range(15) for j in range(2)]
+        assert engine._store.tokens <= 625
+        read.append(engine.stats.computed)
+    assert read[1] == 2 * read[0]
 
 
 def test_every_candidate_but_one_has_cached_tokens(folder: Path) -> None:

@@ -24,6 +24,7 @@ from tiny import save
 from transformers import AutoModelForCausalLM
 
 from bon import BestOfN
+from bon.budget import StopAt
 from bon.engines.base import Completion, Prompt, Request
 from bon.engines.placement import SHARE, WORKSPACE, need_of
 from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
@@ -124,6 +125,17 @@ def test_samples_continue_those_of_an_earlier_request(engine: Any) -> None:
     whole = sample((6, 0))
     assert sample((2, 0), (3, 2), (1, 5)) == whole
     assert sample((4, 2)) == whole[2:]
+
+
+def test_the_candidates_are_the_same_whatever_the_rounds_and_each_finds_the_prompt_in_the_cache(engine: Any) -> None:
+    found = []
+    for size in (8, 4, 2, 1):
+        bon = BestOfN(engine, "longest", n=StopAt(1e9, most=8, batch=size), sampling={"seed": 3, "max_tokens": 20})
+        result = bon("Mia, Tom and Anna meet at the garden gate on Monday. " * 12)
+        found.append([candidate.text for candidate in result.candidates])
+        a_round = result.usage.policy_prompt_tokens * size // 8
+        assert result.usage.cached_tokens >= (8 // size - 1) * ((a_round - 1) // 32 * 32) >= 8 // size - 1
+    assert found == [found[0]] * 4
 
 
 def test_a_loglikelihood_out_of_the_cache_is_the_one_computed_afresh(engine: Any) -> None:
@@ -409,6 +421,7 @@ def test_an_engine_whose_process_is_killed_does_not_hang() -> None:
 SCRIPT = """
     import signal, sys
     from bon import BestOfN
+from bon.budget import StopAt
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     bon = BestOfN("mini,engine=vllm", n=2, sampling={"max_tokens": 16})
     result = bon("Write a slogan for a bakery called Sunrise.")

@@ -36,6 +36,9 @@ def evaluate(
     max_words: Annotated[
         int | None, typer.Option("--max-words", metavar="W", min=1, help="Leave out candidates that are longer.")
     ] = None,
+    budgets: Annotated[
+        bool, typer.Option("--budgets", help="Which rule for stopping pays? Replayed, and what is recommended is run.")
+    ] = False,
     store: Annotated[
         Path | None, typer.Option("--store", metavar="FILE", help="Keep scores here, and take those that are there.")
     ] = None,
@@ -74,6 +77,7 @@ def evaluate(
         max_words=max_words,
         sampling=config.sampling,
         store=store,
+        budgets=budgets,
         progress=sys.stderr.isatty(),
         threads=threads.pop() if len(threads) == 1 else None,
     )

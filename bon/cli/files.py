@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,8 @@ from typing import Any
 from tqdm import tqdm
 
 from bon import portal
+from bon.allocation import Allocation
+from bon.budget import as_budget
 from bon.cli.options import Files, embedded, loaded, threads_for
 from bon.cli.show import show
 from bon.cli.terminal import StoppedError, one_line, said_of, say, say_off_world, sentence
@@ -43,8 +45,10 @@ from bon.data.rows import (
 )
 from bon.data.sink import Output
 from bon.errors import BonError, InputError
+from bon.group import Group
+from bon.pipeline import made
 from bon.scorers.base import Scorer
-from bon.selectors import as_selector, only_the_best_counts
+from bon.selectors import Selector, as_selector, only_the_best_counts
 from bon.trace import Trace
 from bon.types import Result, Sampling, Saved, Usage
 
@@ -161,6 +165,20 @@ class Job:
             self.scored += 1
             self.reward_sum += result.reward
 
+    def keep(self, rows: Mapping[int, Row], groups: Iterable[Group], selector: Selector) -> None:
+        """Write what an interrupted run over all rows together has, where that is a candidate with a reward.
+
+        Args:
+            rows: that are not written, by the identity of their tasks.
+            groups: of the run.
+            selector: what picks.
+        """
+        for group in groups:
+            if (row := rows.get(id(group.task))) is not None and group.best_reward is not None:
+                group.expire("the run was interrupted")
+                if isinstance(result := made(group.result, selector), Result):
+                    self.finish(row, result)
+
     @property
     def exit_code(self) -> int:
         """0 when every row is done or was bad and to be skipped; 1 when a model failed, which is no row's fault."""
@@ -210,6 +228,7 @@ def run_file(
     system: str | None = None,
     ranked: bool = False,
     credit: bool = False,
+    total: int | None = None,
 ) -> int:
     """Do every row of a file; return the exit code.
 
@@ -220,6 +239,7 @@ def run_file(
         system: a system message for rows that have none of their own.
         ranked: whether rows bring their candidates, so that no policy is needed.
         credit: whether each row's winner is rated again without each of its sentences.
+        total: samples of all rows together, which are then read before the first is sampled.
 
     Raises:
         InputError: the input cannot be read, the output cannot be written, or there are no rows.
@@ -227,7 +247,7 @@ def run_file(
     """
     _check_output(source, files)
     read = partial(row_of, system=system, ranked=ranked, prompt_field=files.prompt_field)
-    run = _settings(files, config, system, ranked, credit)
+    run = _settings(files, config, system, ranked, credit, total)
     with ExitStack() as stack:
         output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite, run=run, read=read)
         stack.callback(output.close)
@@ -243,15 +263,30 @@ def run_file(
         started = perf_counter()
         if first is not None:
             rows = chain([first], rows)
+            allocation, left = None, {}
+            if total is not None:
+                left = {id(row.task): row for row in rows}
+                if total < len(left):
+                    raise InputError(f"--total-samples {total} is below the {len(left)} prompts: each needs one.")
+                rows = iter(left.copy().values())
+                rule: Any = as_budget(config.n)
+                more = max(total - output.spent, len(left))
+                allocation = Allocation(more, rule if hasattr(rule, "gain") else None)
             if embedded(config, ranked=ranked):
                 rows = _off_world_counted(job, rows)
-            with _ranking(config) if ranked else _sampling(config) as (scorer, outcomes):
+            with _ranking(config) if ranked else _sampling(config, allocation) as (scorer, outcomes):
                 if credit:
                     refuse(scorer)
                 started = perf_counter()  # loading is not counted
                 output.start()
                 finished = outcomes(rows)
-                _finish_all(job, credited_rows(scorer, finished) if credit else finished, _count(source, files.limit))
+                try:
+                    finished = credited_rows(scorer, finished) if credit else finished
+                    _finish_all(job, finished, _count(source, files.limit), left)
+                except KeyboardInterrupt:
+                    if allocation is not None:
+                        job.keep(left, allocation.groups, _selector(config))
+                    raise StoppedError(job.interrupted) from None
         if job.off_world:
             say_off_world(ranked=ranked, count=(job.off_world, job.seen))
         if job.listed > LISTED:
@@ -264,16 +299,22 @@ def run_file(
 
 
 @contextmanager
-def _sampling(config: Config) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
+def _sampling(
+    config: Config, allocation: Allocation | None
+) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
     with config.changed(threads=threads_for(config)).build() as bon:
+        bon = bon if allocation is None else bon.replace(n=allocation)
         yield bon.scorer, partial(run_rows, bon)
 
 
 @contextmanager
 def _ranking(config: Config) -> Iterator[tuple[Scorer, Callable[[Iterable[Row]], Outcomes]]]:
-    selector = as_selector(config.selector, config.min_reward, seed=Sampling.of(config.sampling).seed)
     with loaded(config, ranked=True) as (_, scorer):
-        yield scorer, partial(rank_rows, scorer, selector, prune=config.prune)
+        yield scorer, partial(rank_rows, scorer, _selector(config), prune=config.prune)
+
+
+def _selector(config: Config) -> Selector:
+    return as_selector(config.selector, config.min_reward, seed=Sampling.of(config.sampling).seed)
 
 
 def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
@@ -284,7 +325,7 @@ def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
         yield row
 
 
-def _finish_all(job: Job, outcomes: Outcomes, total: int | None) -> None:
+def _finish_all(job: Job, outcomes: Outcomes, total: int | None, left: dict[int, Row]) -> None:
     async def work(bar: tqdm[Any]) -> None:
         async with aclosing(outcomes):
             async for row, outcome in outcomes:
@@ -292,21 +333,20 @@ def _finish_all(job: Job, outcomes: Outcomes, total: int | None) -> None:
                     job.fail(row.line, outcome)
                 else:
                     job.finish(row, outcome)
+                left.pop(id(row.task), None)
                 bar.update(job.already + job.output.written + job.failed - bar.n)
 
     with tqdm(total=total, unit="row", file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
-        try:
-            portal.run(work(bar))
-        except KeyboardInterrupt:
-            raise StoppedError(job.interrupted) from None
+        portal.run(work(bar))
 
 
-def _settings(files: Files, config: Config, system: str | None, ranked: bool, credit: bool) -> str:
+def _settings(files: Files, config: Config, system: str | None, ranked: bool, credit: bool, total: int | None) -> str:
     """What decides how a row comes out, beside the row, in short."""
     settings = config.to_dict()
     for name in ("threads", "schedule", *(("policy", "n") if ranked else ())):
         del settings[name]
     settings |= {"ranked": ranked, "system": system, "everything": files.everything, "credit": credit}
+    settings |= {} if total is None else {"total_samples": total}
     return blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
 
 

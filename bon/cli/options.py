@@ -117,7 +117,12 @@ class Number:
 
     n: Annotated[
         str | None,
-        option(_SAMPLING, "-n", metavar="N", help="Candidates for each prompt, 8 by default; or stop-at:0.9,most=16."),
+        option(
+            _SAMPLING,
+            "-n",
+            metavar="N",
+            help="Candidates for each prompt, 8 by default; or stop-at:0.9,most=16, adaptive.",
+        ),
     ] = None
 
 

@@ -52,6 +52,16 @@ def run(
     number: Number,
     sampling: SamplingOptions,
     files: Files,
+    total_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--total-samples",
+            metavar="M",
+            min=1,
+            help="For a file: samples of all prompts together, in place of -n; each goes where it promises most. All "
+            "rows are read first, and written at the end; or after Ctrl-C, each with the best so far.",
+        ),
+    ] = None,
     system: Annotated[
         str | None,
         typer.Option("--system", metavar="TEXT", help="System message, for prompts that have none of their own."),
@@ -75,13 +85,17 @@ def run(
     if prompt is None:
         raise InputError("PROMPT|FILE is missing. Type: bon run --help")
     if is_file(prompt):
+        from bon.budget import as_budget
         from bon.cli.files import run_file
 
         given = {"--json": as_json, "--stream": stream, "--instruction": instruction is not None}
         _refuse(given, _FOR_ONE_PROMPT)
-        return run_file(prompt, files, config, system=system, credit=credit)
+        if total_samples is not None and number.n is not None and not hasattr(as_budget(number.n), "gain"):
+            raise InputError(f"--total-samples takes the place of -n {number.n}: leave it out, or say -n adaptive:...")
+        return run_file(prompt, files, config, system=system, credit=credit, total=total_samples)
     only_files = {"--output": files.output is not None, "--all": files.everything, "--skip-bad": files.skip_bad}
     only_files |= {"--resume": files.resume, "--overwrite": files.overwrite, "--limit": files.limit is not None}
+    only_files |= {"--total-samples": total_samples is not None}
     _refuse({**only_files, "--prompt-field": files.prompt_field is not None}, _FOR_FILES)
     if stream and not sys.stderr.isatty():
         raise InputError("--stream shows candidates on a terminal, and standard error is none.")

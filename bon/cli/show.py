@@ -135,10 +135,12 @@ def _short(text: str, limit: int) -> str:
 
 def _footer(result: Result) -> list[str]:
     timing, usage = result.timing, result.usage
-    saved = said_of(result.saved)
+    saved, stop = said_of(result.saved), result.stop
+    gain = "" if stop is None or stop.gain is None else f" (expected gain {stop.gain:.2g})"
     return [
         f"{timing.total:.2f} s: sampling {timing.sample:.2f}, scoring {timing.score:.2f}, overlap {timing.overlap:.2f}",
         f"tokens: policy {usage.policy_prompt_tokens} in, {usage.policy_completion_tokens} out; "
         f"scorer {usage.scorer_prompt_tokens} in, {usage.scorer_completion_tokens} out; {usage.cached_tokens} cached",
         *([f"candidates: {saved}"] if saved else []),
+        *([] if stop is None else [f"stopped after {len(result.candidates)} samples: {stop.reason}{gain}"]),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -229,6 +229,8 @@ def output_row(
         own |= {"status": winner and winner.status, "inferred": winner and winner.explanation}
         if row.candidates:
             own |= {"ranking": list(result.selection.ranking), "rewards": [score.reward for score in result.scores]}
+        if result.stop is not None:
+            own |= {"n": len(result.candidates), "stop": asdict(result.stop)}
         if several:
             own["picked"] = [{"text": c.text, "reward": result.scores[c.index].reward} for c in result.picked]
     elif row.candidates:

@@ -61,6 +61,7 @@ class Output:
         name: for messages.
         done: how often each row was there before.
         asked: digests of those with an id, where the output has what was asked.
+        spent: samples of the rows that were there before, where their budget decided how many.
         repaired: bytes of a torn last line that were cut off.
         written: rows written so far.
     """
@@ -69,6 +70,7 @@ class Output:
     file: BinaryIO
     done: Counter[Key] = field(default_factory=Counter)
     asked: dict[Key, bytes] = field(default_factory=dict)
+    spent: int = 0
     repaired: int = 0
     written: int = 0
     _path: Path | None = None
@@ -180,6 +182,7 @@ class Output:
                 raise InputError(f"{self.name}:{number}: cannot resume: {error}") from error
             key = ("id", identity)
         self.done[key] += 1
+        self.spent += n if isinstance(n := fields.get("n"), int) else 0
 
     def start(self) -> None:
         """Drop what an overwritten file held, now that the run is certain to begin."""

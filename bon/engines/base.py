@@ -138,6 +138,7 @@ class Request:
         n: how many completions.
         first_sample: index of the first of them.
         together: whoever asks waits for all completions of the call, so an engine may bring them at once.
+        continued: more samples of the prompt may be asked for later, so an engine may keep what it read of it.
 
     Raises:
         InputError: n < 1 or first_sample < 0.
@@ -148,6 +149,7 @@ class Request:
     n: int = 1
     first_sample: int = 0
     together: bool = False
+    continued: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.first_sample < 0:

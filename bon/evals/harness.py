@@ -14,14 +14,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from bon import portal
+from bon.best_of_n import BestOfN
 from bon.budget import Fixed
 from bon.engines.base import Generates
 from bon.errors import BonError, EngineError, InputError, several, user_error, whole_number
 from bon.evals.baselines import BASELINES
+from bon.evals.budgets import compare, settings
 from bon.evals.dataset import Dataset, Example, as_dataset
+from bon.evals.replay import Samples
 from bon.evals.rows import Row, ScoredRow
 from bon.evals.store import Store, Stored, stored
 from bon.evals.summary import Summary
@@ -32,11 +36,12 @@ from bon.pipeline import Pipeline
 from bon.scorers.base import Pending, Scorer
 from bon.selectors import Best
 from bon.spec import SCORERS as REGISTERED
-from bon.types import Result, Sampling, Score
+from bon.types import Candidate, Result, Sampling, Score
 
 log = logging.getLogger("bon")
 
 SCORERS = ("flip", "likelihood")
+_LEAST = 8  # candidates of a row, for rules for stopping
 
 
 def evaluate(
@@ -53,6 +58,7 @@ def evaluate(
     store: str | Path | None = None,
     progress: bool = False,
     threads: int | None = None,
+    budgets: bool = False,
 ) -> dict[str, Any]:
     """Measure scorers on a dataset, beside the baselines; blocks.
 
@@ -70,11 +76,13 @@ def evaluate(
         store: a file that keeps the scores of scorers that have a spec: what it has is not scored again.
         progress: show progress bars on stderr.
         threads: as in ``BestOfN``.
+        budgets: whether to find out which rule for stopping pays, and to run what is recommended; for a policy.
 
     Returns:
         ``dataset``, ``rows``, ``left_out`` (rows about which something could not be sampled, checked or scored),
         ``policy`` and ``sampling`` (None without one), ``seed``, ``seconds``, what ``Summary.report`` says, ``scorers``
-        by name first of all, and ``parts``: the same again for each of the dataset's parts.
+        by name first of all, ``budgets`` by scorer (see ``_Evaluation._compared``), and ``parts``: the same again for
+        each of the dataset's parts.
 
     Raises:
         InputError: a number below 1, a scorer given twice, a bigger model without a policy, a policy whose answers the
@@ -93,19 +101,26 @@ def evaluate(
     samples = _samples(found, sections[""][1], policy, n)
     if bigger is not None and samples is None:
         raise InputError("a bigger model is compared with a policy: name one (--policy MODEL), or leave it out.")
+    if budgets and (samples is None or samples < _LEAST):
+        raise InputError(
+            f"budgets are compared on a policy's candidates, at least {_LEAST} for each row: say --policy, -n."
+        )
     given = sampling if isinstance(sampling, Sampling) else {"max_tokens": found.max_tokens, **(sampling or {})}
     pool = ModelPool(threads)
     with ExitStack() as opened:
         opened.callback(lambda: portal.run(pool.aclose()))
         engine, ready = _load(pool, policy, scorers, samples=samples is not None)
         other = None if bigger is None else pool.policy(bigger)
+        if budgets and (whole := [name for name, scorer in ready.items() if scorer.needs.group]):
+            why = "its rewards are those of the whole group, and of fewer candidates they are not known"
+            raise InputError(f"budgets cannot be compared for the scorer {whole[0]!r}: {why}. Leave it out.")
         how = Sampling.of(given).replace(seed=seed)
         for scorer in ready.values():
             how = scorer.needs.asked(how)
         if store is not None:
             kept = opened.enter_context(Store(store))
             ready = {name: _kept(scorer, kept) for name, scorer in ready.items()}
-        evaluation = _Evaluation(engine, other, ready, samples or 0, how, max_words, seed, progress)
+        evaluation = _Evaluation(engine, other, ready, samples or 0, how, max_words, seed, progress, budgets)
         reports = {key: portal.run(evaluation.report(*section)) for key, section in sections.items()}
     return {**reports.pop(""), "parts": reports}
 
@@ -172,6 +187,7 @@ class _Evaluation:
     max_words: int | None
     seed: int
     progress: bool
+    budgets: bool
 
     async def report(self, dataset: Dataset, examples: Sequence[Example]) -> dict[str, Any]:
         """The report on one dataset."""
@@ -215,10 +231,41 @@ class _Evaluation:
             "policy": None if self.policy is None else self.policy.name,
             "sampling": None if self.policy is None else self.sampling.to_dict(),
             "seed": self.seed,
+            "budgets": {name: await self._compared(name, good) for name in self.scorers if self.budgets},
             **report,
             **dataset.figures(report),
             "seconds": perf_counter() - started,
         }
+
+    async def _compared(self, name: str, rows: Sequence[ScoredRow]) -> dict[str, Any]:
+        """Fixed numbers of samples and rules for stopping: replayed, then the best of each run.
+
+        Returns:
+            What ``compare`` says; and ``ran``, by spec the mean ``label``, ``samples`` and ``tokens`` of the policy for
+            a row and the ``seconds`` for all rows: of the largest number, and of what is recommended in its place.
+        """
+        scorer = self.scorers[name]
+        written = [[c for c in row.row.candidates if isinstance(c, Candidate)] for row in rows]
+        samples = [
+            Samples(candidates, row.scores[name], row.labels, scorer.range)
+            for candidates, row in zip(written, rows, strict=True)
+        ]
+        most = min(len(row.labels) for row in samples)
+        sizes = sorted({n for n in (8, 16, 32, most) if n <= most})
+        found = compare(samples, settings(most, bounded=scorer.range is not None), sizes, seed=self.seed)
+        ran = {spec: await self._ran(scorer, spec, rows) for spec in (str(most), found["recommended"][str(most)])}
+        return {**found, "ran": ran}
+
+    async def _ran(self, scorer: Scorer, spec: str, rows: Sequence[ScoredRow]) -> dict[str, float]:
+        started, spent = perf_counter(), []
+        bon = BestOfN(self.policy, scorer, n=spec, sampling=self.sampling)
+        async with aclosing(bon.stream([row.row.example.task for row in rows])) as outcomes:
+            async for position, outcome in outcomes:
+                result, example = _need(outcome), rows[position].row.example
+                right = result.text is not None and example.passes is not None and example.passes(result.text)
+                spent.append((float(right), len(result.candidates), result.usage.policy_completion_tokens))
+        means = dict(zip(("label", "samples", "tokens"), np.mean(spent, axis=0).tolist(), strict=True))
+        return {**means, "seconds": perf_counter() - started}
 
     def _given(self, position: int, example: Example) -> Row:
         return Row.given(position, example).within(self.max_words)

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bon.errors import InputError, MissingExtraError
+from bon.evals.budgets import front
 from bon.similarity import matched_words
 
 if TYPE_CHECKING:
@@ -52,12 +53,13 @@ CAPTIONS = {
     "share": "How far each pick gets from a random candidate to the best one of its row (100%), with 95% intervals.",
     "best_of": "What the pick among N candidates is worth, over all subsets of N.",
     "tokens": "What the pick is worth against all tokens that a row takes, for every N.",
+    "budgets": "What the pick is worth against the policy's tokens: fixed N, and rules that stop by themselves.",
     "length": "What the pick is worth in rows of short and of long candidates (median words of a row).",
 }
 
 
 def write_plots(report: Report, folder: str | Path) -> list[Path]:
-    """Draw a report as PNG files: share.png, best_of.png, tokens.png, length.png, those for which it has figures.
+    """Draw a report as PNG files, those of ``CAPTIONS`` for which it has figures: share.png, best_of.png and so on.
 
     Args:
         report: of ``evaluate``.
@@ -77,6 +79,17 @@ def write_plots(report: Report, folder: str | Path) -> list[Path]:
             paths.append(Path(folder) / f"{name}.png")
             figure.savefig(paths[-1], dpi=150)
     return paths
+
+
+def budget_plot(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """Draw labels against policy tokens, a line for each way to decide how many samples there are, as a PNG file.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        InputError: the file cannot be written.
+    """
+    with _style(), _writing(path):
+        _budget_figure(lines).savefig(path, dpi=150)
 
 
 def write_report(report: Report, path: str | Path) -> None:
@@ -160,7 +173,7 @@ def _writing(path: str | Path) -> Iterator[None]:
 
 
 def _figures(report: Report) -> dict[str, Figure]:
-    drawn = {"share": _shares, "best_of": _best_of, "tokens": _tokens, "length": _length}
+    drawn = {"share": _shares, "best_of": _best_of, "tokens": _tokens, "budgets": _budgets, "length": _length}
     figures = {name: draw(report) for name, draw in drawn.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -228,6 +241,28 @@ def _tokens(report: Report) -> Figure | None:
         else:
             axes.axhline(score, label=_short(name, 44), **{**line, "marker": ""})
     axes.set(xscale="log", xlabel="tokens for a row", ylabel="score of the pick")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
+    figure.legend(loc="outside lower left")
+    return figure
+
+
+def _budgets(report: Report) -> Figure | None:
+    lines = {}
+    for name, found in report.get("budgets", {}).items():
+        lines[f"{_short(name, 34)}, fixed N"] = front(found["fixed"])
+        lines[f"{_short(name, 34)}, rules"] = front([each for tried in found["tried"].values() for each in tried])
+    return _budget_figure(lines) if lines else None
+
+
+def _budget_figure(lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = _figure(2.8, legend=len(lines))
+    for name, line in lines.items():
+        axes.plot(*zip(*line, strict=True), "o--" if "fixed" in name else "o-", label=name, markersize=4)
+    axes.set(xscale="log", xlabel="the policy's tokens for a row", ylabel="score of the pick")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.minorticks_off()

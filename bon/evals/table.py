@@ -47,6 +47,7 @@ def _section(report: Mapping[str, Any]) -> str:
             {name: [_number(part["scores"][name]) for part in report["subsets"].values()] for name in rules},
         ),
         textwrap.fill(report["diagnosis"], WIDTH),
+        *(line for name, found in report.get("budgets", {}).items() for line in _budgets(name, found)),
     ]
     return "\n".join(blocks)
 
@@ -72,6 +73,28 @@ def _equal_time(bigger: Mapping[str, Any] | None) -> list[str]:
     }
     told = f"One answer of {bigger['name']}: {_number(bigger['score'])}, in {bigger['seconds']:.1f} s for all rows."
     return [*_blocks("in the same time", {"N": 7, "score": 8}, rows), textwrap.fill(told, WIDTH)]
+
+
+def _budgets(scorer: str, found: Mapping[str, Any]) -> list[str]:
+    """How many samples: fixed numbers, what rules save at no loss, and the line to type."""
+    columns = {"score": 8, "samples": 9, "tokens": 9, "saved [95%]": 18}
+    cells = {f"fixed N={each['n']}": [*_spent(each), "-"] for each in found["fixed"]}
+    for judged in found["halves"]:
+        cells[f"{judged['rule'][:11]}, N={judged['n']}"] = [*_spent(judged), _interval(judged["saved"])]
+    told = "saved: the policy's tokens, beside the fixed N that the rule is as good as on half of the rows"
+    ran = []
+    for spec, each in found["ran"].items():
+        label, samples, tokens = _spent(each)
+        line = (
+            f"run with -n {spec}: score {label}, {tokens} tokens and {samples} samples a row, {each['seconds']:.1f} s"
+        )
+        ran.append(textwrap.fill(line, WIDTH))
+    best = [*found["recommended"].values()][-1]
+    return [*_blocks(_short(scorer), columns, cells), told, *ran, f"To type: --scorer {scorer} -n {best}"]
+
+
+def _spent(each: Mapping[str, float]) -> list[str]:
+    return [_number(each["label"]), f"{each['samples']:.1f}", f"{each['tokens']:.0f}"]
 
 
 def _official(rules: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, list[str]]]:

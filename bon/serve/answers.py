@@ -204,6 +204,7 @@ def evidence(result: Result, work: Work, queue_s: float) -> dict[str, Any]:
         "reward": result.reward,
         "mean_reward": sum(rewards) / len(rewards) if rewards else None,
         "reason": public(result.selection.reason) if result.selection.reason else passed,
+        "stop": result.stop and asdict(result.stop),
         "warnings": [public(warning) for warning in result.warnings],
         "deadline_passed": late,
         "statuses": result.counts,

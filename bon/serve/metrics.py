@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -14,6 +15,7 @@ from bon.types import Result
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _REWARDS = tuple(i / 20 for i in range(21))
+_NUMBER = re.compile(r"-?\d[\d.e+-]*")  # in a reason: labels stay few
 STAGES = ("queue", "sample", "score", "select", "total")
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rerank")
 
@@ -38,6 +40,8 @@ class Metrics:
         self.candidates = counter("candidates", "Candidates by finish reason", ("finish_reason",))
         self.scores = counter("scores", "Scores by status, the parse statuses among them", ("status",))
         self.stopped = counter("stopped_early_runs", "Runs that a good enough candidate ended early")
+        self.stops = counter("budget_stops", "Runs whose budget asked for no more, by its reason", ("reason",))
+        self.unasked = counter("samples_saved", "Samples that such runs might have had and did not ask for")
         self.stage = seconds("stage_seconds", "Latency by stage; sampling and scoring overlap", ("stage",))
         self.overlap = counter("overlap_seconds", "Seconds in which sampling and scoring overlapped")
         self.tokens = counter("tokens", "Tokens", ("model", "kind"))
@@ -72,6 +76,10 @@ class Metrics:
         best, stop_at = outcome.reward, getattr(plan.bon.budget, "stop_at", None) if isinstance(plan, Plan) else None
         if stop_at is not None and best is not None and best >= stop_at and "pruned" in outcome.counts:
             self.stopped.inc()
+        if outcome.stop is not None and isinstance(plan, Plan):
+            self.stops.labels(_NUMBER.sub("N", outcome.stop.reason)).inc()
+            asked = len(outcome.candidates)
+            self.unasked.inc(getattr(plan.bon.budget, "most", asked) - asked)
         timing, usage = outcome.timing, outcome.usage
         for stage in ("sample", "score", "select") if sampled else ("score", "select"):
             self.stage.labels(stage).observe(getattr(timing, stage))

@@ -148,8 +148,14 @@ class Planner:
                 refuse(self.scorers[name])
             except InputError as error:
                 raise bad("best_of_n.credit", str(error)) from error
+        budget = self._budget(request)
+        try:
+            if fits := getattr(budget, "fits", None):
+                fits(self.scorers[name], self.bon.selector)
+        except InputError as error:
+            raise bad(request.candidates[0], str(error)) from error
         bon = self.bon.replace(
-            n=self._budget(request),
+            n=budget,
             sampling=self._sampling(request),
             scorer=self.scorers[name],
             min_reward=options.min_reward,
@@ -196,7 +202,7 @@ class Planner:
         options, k, own = request.options, request.returned, self.bon.budget
         name, n = request.candidates
         stop_at = options.stop_at
-        if n is None and stop_at is None and k == 1:
+        if n is None and stop_at is None and k <= getattr(own, "least", 1):
             return own
         if stop_at is not None and k > 1:
             raise bad("best_of_n.stop_at", f"cannot be combined with n={k}: the {k} best need every reward.")
@@ -215,7 +221,7 @@ class Planner:
         if limit is None or limit > self.max_n:
             said = "has no limit" if limit is None else f"is {limit}"
             raise bad(name, f"{said}, and this server samples {self.max_n} candidates at most.")
-        if k > 1 and not isinstance(budget, Fixed):
+        if k > 1 and not isinstance(budget, Fixed) and getattr(budget, "least", 1) < k:
             raise bad(name, f"is {n!r:.100}, but the {k} best (n={k}) need every reward: give a number.")
         if limit < k:
             raise bad("n", f"is {k}, but only {name}={limit} candidates are to be sampled.")

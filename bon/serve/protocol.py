@@ -108,7 +108,7 @@ class BestOfNOptions(Options):
     """What bon adds to OpenAI's request."""
 
     n: Annotated[int, Field(ge=1)] | Annotated[str, Field(max_length=200)] | None = Field(
-        default=None, description="Candidates to sample, or the spec of a budget: 'stop-at:0.9,most=16'."
+        default=None, description="Candidates to sample, or the spec of a budget: 'stop-at:0.9,most=16', 'adaptive'."
     )
     stop_at: float | None = Field(default=None, description="Stop everything once a candidate has this reward.")
     min_reward: float | None = Field(default=None, description="Refuse to answer when the best reward is below this.")

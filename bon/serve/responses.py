@@ -65,6 +65,13 @@ class ScoreBody(RewardBody):
     sampled_s: float = Field(description="When it was finished, from the start of the run.")
 
 
+class StopBody(BaseModel):
+    """Why no more was sampled."""
+
+    reason: str
+    gain: float | None = Field(description="What one more sample could be expected to gain, as its budget counts it.")
+
+
 class EvidenceBody(BaseModel):
     """What is known of the candidates of one prompt together."""
 
@@ -75,6 +82,7 @@ class EvidenceBody(BaseModel):
     reward: float | None
     mean_reward: float | None
     reason: str | None = Field(description="Why there is no winner, or why no more was done.")
+    stop: StopBody | None = Field(description="Why no more was sampled, where that was decided while it went on.")
     warnings: list[str] = Field(
         description="What to know before relying on the answer: rewards that say nothing, a cut."
     )

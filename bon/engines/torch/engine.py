@@ -38,6 +38,7 @@ from bon.engines.text.render import Renderer
 from bon.engines.torch.decode import Batch, Job, KeepAll, batches
 from bon.engines.torch.pack import pack
 from bon.engines.torch.paths import Paths
+from bon.engines.torch.prefix.shared import Store
 from bon.engines.torch.reading import fingerprint, in_batches, read
 from bon.engines.torch.rows import Measure, Run, Stats, confidence, token_logprobs
 from bon.engines.torch.threads import choose_threads
@@ -49,6 +50,7 @@ from bon.types import Drawing
 _MEMORY_SHARE = 0.25  # of the memory that is free once the weights are there, for keys and values
 _MOST_ON_CPU = 3 << 27  # bytes of keys and values, or half of the weights: more rows make a CPU no faster
 _MOST_BATCH_TOKENS = 1 << 19
+_KEPT = 0.25  # share of the tokens of a batch that may be prompts of which more samples will be asked
 _PADDING = 0.1  # share of the tokens of a rating batch that may be padding
 _RATED_PASSES = 8  # of one rating batch: contexts that several of its prompts share are kept meanwhile
 _PASS = {"cpu": (24 << 20, 1 << 26), "cuda": (1 << 29, 1 << 28)}  # bytes of one pass: in a layer, and of logits
@@ -127,6 +129,7 @@ class TorchEngine:
         self.fingerprint = self._base = fingerprint(self._model, self.renderer.fingerprint)
         pack(self._model)
         self.stats = Stats()
+        self._store = Store(int(_KEPT * self.max_batch_tokens))
         self._pass = pass_limits(config, self._model)
         self._paths = Paths(Run(self._model, self.stats, *self._pass), share_prefix)
         on_cpu = self._device.type == "cpu"
@@ -151,6 +154,7 @@ class TorchEngine:
         ]
         view.name = f"{self.name}+{adapter.folder.name}"
         view.adapter = adapter.digest
+        view._store = Store(int(_KEPT * self.max_batch_tokens))
         view.fingerprint = f"{self._base}+{view.adapter}"
         return view
 
@@ -201,9 +205,11 @@ class TorchEngine:
         """Stop what is running after its current step and free the model; a view frees nothing but its adapter."""
         if self._changes is not None:
             self._model, self._changes = None, []
+            self._store.clear()
             return
         await self._worker.aclose()
         self._paths.close()
+        self._store.clear()
         self._model = None
         give_back()
         if self._device.type == "cuda":
@@ -237,9 +243,12 @@ class TorchEngine:
             path = self._paths.choose(
                 [job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs), call.check
             )
-            for batch in batches([jobs[at] for at in path.order], self.max_batch_tokens, path.cost):
+            kept = self._store.most if any(requests[i].continued for i in group) else self._store.tokens
+            room = self.max_batch_tokens - kept
+            for batch in batches([jobs[at] for at in path.order], room, path.cost):
                 asked = None if keep is None else _in_event_loop(keep, call)
-                Batch(path.rows(), batch, self.renderer, drawing, asked, counted).run(call.emit)
+                rows = path.rows(self._store, keep=any(requests[job.index].continued for job in batch))
+                Batch(rows, batch, self.renderer, drawing, asked, counted).run(call.emit)
 
     def _job(self, index: int, request: Request, ids: tuple[int, ...], drafts: bool) -> Job:
         sampling = request.sampling

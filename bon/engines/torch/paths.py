@@ -17,7 +17,7 @@ import torch
 
 from bon.engines.memory import out_of_memory
 from bon.engines.torch.prefix.attention import NAME, NotServedError
-from bon.engines.torch.prefix.shared import Preamble, SharedRows
+from bon.engines.torch.prefix.shared import Preamble, SharedRows, Store
 from bon.engines.torch.prefix.tree import Ids, arrange, common, preamble
 from bon.engines.torch.rows import PlainRows, Rows, Run
 
@@ -39,8 +39,13 @@ class Path(Protocol):
     own: list[int]
     pads: bool
 
-    def rows(self) -> Rows:
-        """A fresh batch."""
+    def rows(self, store: Store | None = None, *, keep: bool = False) -> Rows:
+        """A fresh batch.
+
+        Args:
+            store: of prompts that were read before, for a path that can keep them.
+            keep: whether to keep those of the batch there.
+        """
 
     def cost(self, prompts: int, rows: int, longest: int, new: int) -> int:
         """Tokens that there is room for in the keys and values of a batch.
@@ -63,8 +68,8 @@ class PlainPath:
         self.own = [len(prompt) for prompt in prompts]
         self.order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
-    def rows(self) -> Rows:
-        """A fresh batch."""
+    def rows(self, store: Store | None = None, *, keep: bool = False) -> Rows:
+        """See ``Path.rows``; nothing is kept."""
         return PlainRows(self._run)
 
     def cost(self, prompts: int, rows: int, longest: int, new: int) -> int:
@@ -86,9 +91,9 @@ class SharedPath:
         own = {i: len(prompts[i]) - count for i, count in zip(self.order, shared, strict=False)}
         self.own = [own[i] for i in range(len(prompts))]
 
-    def rows(self) -> Rows:
-        """A fresh batch."""
-        return SharedRows(self._run, self._root)
+    def rows(self, store: Store | None = None, *, keep: bool = False) -> Rows:
+        """See ``Path.rows``."""
+        return SharedRows(self._run, self._root, store, keep=keep)
 
     def cost(self, prompts: int, rows: int, longest: int, new: int) -> int:
         """See ``Path.cost``."""

@@ -104,12 +104,14 @@ class Segments:
     Args:
         lengths: (slots,) columns in use; further ones up to ``columns`` are padding.
         columns: width in use of the tensors, which may be wider.
+        kept: whether they stay as they are, for later calls.
         bias: (slots, 1, 1, columns), -inf on the padding; None where there is none.
     """
 
     lengths: Index
     columns: int = 0
     bias: Tensor | None = None
+    kept: bool = False
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -130,6 +132,15 @@ class Segments:
             return None
         hidden = np.where(np.arange(self.columns) < self.lengths[:, None], 0.0, -np.inf)
         return torch.from_numpy(hidden).to(device, torch.float32)[:, None, None]
+
+    def taken(self, slots: Index, device: torch.device) -> Segments:
+        """A copy of some slots."""
+        at, lengths = torch.from_numpy(slots).to(device), self.lengths[slots]
+        copy = Segments(lengths, int(lengths.max()))
+        copy.bias = copy.padding_bias(device)
+        for ours, theirs in ((copy.keys, self.keys), (copy.values, self.values)):
+            ours.update({layer: tensor[at, :, : copy.columns] for layer, tensor in theirs.items()})
+        return copy
 
     def move(self, holes: Index, movers: Index, left: int) -> None:
         """Fill slots that are gone with the last ones, so that ``left`` slots remain."""

@@ -12,6 +12,7 @@ everything else takes ``bon.engines.torch.rows.PlainRows``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from bon.engines.torch.prefix.attention import NAME, Index, Level, Pass, Prefill
 from bon.engines.torch.prefix.tree import Ids, Node, Piece, pieces, tree
 from bon.engines.torch.rows import Measure, Run, token_logprobs
 
-__all__ = ["NAME", "Preamble", "SharedRows"]
+__all__ = ["NAME", "Kept", "Preamble", "SharedRows", "Store"]
 
 
 class Preamble:
@@ -37,16 +38,72 @@ class Preamble:
         self.segments: Segments | None = None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The prompts of one batch as they were read.
+
+    Args:
+        row: of each prompt.
+        levels: segments, and which of them each row attends to; the last are the prompts' own.
+        position: of each row's next token, shape (rows,).
+        logits: behind each row, shape (rows, vocabulary).
+    """
+
+    row: dict[Ids, int]
+    levels: list[tuple[Segments, Index]]
+    position: Tensor
+    logits: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Whose keys and values are held."""
+        return sum(int(segments.lengths.sum()) for segments, _ in self.levels)
+
+
+class Store:
+    """Prompts that later calls will ask more samples of, so that they are read once: those of the latest batches.
+
+    Args:
+        most: tokens whose keys and values are held at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._batches: list[Kept] = []
+
+    @property
+    def tokens(self) -> int:
+        """Whose keys and values are held."""
+        return sum(kept.tokens for kept in self._batches)
+
+    def find(self, prompts: Sequence[Ids]) -> Kept | None:
+        """The batch that all these prompts are of."""
+        return next((kept for kept in self._batches if kept.row.keys() >= set(prompts)), None)
+
+    def add(self, kept: Kept) -> None:
+        """Hold a batch, and let go of the oldest for which there is no room."""
+        self._batches.insert(0, kept)
+        while self.tokens > self.most:
+            self._batches.pop()
+
+    def clear(self) -> None:
+        """Let go of all."""
+        self._batches.clear()
+
+
 class SharedRows:
     """Rows whose common prefixes exist once; see ``bon.engines.torch.rows.Rows``.
 
     Args:
         run: a model that ``bon.engines.torch.paths.check`` accepted, its attention implementation set to ``NAME``.
         root: the preamble of all prompts of the call; shared by the call's batches.
+        store: where prompts may have been kept.
+        keep: whether to keep the prompts there.
     """
 
-    def __init__(self, run: Run, root: Preamble) -> None:
+    def __init__(self, run: Run, root: Preamble, store: Store | None = None, *, keep: bool = False) -> None:
         self._run, self._model, self._root, self._stats = run, run.model, root, run.stats
+        self._store, self._keep = store, keep
         self._device = run.model.device
         self._levels: list[Level] = []
         self._own = Segments(np.zeros(0, dtype=np.int64))
@@ -55,8 +112,20 @@ class SharedRows:
 
     def prefill(self, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
         """See ``Rows.prefill``."""
+        kept = None if self._store is None else self._store.find(prompts)
+        if kept is not None:
+            self.cached = [len(prompt) for prompt in prompts]
+            self._stats.cached += sum(self.cached)
+            return self._resume(kept, prompts, copies)
         logits = torch.cat(list(self._read(prompts, [1] * len(prompts), store=True)))
-        if max(copies) > 1:
+        if self._store is not None and self._keep:
+            levels = [*((level.segments, level.slot) for level in self._levels), (self._own, np.arange(len(prompts)))]
+            for segments, _ in levels:
+                segments.kept = True
+            kept = Kept({ids: row for row, ids in enumerate(prompts)}, levels, self._position, logits)
+            self._store.add(kept)
+            logits = self._resume(kept, prompts, copies)
+        elif max(copies) > 1:
             slot = np.repeat(np.arange(len(prompts)), copies)
             self._push(slot)
             self._own = Segments(np.zeros(len(slot), dtype=np.int64))
@@ -113,16 +182,33 @@ class SharedRows:
         self._position = self._position[torch.from_numpy(order).to(self._device)]
         for level in self._levels:
             level.slot = level.slot[order]
-            used = np.zeros(len(level.segments.lengths), dtype=bool)
-            used[level.slot] = True
-            if not used.all():
-                kept, empty, filling = _fill(used)
-                level.segments.move(empty, filling, len(kept))
-                renamed = np.zeros(len(used), dtype=np.int64)
-                renamed[kept] = np.arange(len(kept))
-                level.slot = renamed[level.slot]
-            level.regroup()
+            self._compact(level)
         return order
+
+    def _compact(self, level: Level) -> None:
+        """Let segments go that no row attends to."""
+        used = np.zeros(len(level.segments.lengths), dtype=bool)
+        used[level.slot] = True
+        if not used.all():
+            left, empty, filling = _fill(used)
+            if level.segments.kept:
+                level.segments = level.segments.taken(left, self._device)
+            else:
+                level.segments.move(empty, filling, len(left))
+            renamed = np.zeros(len(used), dtype=np.int64)
+            renamed[left] = np.arange(len(left))
+            level.slot = renamed[level.slot]
+        level.regroup()
+
+    def _resume(self, kept: Kept, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
+        """Make rows of prompts that were read before; returns the next logits."""
+        rows = np.repeat([kept.row[ids] for ids in prompts], copies)
+        at = torch.from_numpy(rows).to(self._device)
+        self._levels = [Level(segments, slot[rows], self._device) for segments, slot in kept.levels]
+        for level in self._levels:
+            self._compact(level)
+        self._own, self._position = Segments(np.zeros(len(rows), dtype=np.int64)), kept.position[at]
+        return kept.logits[at]
 
     def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids], measure: Measure) -> list[float]:
         """See ``Rows.rate``."""
