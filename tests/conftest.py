@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
 from bon.catalog import SMALLEST, kept_in
+
+with suppress(ImportError):  # an environment for other tests may be without it
+    from hypothesis import settings
+
+    settings.register_profile("unhurried", deadline=None)  # a busy machine fails no test
+    settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ budgets = st.builds(
 
 
 @given(rewards_of_64, budgets)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_never_fewer_than_least_nor_more_than_most_and_the_candidates_are_those_of_a_fixed_n(rewards, budget):
     result = sampled(rewards, budget)
     assert budget.least <= len(result.candidates) <= budget.most
@@ -69,7 +69,7 @@ def test_never_fewer_than_least_nor_more_than_most_and_the_candidates_are_those_
 
 @given(rewards_of_64, st.integers(1, 9), st.integers(1, 7), st.booleans())
 @example([None, None, *[0.0] * 62], 1, 1, False)  # it ended with the second, and without a winner
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_stopping_at_the_largest_reward_never_changes_the_winner(rewards, least, batch, prune):
     stopped = sampled(rewards, Adaptive(least=least, most=32, rule="exact", batch=batch), prune=prune)
     full = sampled(rewards, 32)
@@ -115,7 +115,7 @@ def test_of_a_pruned_candidate_the_bound_of_its_reward_counts():
 
 
 @given(st.floats(0.01, 100), st.floats(-50, 50))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_without_a_range_scale_and_origin_of_the_rewards_change_nothing(scale, origin):
     rewards = np.random.default_rng(3).normal(size=64)
     engine = ScriptedEngine([str(i) for i in range(64)])
@@ -256,7 +256,7 @@ def test_samples_of_a_whole_go_where_they_can_still_gain(concurrent):
 
 
 @given(st.integers(6, 90), st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_no_more_are_spent_than_there_are_and_every_prompt_gets_half_of_an_even_division(total, seed):
     draw = np.random.default_rng(seed)
     rewards = draw.uniform(0, 0.9, size=(6, 100)).round(int(draw.integers(0, 3)))

@@ -46,7 +46,7 @@ divisions = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 
 
 @given(divisions, st.booleans(), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_however_the_samples_are_divided_the_candidates_are_the_same(sizes, concurrent, whole):
     """A later round repeated the first one's samples, because every call began at sample 0."""
     n = sum(sizes)
@@ -67,7 +67,7 @@ def mini():
 
 
 @given(divisions)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_rounds_give_the_same_candidates_on_torch(sizes):
     scorer = Own(lambda e: len(e.candidate.text))
     options = {"sampling": {"seed": 5, "max_tokens": 16}}
@@ -183,7 +183,7 @@ answers = st.lists(st.sampled_from(["a", "a b", "a b c", "a b c d", "x", "x y z"
 
 
 @given(answers, st.booleans(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_stopping_at_the_largest_reward_never_changes_the_winners_reward(texts, concurrent, prune):
     engine = ScriptedEngine(lambda text, draw: text.rpartition("Response:\n")[2], concurrent=concurrent)
     options = {"sampling": {"temperature": 1.0}, "prune": prune}

@@ -1,7 +1,7 @@
 """Configuration as data: from a file, from a BestOfN, and back; what cannot be is refused before a model is loaded."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bon import BestOfN, Fixed, Flip, Softmax, StopAt, TopK
@@ -37,7 +37,6 @@ plain = st.fixed_dictionaries(
 
 
 @given(plain)
-@settings(deadline=None)
 def test_settings_are_read_back_from_a_mapping_and_from_a_file(tmp_path_factory, values):
     config = Config.of(values)
     assert Config.of(config.to_dict()) == config

@@ -209,7 +209,7 @@ json_values = st.recursive(
     st.booleans(),
     st.sampled_from([None, 2]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_valid_json_is_read_as_a_json_parser_reads_it(before, instruction, ascii_only, indent):
     raw = json.dumps({**before, "instruction": instruction, "after": "x"}, ensure_ascii=ascii_only, indent=indent)
     assume("think>" not in raw)
@@ -240,7 +240,7 @@ def test_a_thinking_tag_under_way_settles_nothing_that_it_would_take_back():
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("output", ["text", "json"])
 @given(start=starts, rest=raws, finish=st.sampled_from(["stop", "length"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_continuation_takes_back_a_settled_word(output, thinking, start, rest, finish):
     parser, raw = Parser("robust", output, thinking), start + rest
     final = parser.parse(raw, finish)

@@ -681,7 +681,7 @@ class Chaos:
     st.sampled_from([None, "each", "ready", "all"]),
     st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_goes_wrong_each_prompt_has_one_outcome_in_its_place(kinds, concurrent, whole, rounds, schedule, live):
     chaos = Chaos(concurrent=concurrent, whole=whole, rounds=rounds)
     bon = BestOfN(chaos.policy, chaos.scorer, n=chaos, selector=chaos.select, schedule=schedule)

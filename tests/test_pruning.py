@@ -146,25 +146,25 @@ seeds = st.integers(0, 999)
 
 
 @given(cases(wrappers, 1), seeds, st.sampled_from(["word_f1", "word_f1_unicode", "rouge_l"]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_pruning_never_changes_the_winner_of_bare_instructions(case, seed, similarity):
     check(*case, seed, similarity=similarity)
 
 
 @given(cases(json_wrappers, 1), seeds)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_pruning_never_changes_the_winner_of_json_answers(case, seed):
     check(*case, seed, style="json")
 
 
 @given(cases(wrappers, 3), seeds)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_pruning_never_changes_the_winner_of_means_over_samples(case, seed):
     check(*case, seed)
 
 
 @given(cases(json_wrappers, 1), seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_reference_parser_and_metrics_without_a_bound_prune_nothing(case, seed):
     assert check(*case, seed, style="json", parser="reference") == 0
     assert check(*case, seed, similarity="char_ngram_f1") == 0
@@ -196,7 +196,7 @@ def test_pruning_never_changes_the_winner_on_real_instructions_and_saves_work(na
 
 
 @given(cases(wrappers, 1), seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_stopping_at_the_maximum_keeps_the_winners_reward(case, seed):
     instruction, answers = case
     every, full = scores(Flip(Shuffled(answers, seed)), instruction, len(answers), prune=False)

@@ -160,7 +160,7 @@ def test_control_tokens_in_a_candidate_or_across_pieces_stay_plain_characters(ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_no_text_whatsoever_encodes_to_a_control_token(kind: str, data: st.DataObject) -> None:
     fragment = st.sampled_from([*control_tokens(kind), "<", "|>", " ", "\n"]) | st.text(max_size=4)
@@ -243,7 +243,7 @@ def test_different_vocabularies_have_different_fingerprints() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=st.text(max_size=30))
 def test_incremental_decoding_ends_with_the_whole_text_and_only_grows(kind: str, text: str) -> None:
     ids = renderer(kind).encode(text)

@@ -38,7 +38,7 @@ tables = st.lists(
 
 
 @given(tables)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_stopping_at_the_top_finds_what_all_find_and_nobody_is_cheaper_than_the_oracle(table):
     rows = [samples(rewards) for rewards in table]
     exact = replay(Adaptive(least=1, most=16, rule="exact", batch=1), rows)

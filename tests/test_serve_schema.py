@@ -43,7 +43,6 @@ def fuzz(examples):
 def run(strategy, send, examples):
     @settings(
         max_examples=examples,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],

@@ -244,7 +244,7 @@ def test_a_call_that_is_stopped_ends_before_the_next_pass() -> None:
     assert len(passes) == 3
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(prompts=families())
 def test_any_family_of_prompts_gets_the_logits_of_plain_rows(prompts: list[tuple[int, ...]]) -> None:
     made = small("Qwen3")

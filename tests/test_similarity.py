@@ -80,7 +80,6 @@ def rows(name):
 @example("", "")
 @example("the", "a")
 @example("A haiku", "a the haiku, haiku")
-@settings(deadline=None)
 def test_word_f1_is_the_papers_metric_bit_for_bit(inferred, instruction):
     match = WordF1()(inferred, instruction)
     assert (match.f1, match.precision, match.recall) == literal_f1(inferred, instruction)
@@ -105,7 +104,6 @@ def test_nothing_in_common_scores_0_even_when_both_are_empty():
 
 
 @given(texts)
-@settings(deadline=None)
 @pytest.mark.parametrize("tokenize", [words, unicode_words, characters, lambda text: characters(text, unicode_words)])
 def test_words_end_at_white_space_only(tokenize, text):
     assert tokenize(text) == [word for part in text.split() for word in tokenize(part)]
@@ -116,7 +114,7 @@ def test_punctuation_glues_words_together():
 
 
 @given(texts, texts, st.lists(st.integers(0, 60), max_size=8), st.sampled_from(BOUNDED))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_bound_never_lies_below_what_the_whole_text_reaches(whole, instruction, cuts, name):
     metric = as_similarity(name)
     bound, reached = metric.bound(instruction), metric(whole, instruction).f1
@@ -134,7 +132,6 @@ def test_a_function_of_the_callers_has_no_bound():
 
 
 @given(texts, texts)
-@settings(deadline=None)
 def test_the_bound_depends_on_the_text_only_and_not_on_how_often_it_was_updated(whole, instruction):
     step_by_step = F1Bound(instruction)
     for end in range(len(whole) + 1):
@@ -162,7 +159,6 @@ def test_the_bound_can_be_reached_exactly():
 
 
 @given(st.lists(st.floats(0, 1), max_size=4), st.lists(st.floats(0, 1), max_size=4), st.data())
-@settings(deadline=None)
 def test_the_bound_on_a_mean_holds_whichever_samples_drop_out(finished, bounds, data):
     reached = [data.draw(st.floats(0, b)) for b in bounds if data.draw(st.booleans())]
     values = finished + reached
@@ -281,7 +277,6 @@ def plain_lcs(a, b):
 
 
 @given(st.lists(st.sampled_from("wxyz"), max_size=12), st.lists(st.sampled_from("wxyz"), max_size=12))
-@settings(deadline=None)
 def test_rouge_l_is_f1_over_the_longest_common_subsequence(a, b):
     match = as_similarity("rouge_l")(" ".join(a), " ".join(b))
     common = plain_lcs(a, b)
@@ -331,7 +326,6 @@ def test_missed_words_are_spans_of_the_instruction_and_no_article_is_among_them(
 
 
 @given(texts, texts)
-@settings(deadline=None)
 def test_as_many_words_are_highlighted_as_the_metric_counts(inferred, instruction):
     match = WordF1()(inferred, instruction)
     split = characters if match.compared == "characters" else words
