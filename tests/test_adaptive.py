@@ -312,12 +312,12 @@ scorer = Last()
     arguments = ("run", "in.txt", "-o", "out.jsonl", "--policy", "slow:model", "--scorer", "slow:scorer")
     arguments += ("--total-samples", 14, "--max-tokens", 9000)
     running = process(*arguments, cwd=tmp_path)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not (tmp_path / "scored").exists() or (tmp_path / "scored").stat().st_size < 8:
         assert time.monotonic() < end
         time.sleep(0.01)
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=30)
+    _, err = running.communicate(timeout=120)
     assert (running.returncode, b"interrupted: 2 rows done and in out.jsonl" in err) == (130, True), err
     kept = rows_of(tmp_path / "out.jsonl")
     assert [(row["prompt"], row["n"], row["text"].split()[-1]) for row in kept] == [("2", 4, "3"), ("3", 4, "3")]

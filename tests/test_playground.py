@@ -459,7 +459,7 @@ def test_the_embedded_model_says_what_it_knows_and_other_models_do_not(site, ope
         page.click("#examples button:text-is('slogan')")
         assert knows(page.input_value("#prompt"))
         ask(page, page.input_value("#prompt"))
-        assert page.is_hidden("#warnings")
+        assert "The embedded model knows" not in page.locator("#warnings").inner_text()
         ask(page, "What is the capital of France?")
         assert "The embedded model knows" in page.locator("#warnings").inner_text()
     page = open_page(site)

@@ -467,7 +467,9 @@ def test_running_out_of_memory_says_what_to_lower(llama: TorchEngine, monkeypatc
 
 def test_an_error_in_keep_reaches_the_caller_and_the_engine_survives(llama: TorchEngine) -> None:
     async def ask() -> None:
-        async for _ in llama.generate([Request(prompts("Hello")[0])], keep=lambda partial: 1 / 0 > 1):
+        async for _ in llama.generate(
+            [Request(prompts("Hello")[0], Sampling(temperature=0))], keep=lambda partial: 1 / 0 > 1
+        ):
             pass
 
     with pytest.raises(ZeroDivisionError):
