@@ -421,7 +421,6 @@ def test_an_engine_whose_process_is_killed_does_not_hang() -> None:
 SCRIPT = """
     import signal, sys
     from bon import BestOfN
-from bon.budget import StopAt
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     bon = BestOfN("mini,engine=vllm", n=2, sampling={"max_tokens": 16})
     result = bon("Write a slogan for a bakery called Sunrise.")
