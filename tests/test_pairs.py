@@ -89,6 +89,12 @@ def test_with_rejected_each_good_answer_has_a_worse_one_of_its_row_and_only_then
     assert [pair.get("rejected") for pair in made] == ["It is a bad one.", None]
     _, made, _ = pairs([row, preferred], "--overwrite")
     assert not any("rejected" in pair for pair in made)
+    several = {**preferred, "rejected": ["A dog.", "A cow."]}
+    assert pairs([row, several], "--overwrite")[0] == 0, "what is not asked for may be anything"
+    code, _, err = pairs([row, several], "--rejected", "--overwrite")
+    assert (code, "'rejected' must be text, not ['A dog.', 'A cow.']" in err) == (2, True), err
+    _, made, _ = pairs([row, {**preferred, "rejected": None}], "--rejected", "--overwrite")
+    assert [pair.get("rejected") for pair in made] == ["It is a bad one.", None]
 
 
 def test_what_a_scorer_likes_least_is_rejected(pairs, tmp_path):

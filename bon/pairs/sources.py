@@ -132,10 +132,11 @@ class Reading:
     def _answers(self, row: Row) -> Sequence[Answer]:
         fields = row.fields
         if self.response_field in fields:
-            for name in (self.response_field, "rejected"):
-                if not isinstance(fields.get(name, ""), str):
-                    raise InputError(f"{name!r} must be text, not {shown(fields[name])}.")
-            return [(fields[self.response_field], str(fields.get("generator") or ""), None, fields.get("rejected", ""))]
+            response, worse = fields[self.response_field], fields.get("rejected") if self.rejected else None
+            for name, text in ((self.response_field, response), ("rejected", worse or "")):
+                if not isinstance(text, str):
+                    raise InputError(f"{name!r} must be text, not {shown(text)}.")
+            return [(response, str(fields.get("generator") or ""), None, worse or "")]
         if self.label is None and {"text", "reward"} <= fields.keys():
             return self._winner(fields)
         if "candidates" in fields:
