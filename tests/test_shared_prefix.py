@@ -21,7 +21,7 @@ from bon.engines.torch import paths
 from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.prefix import attention as prefix_attention
 from bon.engines.torch.prefix.attention import NAME, merge, part
-from bon.engines.torch.prefix.shared import Preamble, SharedRows
+from bon.engines.torch.prefix.shared import Preamble, SharedRows, Store
 from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, pieces, preamble, tree
 from bon.engines.torch.rows import PlainRows, Rows, Run, Stats, token_logprobs
 from bon.engines.torch.worker import StoppedError
@@ -196,6 +196,65 @@ def test_logits_are_those_of_plain_rows_while_rows_leave(family: str, seed: int)
     for a, b, c in zip(expected, found, parts, strict=True):
         torch.testing.assert_close(b.log_softmax(-1), a.log_softmax(-1), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(c.log_softmax(-1), a.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_join_a_running_batch_get_the_logits_they_get_alone(family: str, copied: bool) -> None:
+    """They come with prefixes in common or without any, beside rows that are longer, and after others have left."""
+    made = small(family)
+    prompts, _ = made_up(0)
+    copies = [1 + copied * (i % 3) for i in range(len(prompts))]
+    root = Preamble(preamble(prompts))
+    plain = made.config._attn_implementation
+    random = np.random.default_rng(0)
+    made.set_attn_implementation(NAME)
+    rows = SharedRows(Run(made), root)
+    groups = [range(4), range(4, 6), range(6, 7)]  # the prompts that begin, and those that join then
+    behind: list[list[int]] = []  # each row's tokens
+    logits = torch.zeros(0, VOCABULARY)
+    with torch.inference_mode():
+        for joining in groups:
+            mine, counts = [prompts[i] for i in joining], [copies[i] for i in joining]
+            others = SharedRows(Run(made), Preamble(()) if joining == groups[2] else root)
+            others.prefill(mine, counts)
+            rows.join(others)
+            behind += [list(ids) for ids, count in zip(mine, counts, strict=True) for _ in range(count)]
+            for step in range(12):
+                tokens = random.integers(0, VOCABULARY, len(behind))
+                for ids, token in zip(behind, tokens, strict=True):
+                    ids.append(int(token))
+                logits = rows.step(torch.from_numpy(tokens))
+                if step == 5 and len(behind) > 3:
+                    alive = np.arange(len(behind)) % 3 != 1
+                    order = rows.select(alive)
+                    behind, logits = [behind[i] for i in order], logits[torch.from_numpy(order)]
+        made.set_attn_implementation(plain)
+        expected = torch.cat([made(torch.tensor([ids])).logits[:, -1] for ids in behind])
+    torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_that_were_read_in_different_batches_are_resumed_together() -> None:
+    """A round's prompts come from several rounds before it: only those that nobody read are read."""
+    made, stats = small("Llama"), Stats()
+    prompts, _ = made_up(0)
+    plain = made.config._attn_implementation
+    made.set_attn_implementation(NAME)
+    store, root = Store(10_000), Preamble(preamble(prompts))
+    with torch.inference_mode():
+        for some in (prompts[:2], prompts[4:6]):
+            SharedRows(Run(made, stats), root, store, keep=True).prefill(some, [2] * len(some))
+        read = stats.computed
+        asked, copies = [prompts[i] for i in (5, 0, 6, 4, 1)], [1, 2, 2, 1, 1]
+        rows = SharedRows(Run(made, stats), root, store)
+        found = [rows.prefill(asked, copies), rows.step(torch.arange(7))]
+        assert stats.computed - read <= len(prompts[6])
+        assert rows.cached[:2] == [len(ids) for ids in asked[:2]]
+        alone = SharedRows(Run(made), Preamble(()))
+        expected = [alone.prefill(asked, copies), alone.step(torch.arange(7))]
+    made.set_attn_implementation(plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.log_softmax(-1), b.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bon.engines.base import Completion, Generates, Keep, Partial, Prompt, Rates
 from bon.engines.loading import load
 from bon.engines.text.watch import KEEP_EVERY
 from bon.engines.torch import pack as packing
-from bon.engines.torch.decode import MAX_ROWS, Job, batches
+from bon.engines.torch.decode import MAX_ROWS, Job, Waiting
 from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.pack import PackedLinear
 from bon.engines.torch.sampling import Uniforms, choose, row_key
@@ -146,6 +147,23 @@ def test_splitting_the_work_changes_nothing(tmp_path: Path) -> None:
     whole = generate(TorchEngine(folder), prompts(*TEXTS), n=5, seed=4, max_tokens=10)
     split = generate(TorchEngine(folder, max_batch_tokens=200), prompts(*TEXTS), n=5, seed=4, max_tokens=10)
     assert [c.text for c in split] == [c.text for c in whole]
+
+
+def test_short_completions_take_the_places_of_others_beside_a_long_one(tmp_path: Path) -> None:
+    """They ran after it: a batch began only when the longest row of the one before it had ended."""
+    folder = save(tmp_path, "Llama", "ascii")
+    asked = prompts("a", *(f"{i} bottles" for i in range(12)))
+    requests = [Request(asked[0], Sampling(temperature=1.0, seed=3, max_tokens=60))]
+    requests += [Request(prompt, Sampling(temperature=1.0, seed=3, max_tokens=5), 2) for prompt in asked[1:]]
+    engine = TorchEngine(folder, max_batch_tokens=600)  # seven rows of 60 and their prompts
+    found = ask(engine, requests)
+    longest = max(c.completion_tokens for c in found)
+    assert longest > 20  # the model ends a text when it likes
+    assert engine.stats.steps < longest + 10
+    assert engine.stats.decoded == sum(c.completion_tokens - 1 for c in found)
+    alone = [c for i, request in enumerate(requests) for c in ask(TorchEngine(folder), [request])]
+    assert [c.text for c in found] == [c.text for c in alone]
+    assert [c.logprobs for c in found] == [pytest.approx(c.logprobs, abs=1e-4) for c in alone]
 
 
 def test_equal_prompts_without_a_seed_get_their_own_samples(llama: TorchEngine) -> None:
@@ -399,14 +417,26 @@ def cost(prompts: int, rows: int, longest: int, new: int) -> int:
 def test_batches_hold_the_budget_and_lose_nothing() -> None:
     jobs = [Job(i, tuple(range(length)), range(8), 30) for i, length in enumerate([5, 5, 9, 40, 40, 300, 900])]
     jobs.append(Job(7, (1, 2), range(3 * MAX_ROWS), 5))
-    seen = []
-    for batch in batches(jobs, 1000, cost):
+    seen, waiting = [], Waiting(jobs, 1000, cost)
+    while waiting:
+        batch = waiting.take()
         rows = sum(len(j.samples) for j in batch)
         assert rows <= MAX_ROWS
         if rows > 1:
             assert cost(len(batch), rows, max(len(j.ids) for j in batch), max(j.limit for j in batch)) <= 1000
         seen += [(j.index, s) for j in batch for s in j.samples]
     assert seen == [(j.index, s) for j in jobs for s in j.samples]
+
+
+def test_jobs_join_where_they_fit_whole() -> None:
+    jobs = [Job(0, (1, 2, 3), range(10), 5), Job(1, (1, 2, 3), range(9), 5), Job(2, (1,) * 8, range(2), 5)]
+    waiting = Waiting(jobs, 100, cost)
+    assert [(job.index, job.samples) for job in waiting.take()] == [(0, range(10))]
+    assert not waiting.take([replace(jobs[0], samples=range(4))])  # 13 rows of 8 tokens are too many
+    assert [job.index for job in waiting.take([replace(jobs[0], samples=range(3))])] == [1]
+    assert not waiting.take([replace(jobs[0], samples=range(7))])  # 9 rows of 8 + 5
+    assert [job.index for job in waiting.take([replace(jobs[0], samples=range(5))])] == [2]
+    assert not waiting
 
 
 # --- loading and failing -------------------------------------------------------------------------------------------

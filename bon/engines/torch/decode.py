@@ -1,12 +1,14 @@
 """The decode loop: prompts in, completions out, each handed over the moment it ends.
 
-One batch of rows runs in step. Rows that end, reach their limit or are aborted leave the batch. How keys and values are
-kept is up to ``bon.engines.torch.rows``; which prompts run together is decided here, by length and by budget.
+One batch of rows runs in step. Rows that end, reach their limit or are aborted leave the batch, and rows of prompts
+that wait take their places. How keys and values are kept is up to ``bon.engines.torch.rows``; which prompts run
+together is decided here, by length and by budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +18,12 @@ import torch
 from bon.engines.base import Completion, Partial
 from bon.engines.text.render import Renderer
 from bon.engines.text.watch import KEEP_EVERY, Watch
-from bon.engines.torch.rows import Rows
+from bon.engines.torch.rows import Joins, Rows
 from bon.engines.torch.sampling import Uniforms, choose, row_key
 from bon.types import Drawing, FinishReason
 
 MAX_ROWS = 256  # rows of one batch: bounds the logits; a row costs no less in a larger batch
+_REFILL = 0.75  # of its rows a batch still has when others join: for each that ends, a prefill would cost a step
 
 Emit = Callable[[Completion], None]
 KeepAll = Callable[[Sequence[Partial]], Sequence[bool]]
@@ -50,48 +53,55 @@ class Job:
     draft: tuple[int, ...] = ()
 
 
-def batches(jobs: Sequence[Job], budget: int, cost: Callable[[int, int, int, int], int]) -> Iterator[list[Job]]:
-    """Split jobs into batches: neighbours together, at most ``budget`` tokens and ``MAX_ROWS`` rows each.
+class Waiting:
+    """Jobs that have not begun, or not with all of their samples.
 
     Args:
         jobs: in the order in which they shall run.
-        budget: tokens of keys and values that one batch may need.
+        budget: tokens of keys and values that the jobs under way may need.
         cost: see ``Path.cost``.
     """
-    batch: list[Job] = []
 
-    def spent(job: Job, copies: int) -> int:
-        """Cost of the batch with so many samples of one more job."""
-        return cost(
-            len(batch) + 1,
-            sum(len(j.samples) for j in batch) + copies,
-            max(len(j.ids) for j in (*batch, job)),
-            max(j.limit for j in (*batch, job)),
-        )
+    def __init__(self, jobs: Sequence[Job], budget: int, cost: Callable[[int, int, int, int], int]) -> None:
+        self._jobs, self._budget, self._cost = deque(jobs), budget, cost
+        self.stops = any(job.stop for job in jobs)
 
-    for job in jobs:
-        waiting = job.samples
-        while waiting:
-            room = min(len(waiting), MAX_ROWS - sum(len(j.samples) for j in batch))
-            while room > 1 and spent(job, room) > budget:
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def take(self, going: Sequence[Job] = ()) -> list[Job]:
+        """The next jobs that fit beside those under way: neighbours together, ``MAX_ROWS`` rows at most.
+
+        A job begins with some of its samples only where nothing else runs: its prompt is read once more for the others.
+        """
+        prompts, rows = len(going), sum(len(job.samples) for job in going)
+        longest = max((len(job.ids) for job in going), default=0)
+        limit = max((job.limit for job in going), default=0)
+        taken: list[Job] = []
+        while self._jobs:
+            job = self._jobs[0]
+            longest, limit = max(longest, len(job.ids)), max(limit, job.limit)
+            room = min(len(job.samples), MAX_ROWS - rows)
+            while room > 1 and self._cost(prompts + 1, rows + room, longest, limit) > self._budget:
                 room -= 1
-            fits = room > 0 and (not batch or spent(job, room) <= budget)
-            if fits and (room == len(waiting) or not batch):
-                batch.append(replace(job, samples=waiting[:room]))
-                waiting = waiting[room:]
-            if waiting:  # rather a new batch than a prompt that is read twice
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+            fits = room > 0 and self._cost(prompts + 1, rows + room, longest, limit) <= self._budget
+            if rows and not (fits and room == len(job.samples)):
+                break
+            taken.append(replace(job, samples=job.samples[:room]))
+            if room < len(job.samples):
+                self._jobs[0] = replace(job, samples=job.samples[room:])
+                break
+            self._jobs.popleft()
+            prompts, rows = prompts + 1, rows + room
+        return taken
 
 
 class Batch:
-    """Decodes one batch of jobs to the end.
+    """Decodes jobs in step; where rows have left, waiting jobs join if the rows can be joined.
 
     Args:
-        rows: fresh rows, nothing prefilled.
-        jobs: the prompts and samples of this batch.
+        fresh: makes rows for some jobs, nothing prefilled.
+        waiting: the jobs; those that do not fit and cannot join are still there when the batch has run.
         renderer: decodes, and knows which tokens end a completion.
         drawing: how tokens are chosen; what differs from job to job is read from the jobs.
         keep: ``keep`` of ``Generates.generate``, for many completions at once.
@@ -100,36 +110,29 @@ class Batch:
 
     def __init__(
         self,
-        rows: Rows,
-        jobs: Sequence[Job],
+        fresh: Callable[[Sequence[Job]], Rows],
+        waiting: Waiting,
         renderer: Renderer,
         drawing: Drawing,
         keep: KeepAll | None,
         counted: set[int],
     ) -> None:
-        self._rows, self._jobs, self._renderer = rows, jobs, renderer
+        self._fresh, self._waiting, self._renderer = fresh, waiting, renderer
         self._drawing, self._keep, self._counted = drawing, keep, counted
-        self._job = np.repeat(np.arange(len(jobs)), [len(j.samples) for j in jobs])
-        self._sample = np.concatenate([np.arange(j.samples.start, j.samples.stop) for j in jobs])
-        self._limit = np.array([j.limit for j in jobs])[self._job]
         self._ends = np.array(sorted(renderer.end_ids), dtype=np.int64)
-        self._ids = np.empty((len(self._job), 32), dtype=np.int64)
-        self._logprobs = np.empty((len(self._job), 32), dtype=np.float32)
-        self._lengths = np.zeros(len(self._job), dtype=np.int64)
-        self._drafted = np.zeros(len(self._job), dtype=np.int64)
+        self._watch_every = 1 if waiting.stops else KEEP_EVERY if keep else 0
         self._steps = 0
-        pairs = [(jobs[int(j)], int(s)) for j, s in zip(self._job, self._sample, strict=True)]
-        self._uniforms: Uniforms | None = None
-        if drawing.temperature > 0:
-            self._uniforms = Uniforms(np.stack([row_key(job.seed, job.ids, s) for job, s in pairs]))
-        stops = any(job.stop for job in jobs)
-        self._watch_every = 1 if stops else KEEP_EVERY if keep else 0
-        watches = [Watch(renderer, job.index, s, job.stop, None) if stops or keep else None for job, s in pairs]
-        self._watches = np.array(watches, dtype=object)
+        self._jobs = waiting.take()
+        self._rows = fresh(self._jobs)
+        self._job = self._sample = self._limit = self._lengths = self._drafted = np.zeros(0, dtype=np.int64)
+        self._ids, self._logprobs = np.zeros((0, 32), dtype=np.int64), np.zeros((0, 32), dtype=np.float32)
+        self._watches = np.zeros(0, dtype=object)
+        self._uniforms = Uniforms(np.zeros((0, 2), dtype=np.uint64)) if drawing.temperature > 0 else None
 
     def run(self, emit: Emit) -> None:
         """Sample until every row has been handed to ``emit``."""
-        logits = self._read()
+        logits = self._read(self._jobs, self._rows)
+        full = len(logits)
         while True:
             uniforms = None
             if self._uniforms is not None:
@@ -143,18 +146,50 @@ class Batch:
                 self._select(order)
                 tokens = tokens[torch.from_numpy(order).to(tokens.device)]
             logits = self._rows.step(tokens)
+            if self._waiting and len(logits) <= _REFILL * full and isinstance(self._rows, Joins):
+                logits = self._join(self._rows, logits)
+                full = max(full, len(logits))
 
-    def _read(self) -> torch.Tensor:
-        """Prefill; tokens of a draft that are the model's own choice are there at once."""
-        prompts = [j.ids for j in self._jobs]
-        if not any(j.draft for j in self._jobs):
-            return self._rows.prefill(prompts, [len(j.samples) for j in self._jobs])
-        logits, logprobs = self._rows.prefill_drafts(prompts, [j.draft for j in self._jobs])
-        self._lengths = self._drafted = np.array([len(row) for row in logprobs])
+    def _join(self, rows: Joins, logits: torch.Tensor) -> torch.Tensor:
+        """Read waiting jobs and take their rows in; returns the logits with theirs behind."""
+        left = np.bincount(self._job, minlength=len(self._jobs))
+        going = [replace(job, samples=job.samples[: left[at]]) for at, job in enumerate(self._jobs) if left[at]]
+        jobs = self._waiting.take(going)
+        if not jobs:
+            return logits
+        others = self._fresh(jobs)
+        more = self._read(jobs, others, len(self._jobs))
+        self._jobs = [*self._jobs, *jobs]
+        rows.join(others)
+        return torch.cat([logits, more])
+
+    def _read(self, jobs: Sequence[Job], rows: Rows, first: int = 0) -> torch.Tensor:
+        """Prefill the jobs from ``first`` on; tokens of a draft that are the model's own choice are there at once."""
+        prompts, copies = [job.ids for job in jobs], [len(job.samples) for job in jobs]
+        logprobs: list[list[float]] = [[]] * len(jobs)
+        if any(job.draft for job in jobs):
+            logits, logprobs = rows.prefill_drafts(prompts, [job.draft for job in jobs])
+        else:
+            logits = rows.prefill(prompts, copies)
+        at = len(self._job)
+        self._job = np.append(self._job, np.repeat(np.arange(first, first + len(jobs)), copies))
+        self._sample = np.append(self._sample, [s for job in jobs for s in job.samples])
+        self._limit = np.append(self._limit, np.repeat([job.limit for job in jobs], copies))
+        drafted = np.repeat([len(row) for row in logprobs], copies)
+        self._lengths, self._drafted = np.append(self._lengths, drafted), np.append(self._drafted, drafted)
+        self._ids, self._logprobs = (
+            np.concatenate([table, np.zeros((sum(copies), table.shape[1]), table.dtype)])
+            for table in (self._ids, self._logprobs)
+        )
         self._reserve(int(self._lengths.max()))
-        for row, (job, values) in enumerate(zip(self._jobs, logprobs, strict=True)):
+        for row, (job, values) in enumerate(zip(jobs, logprobs, strict=True) if drafted.any() else (), at):
             self._ids[row, : len(values)] = job.draft[: len(values)]
             self._logprobs[row, : len(values)] = values
+        pairs = [(job, sample) for job in jobs for sample in job.samples]
+        if self._uniforms is not None:
+            self._uniforms.join(Uniforms(np.stack([row_key(job.seed, job.ids, sample) for job, sample in pairs])))
+        new = [Watch(self._renderer, j.index, s, j.stop, None) if self._watch_every else None for j, s in pairs]
+        self._watches = np.append(self._watches, np.array(new, dtype=object))
         return logits
 
     def _reserve(self, columns: int) -> None:

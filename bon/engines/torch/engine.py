@@ -35,12 +35,13 @@ from bon.engines.loading import load
 from bon.engines.lora import Change, added, named_adapter
 from bon.engines.memory import available_bytes, give_back, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
-from bon.engines.torch.decode import Batch, Job, KeepAll, batches
+from bon.engines.torch.decode import Batch, Job, KeepAll, Waiting
 from bon.engines.torch.pack import pack
+from bon.engines.torch.paths import Path as Way
 from bon.engines.torch.paths import Paths
 from bon.engines.torch.prefix.shared import Store
 from bon.engines.torch.reading import fingerprint, in_batches, read
-from bon.engines.torch.rows import Measure, Run, Stats, confidence, token_logprobs
+from bon.engines.torch.rows import Measure, Rows, Run, Stats, confidence, token_logprobs
 from bon.engines.torch.threads import choose_threads
 from bon.engines.torch.worker import Call, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
@@ -245,10 +246,14 @@ class TorchEngine:
             )
             kept = self._store.most if any(requests[i].continued for i in group) else self._store.tokens
             room = self.max_batch_tokens - kept
-            for batch in batches([jobs[at] for at in path.order], room, path.cost):
-                asked = None if keep is None else _in_event_loop(keep, call)
-                rows = path.rows(self._store, keep=any(requests[job.index].continued for job in batch))
-                Batch(rows, batch, self.renderer, drawing, asked, counted).run(call.emit)
+            waiting = Waiting([jobs[at] for at in path.order], room, path.cost)
+            asked = None if keep is None else _in_event_loop(keep, call)
+
+            def fresh(some: Sequence[Job], path: Way = path) -> Rows:
+                return path.rows(self._store, keep=any(requests[job.index].continued for job in some))
+
+            while waiting:
+                Batch(fresh, waiting, self.renderer, drawing, asked, counted).run(call.emit)
 
     def _job(self, index: int, request: Request, ids: tuple[int, ...], drafts: bool) -> Job:
         sampling = request.sampling

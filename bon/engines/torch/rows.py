@@ -2,7 +2,7 @@
 
 A ``Rows`` holds keys and values for every row, computes the next logits, and lets rows leave. ``PlainRows`` is the
 ordinary way, through transformers' own cache, and works with every decoder that transformers can generate with;
-``bon.engines.torch.prefix.shared`` is the fast one. Neither samples nor knows about text.
+``bon.engines.torch.prefix.shared`` is the fast one, whose rows others can join. Neither samples nor knows about text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class Stats:
         padding: tokens that went through the model and belong to no prompt.
         cached: prompt tokens that another prompt's computation served.
         decoded: tokens computed one by one, one per row and step.
+        steps: passes through the model that computed them.
         prefix_bytes: most memory that keys and values of prompts took in one batch.
     """
 
@@ -41,6 +42,7 @@ class Stats:
     padding: int = 0
     cached: int = 0
     decoded: int = 0
+    steps: int = 0
     prefix_bytes: int = 0
 
 
@@ -94,6 +96,14 @@ class Rows(Protocol):
         """Sum of a measure over the continuation, for each pair; contexts and continuations are not empty."""
 
 
+@runtime_checkable
+class Joins(Rows, Protocol):
+    """Rows that others can join while they are under way."""
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another batch of the same kind and call, behind ours; it is not used afterwards."""
+
+
 class PlainRows:
     """Left-padded rows in transformers' ``DynamicCache``.
 
@@ -134,6 +144,7 @@ class PlainRows:
         logits = self._forward(tokens.unsqueeze(1), self._position.unsqueeze(1), self._mask, keep=1)[:, -1]
         self._position = self._position + 1
         self._stats.decoded += len(tokens)
+        self._stats.steps += 1
         return logits
 
     def select(self, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.int64]]:

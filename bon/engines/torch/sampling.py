@@ -39,23 +39,28 @@ class Uniforms:
 
     def __init__(self, keys: np.ndarray[Any, np.dtype[np.uint64]]) -> None:
         self._keys = keys
-        self._chunk = np.empty((len(keys), 0))
-        self._step = 0
+        self._chunk = np.empty((len(keys), _CHUNK))
+        self._step = np.zeros(len(keys), dtype=np.int64)
 
     def next(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The next step's numbers in [0, 1), shape (rows,)."""
+        """Each row's next number in [0, 1), shape (rows,)."""
         at = self._step % _CHUNK
-        if at == 0:
-            counter = self._step // 4  # Philox makes four numbers per count
-            bits = (np.random.Philox(key=key, counter=counter) for key in self._keys)
-            self._chunk = np.stack([np.random.Generator(b).random(_CHUNK) for b in bits])
-        self._step += 1
-        column: np.ndarray[Any, np.dtype[np.float64]] = self._chunk[:, at]
+        for row in np.flatnonzero(at == 0):
+            counter = int(self._step[row]) // 4  # Philox makes four numbers per count
+            bits = np.random.Philox(key=self._keys[row], counter=counter)
+            self._chunk[row] = np.random.Generator(bits).random(_CHUNK)
+        self._step = self._step + 1
+        column: np.ndarray[Any, np.dtype[np.float64]] = self._chunk[np.arange(len(at)), at]
         return column
 
     def select(self, order: np.ndarray[Any, Any]) -> None:
         """Keep these rows, in this order."""
-        self._keys, self._chunk = self._keys[order], self._chunk[order]
+        self._keys, self._chunk, self._step = self._keys[order], self._chunk[order], self._step[order]
+
+    def join(self, other: Uniforms) -> None:
+        """Take in the rows of another, behind ours."""
+        for name in ("_keys", "_chunk", "_step"):
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(other, name)]))
 
 
 def choose(logits: Tensor, drawing: Drawing, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -105,13 +105,15 @@ class Segments:
         lengths: (slots,) columns in use; further ones up to ``columns`` are padding.
         columns: width in use of the tensors, which may be wider.
         kept: whether they stay as they are, for later calls.
-        bias: (slots, 1, 1, columns), -inf on the padding; None where there is none.
+        bias: (slots, 1, 1, columns or more), -inf on the padding; None where there is none.
+        last: (slots,) each slot's last column, where they differ.
     """
 
     lengths: Index
     columns: int = 0
     bias: Tensor | None = None
     kept: bool = False
+    last: Tensor | None = None
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -125,6 +127,41 @@ class Segments:
         """Forget what lies behind ``lengths`` columns of each segment."""
         self.lengths, self.columns = lengths, int(lengths.max())
         self.bias = self.padding_bias(device)
+
+    def grow(self, device: torch.device) -> None:
+        """Make room for one more column of each slot."""
+        self.lengths = self.lengths + 1
+        self.columns = int(self.lengths.max())
+        if (self.lengths == self.columns).all():
+            self.bias = self.last = None
+            return
+        self.last = torch.from_numpy(self.lengths - 1).to(device)
+        if self.bias is None:
+            self.bias = self.padding_bias(device)
+        else:
+            if self.bias.shape[-1] < self.columns:
+                self.bias = torch.nn.functional.pad(self.bias, (0, _CHUNK), value=-torch.inf)
+            self.bias[torch.arange(len(self.lengths), device=device), 0, 0, self.last] = 0.0
+
+    def joined(self, other: Segments, device: torch.device) -> Segments:
+        """These slots, and those of another behind them; nobody may use either afterwards, unless it is ``kept``."""
+        left, lengths = len(self.lengths), np.concatenate([self.lengths, other.lengths])
+        both = Segments(lengths, max(self.columns, other.columns))
+        both.bias = both.padding_bias(device)
+        for target, ours, theirs in ((both.keys, self.keys, other.keys), (both.values, self.values, other.values)):
+            for layer in ours.keys() | theirs.keys():
+                old, new = ours.get(layer), theirs.get(layer)
+                like = theirs[layer] if old is None else old
+                if old is None or self.kept or len(old) < len(lengths) or old.shape[2] < both.columns:
+                    # Zeros, as nothing writes the padding and it must be finite.
+                    grown = like.new_zeros(len(lengths), like.shape[1], both.columns, like.shape[3])
+                    if old is not None:
+                        grown[:left, :, : self.columns] = old[:left, :, : self.columns]
+                    old = grown
+                if new is not None:
+                    old[left : len(lengths), :, : other.columns] = new[: len(other.lengths), :, : other.columns]
+                target[layer] = old
+        return both
 
     def padding_bias(self, device: torch.device) -> Tensor | None:
         """The bias that hides padding behind the segments' ends."""
@@ -161,7 +198,7 @@ class Level:
 
     Args:
         segments: shared by the rows below.
-        slot: (rows,) each row's segment.
+        slot: (rows,) each row's segment, -1 for none.
         device: where the model is.
     """
 
@@ -175,16 +212,20 @@ class Level:
     def regroup(self) -> None:
         """Arrange the rows by segment: ``rows`` is (slots, most rows of one slot), padded with any row."""
         slots = len(self.segments.lengths)
-        order = np.argsort(self.slot, kind="stable")
-        counts = np.bincount(self.slot, minlength=slots)
+        without = self.slot < 0
+        order = np.argsort(self.slot, kind="stable")[int(without.sum()) :]
+        counts = np.bincount(self.slot[~without], minlength=slots)
         within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         most = int(counts.max(initial=0))
         rows = np.zeros((slots, most), dtype=np.int64)
         rows[self.slot[order], within] = order
-        place = np.empty(len(order), dtype=np.int64)
+        place = np.zeros(len(self.slot), dtype=np.int64)
         place[order] = self.slot[order] * most + within
         self.most = most
-        self.regular = bool((counts == most).all() and (order == np.arange(len(order))).all())
+        self.regular = len(order) == len(place) and bool(
+            (counts == most).all() and (order == np.arange(len(order))).all()
+        )
+        self.without = torch.from_numpy(without).to(self.device) if without.any() else None
         self.rows = torch.from_numpy(rows).flatten().to(self.device)
         self.place = torch.from_numpy(place).to(self.device)
 
@@ -241,7 +282,7 @@ class Step:
         keys, values = self._append(layer, key, value)
         scores = _capped(query @ keys.transpose(2, 3), softcap)  # (rows, kv heads, queries per head, columns)
         if self.own.bias is not None:
-            scores = scores + self.own.bias[:rows]
+            scores = scores + self.own.bias[:rows, ..., : scores.shape[-1]]
         if not self.levels:
             return scores.softmax(-1) @ values
         shared = [_grouped_part(level, layer, query, softcap) for level in self.levels]
@@ -255,16 +296,20 @@ class Step:
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new column and return all columns so far, (rows, heads, columns, width) each."""
-        own, at = self.own, self.own.columns - 1
+        own, rows, columns = self.own, len(key), self.own.columns
         for store, new in ((own.keys, key), (own.values, value)):
-            if layer not in store or store[layer].shape[2] <= at:
-                old = store.get(layer)
-                wider = new.new_empty(len(new), new.shape[1], at + max(_CHUNK, at // 8), new.shape[2])
+            old = store.get(layer)
+            if old is None or old.shape[2] < columns or len(old) < rows:
+                # Zeros: what lies behind a row's last column must be finite.
+                wider = new.new_zeros(rows, new.shape[1], columns + max(_CHUNK, columns // 8), new.shape[2])
                 if old is not None:
-                    wider[:, :, :at] = old[: len(new), :, :at]
+                    before = old[:rows, :, :columns]
+                    wider[: len(before), :, : before.shape[2]] = before
                 store[layer] = wider
-            store[layer][: len(new), :, at] = new
-        rows, columns = len(key), own.columns
+            if own.last is None:
+                store[layer][:rows, :, columns - 1] = new
+            else:
+                store[layer][torch.arange(rows, device=new.device), :, own.last] = new
         return own.keys[layer][:rows, :, :columns], own.values[layer][:rows, :, :columns]
 
 
@@ -284,7 +329,12 @@ def _grouped_part(level: Level, layer: int, query: Tensor, softcap: float) -> tu
     )
     mean = mean.reshape(slots, heads, most, per_head, width).transpose(1, 2).flatten(0, 1)
     log_sum = log_sum.reshape(slots, heads, most, per_head).transpose(1, 2).flatten(0, 1)
-    return (mean, log_sum) if level.regular else (mean[level.place], log_sum[level.place])
+    if level.regular:
+        return mean, log_sum
+    mean, log_sum = mean[level.place], log_sum[level.place]
+    if level.without is not None:
+        log_sum = log_sum.masked_fill(level.without[:, None, None], -torch.inf)
+    return mean, log_sum
 
 
 @dataclass

@@ -3,7 +3,7 @@
 The rows of a batch form a tree: all share a preamble, some share a context, the samples of one prompt share that
 prompt, and each row has a tail of its own. Every node's keys and values exist once. Each row attends to the chain of
 nodes above it and to its own tail, see ``attention.py``. Prompts of different lengths run through the model one behind
-the other, without padding. Rows that leave make room for the last ones; nothing is padded on.
+the other, without padding. Rows that leave make room for the last ones, and for rows that join.
 
 It serves decoders whose layers all attend to the whole context; ``bon.engines.torch.paths`` finds out which do, and
 everything else takes ``bon.engines.torch.rows.PlainRows``.
@@ -11,6 +11,7 @@ everything else takes ``bon.engines.torch.rows.PlainRows``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,9 +77,13 @@ class Store:
         """Whose keys and values are held."""
         return sum(kept.tokens for kept in self._batches)
 
-    def find(self, prompts: Sequence[Ids]) -> Kept | None:
-        """The batch that all these prompts are of."""
-        return next((kept for kept in self._batches if kept.row.keys() >= set(prompts)), None)
+    def find(self, prompts: Sequence[Ids]) -> list[tuple[Kept | None, list[int]]]:
+        """The batches that prompts are of, and which; the last are of none."""
+        found: dict[int, list[int]] = {}
+        for i, ids in enumerate(prompts):
+            at = next((at for at, kept in enumerate(self._batches) if ids in kept.row), len(self._batches))
+            found.setdefault(at, []).append(i)
+        return [(self._batches[at] if at < len(self._batches) else None, found[at]) for at in sorted(found)]
 
     def add(self, kept: Kept) -> None:
         """Hold a batch, and let go of the oldest for which there is no room."""
@@ -112,8 +117,10 @@ class SharedRows:
 
     def prefill(self, prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
         """See ``Rows.prefill``."""
-        kept = None if self._store is None else self._store.find(prompts)
-        if kept is not None:
+        found = [] if self._store is None else self._store.find(prompts)
+        if len(found) > 1:
+            return self._gather([which for _, which in found], prompts, copies)
+        if found and (kept := found[0][0]) is not None:
             self.cached = [len(prompt) for prompt in prompts]
             self._stats.cached += sum(self.cached)
             return self._resume(kept, prompts, copies)
@@ -163,16 +170,50 @@ class SharedRows:
         self._note_prefix()
         return torch.cat(behind), logprobs
 
+    def _gather(self, parts: Sequence[Sequence[int]], prompts: Sequence[Ids], copies: Sequence[int]) -> Tensor:
+        """Make rows of prompts that were read in different batches, or not yet; returns the next logits."""
+        logits, cached = list[Tensor](), list[int]()
+        for which in parts:
+            part = SharedRows(self._run, self._root, self._store, keep=self._keep)
+            logits.append(part.prefill([prompts[i] for i in which], [copies[i] for i in which]))
+            cached += part.cached
+            self.join(part)
+        asked = [i for which in parts for i in which]
+        self.cached = [cached[at] for at in np.argsort(asked)]
+        order = np.argsort(np.repeat(asked, [copies[i] for i in asked]), kind="stable")
+        at = torch.from_numpy(order).to(self._device)
+        self._own = self._own.taken(order, self._device)
+        self._position = self._position[at]
+        for level in self._levels:
+            level.slot = level.slot[order]
+            level.regroup()
+        return torch.cat(logits)[at]
+
+    def join(self, other: SharedRows) -> None:
+        """See ``Joins.join``."""
+        ours, theirs = len(self._position), len(other._position)
+        levels = []
+        for mine, more in itertools.zip_longest(self._levels, other._levels):
+            slot = np.full(ours, -1) if mine is None else mine.slot
+            behind = np.full(theirs, -1) if more is None else more.slot
+            segments = (more if mine is None else mine).segments
+            if mine is not None and more is not None and more.segments is not segments:
+                behind = np.where(behind < 0, -1, behind + len(segments.lengths))
+                segments = segments.joined(more.segments, self._device)
+            levels.append(Level(segments, np.concatenate([slot, behind]), self._device))
+        self._levels = levels
+        self._own = self._own.joined(other._own, self._device)
+        self._position = torch.cat([self._position.to(self._device), other._position])
+        self.cached = [*self.cached, *other.cached]
+        self._note_prefix()
+
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Rows.step``."""
-        own = self._own
-        own.columns += 1
-        own.lengths = own.lengths + 1
-        if own.bias is not None:
-            own.bias = torch.cat([own.bias, own.bias.new_zeros(len(own.bias), 1, 1, 1)], -1)
-        logits = self._forward(tokens, self._position, Step(self._levels, own), 0)
+        self._own.grow(self._device)
+        logits = self._forward(tokens, self._position, Step(self._levels, self._own), 0)
         self._position = self._position + 1
         self._stats.decoded += len(tokens)
+        self._stats.steps += 1
         return logits
 
     def select(self, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> Index:
@@ -182,20 +223,22 @@ class SharedRows:
         self._position = self._position[torch.from_numpy(order).to(self._device)]
         for level in self._levels:
             level.slot = level.slot[order]
+        self._levels = [level for level in self._levels if (level.slot >= 0).any()]
+        for level in self._levels:
             self._compact(level)
         return order
 
     def _compact(self, level: Level) -> None:
         """Let segments go that no row attends to."""
         used = np.zeros(len(level.segments.lengths), dtype=bool)
-        used[level.slot] = True
+        used[level.slot[level.slot >= 0]] = True
         if not used.all():
             left, empty, filling = _fill(used)
             if level.segments.kept:
                 level.segments = level.segments.taken(left, self._device)
             else:
                 level.segments.move(empty, filling, len(left))
-            renamed = np.zeros(len(used), dtype=np.int64)
+            renamed = np.full(len(used) + 1, -1)  # the last is that of no segment
             renamed[left] = np.arange(len(left))
             level.slot = renamed[level.slot]
         level.regroup()
@@ -238,6 +281,7 @@ class SharedRows:
         if skip:
             if self._root.segments is None:
                 self._extend([Node(self._root.ids, 0, 0)])
+                self._own.kept = True
                 self._root.segments = self._own
             self._levels = [Level(self._root.segments, np.zeros(len(levels[0]), dtype=np.int64), self._device)]
         self.cached = [skip * (i > 0 or not fresh) + count for i, count in enumerate(saved)]
