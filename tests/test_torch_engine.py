@@ -8,7 +8,7 @@ import json
 import math
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,11 @@ from bon.engines.base import Completion, Generates, Keep, Partial, Prompt, Rates
 from bon.engines.loading import load
 from bon.engines.text.watch import KEEP_EVERY
 from bon.engines.torch import pack as packing
-from bon.engines.torch.decode import MAX_ROWS, Job, Waiting
+from bon.engines.torch.decode import MAX_ROWS, Job, Source
 from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.pack import PackedLinear
+from bon.engines.torch.prefix.shared import SharedRows
+from bon.engines.torch.rows import PlainRows, Run
 from bon.engines.torch.sampling import Uniforms, choose, row_key
 from bon.errors import EngineError, InputError, ModelNotFoundError, PromptTooLongError, UnknownNameError
 from bon.task import Message
@@ -414,14 +416,18 @@ def cost(prompts: int, rows: int, longest: int, new: int) -> int:
     return rows * (longest + new)
 
 
+def source(jobs: list[Job]) -> Source:
+    return Source(deque(jobs), lambda jobs: PlainRows(Run(None)), cost, lambda completion: None)
+
+
 def test_batches_hold_the_budget_and_lose_nothing() -> None:
     jobs = [Job(i, tuple(range(length)), range(8), 30) for i, length in enumerate([5, 5, 9, 40, 40, 300, 900])]
     jobs.append(Job(7, (1, 2), range(3 * MAX_ROWS), 5))
-    seen, waiting = [], Waiting(jobs, 1000, cost)
-    while waiting:
-        batch = waiting.take()
+    seen, waiting = [], source(jobs)
+    while waiting.jobs:
+        batch = waiting.take([], 0, 1000)
         rows = sum(len(j.samples) for j in batch)
-        assert rows <= MAX_ROWS
+        assert 0 < rows <= MAX_ROWS
         if rows > 1:
             assert cost(len(batch), rows, max(len(j.ids) for j in batch), max(j.limit for j in batch)) <= 1000
         seen += [(j.index, s) for j in batch for s in j.samples]
@@ -430,13 +436,144 @@ def test_batches_hold_the_budget_and_lose_nothing() -> None:
 
 def test_jobs_join_where_they_fit_whole() -> None:
     jobs = [Job(0, (1, 2, 3), range(10), 5), Job(1, (1, 2, 3), range(9), 5), Job(2, (1,) * 8, range(2), 5)]
-    waiting = Waiting(jobs, 100, cost)
-    assert [(job.index, job.samples) for job in waiting.take()] == [(0, range(10))]
-    assert not waiting.take([replace(jobs[0], samples=range(4))])  # 13 rows of 8 tokens are too many
-    assert [job.index for job in waiting.take([replace(jobs[0], samples=range(3))])] == [1]
-    assert not waiting.take([replace(jobs[0], samples=range(7))])  # 9 rows of 8 + 5
-    assert [job.index for job in waiting.take([replace(jobs[0], samples=range(5))])] == [2]
-    assert not waiting
+    waiting = source(jobs)
+
+    def take(left: int) -> list[tuple[int, range]]:
+        going = [replace(jobs[0], samples=range(left))] if left else []
+        return [(job.index, job.samples) for job in waiting.take(going, left, 100)]
+
+    assert take(0) == [(0, range(10))]
+    assert take(4) == []  # 13 rows of 8 tokens are too many
+    assert take(3) == [(1, range(9))]
+    assert take(7) == []  # 9 rows of 8 + 5
+    assert take(5) == [(2, range(2))]
+    assert not waiting.jobs
+
+
+# --- calls side by side --------------------------------------------------------------------------------------------
+
+
+async def listen(stream: Any) -> list[Completion]:
+    return [completion async for completion in stream]
+
+
+def texts(found: list[Completion]) -> set[tuple[int, int, str]]:
+    return {(c.request_index, c.sample_index, c.text) for c in found}
+
+
+def long_and_short(n: int = 2) -> tuple[list[Request], list[list[Request]]]:
+    """A call that takes a while, and others that come meanwhile, all drawing in the same way."""
+    first, *others = prompts("a", "b", "c", "d")
+    own = [Request(first, Sampling(temperature=1.0, seed=3, max_tokens=300), 4)]
+    return own, [[Request(prompt, Sampling(temperature=1.0, seed=3, max_tokens=6), n)] for prompt in others]
+
+
+def test_calls_that_draw_alike_join_the_one_under_way(tmp_path: Path) -> None:
+    """Each waited for the end of those before it, so that eight clients of a server took turns."""
+    folder = save(tmp_path, "Llama", "ascii")
+    own, others = long_and_short()
+    alone = [texts(ask(TorchEngine(folder), requests)) for requests in (own, *others)]
+    engine, ended = TorchEngine(folder), []
+
+    async def one(name: int, requests: list[Request]) -> list[Completion]:
+        found = await listen(engine.generate(requests))
+        ended.append(name)
+        return found
+
+    async def run() -> list[list[Completion]]:
+        return await asyncio.gather(*(one(i, requests) for i, requests in enumerate((own, *others))))
+
+    found = asyncio.run(run())
+    assert [texts(each) for each in found] == alone
+    longest = max(c.completion_tokens for c in found[0])
+    assert longest > 20
+    assert engine.stats.steps < longest + 6
+    assert ended[-1] == 0  # nobody waited for the first call
+
+
+def test_a_call_that_waits_for_something_else_is_not_overtaken_for_ever(llama: TorchEngine) -> None:
+    """Calls that join must not keep one behind which they came from its turn."""
+    own, others = long_and_short()
+    order: list[str] = []
+
+    async def one(name: str, waited: Any) -> None:
+        await waited
+        order.append(name)
+
+    async def run() -> None:
+        rated = llama.loglikelihood(prompts("e"), ["an answer"])
+        async with asyncio.TaskGroup() as tasks:
+            for name, waited in (
+                ("own", listen(llama.generate(own))),
+                ("rated", rated),
+                ("later", listen(llama.generate(others[0]))),
+            ):
+                tasks.create_task(one(name, waited))
+                await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert order == ["own", "rated", "later"]
+
+
+def test_a_call_that_stops_leaves_those_it_ran_with(tmp_path: Path) -> None:
+    """Be it the first, whose thread runs all of them, or one that joined; and one whose ``keep`` fails."""
+    folder = save(tmp_path, "Llama", "ascii")
+    own, others = long_and_short()
+    alone = [texts(ask(TorchEngine(folder), requests)) for requests in others]
+    engine = TorchEngine(folder)
+
+    def broken(partial: Any) -> bool:
+        raise ValueError("of the caller's own")
+
+    async def closed() -> None:
+        stream = engine.generate([replace(own[0], n=8)])
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    async def run(requests: list[Request]) -> list[Any]:
+        failing = engine.generate([replace(own[0], prompt=prompts("z")[0])], keep=broken)
+        calls = (closed(), listen(failing), *(listen(engine.generate(other)) for other in others))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    for _ in range(2):
+        _, failed, *found = asyncio.run(run(own))
+        assert isinstance(failed, ValueError)
+        assert [texts(each) for each in found] == alone
+
+
+def test_what_ends_a_batch_ends_all_calls_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TorchEngine(save(tmp_path, "Llama", "ascii"))
+    own, others = long_and_short()
+    step = SharedRows.step
+
+    def broken(rows: SharedRows, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return step(rows, tokens)
+
+    monkeypatch.setattr(SharedRows, "step", broken)
+
+    async def run() -> list[Any]:
+        calls = (listen(engine.generate(requests)) for requests in (own, others[0]))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    for error in asyncio.run(run()):
+        assert isinstance(error, EngineError)
+        assert "ran out of memory" in str(error)
+
+
+def test_a_call_whose_prompts_are_too_long_ends_beside_one_under_way(llama: TorchEngine) -> None:
+    own, others = long_and_short()
+    assert llama.max_model_len is not None
+    long = [Request(prompts("x" * llama.max_model_len)[0], others[0][0].sampling)]
+
+    async def run() -> list[list[Completion]]:
+        return await asyncio.gather(*(listen(llama.generate(requests)) for requests in (own, long, others[0])))
+
+    first, failed, other = asyncio.run(run())
+    assert isinstance(failed[0].error, PromptTooLongError)
+    assert (len(first), len(failed), len(other)) == (4, 1, 2)
 
 
 # --- loading and failing -------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The embedded engine: any decoder-only Hugging Face model through transformers, on a CPU or a GPU.
 
-Everything that a call asks for runs in fused batches: all samples of all prompts decode in step, and rows that end
-leave the batch. The model runs in one worker thread; the event loop gets each completion the moment it ends. One call
-at a time holds the model, others wait. It runs no encoder-decoder model and spreads no model over several devices.
+Everything that a call asks for runs in fused batches: all samples of all prompts decode in step, rows that end leave
+the batch, and what waits takes their places. The model runs in one worker thread; the event loop gets each completion
+the moment it ends. One call at a time holds the model, and others wait, but for calls of ``generate`` that draw tokens
+in the same way: they join. It runs no encoder-decoder model and spreads no model over several devices.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 import copy
 import inspect
 import secrets
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,15 +38,14 @@ from bon.engines.loading import load
 from bon.engines.lora import Change, added, named_adapter
 from bon.engines.memory import available_bytes, give_back, kv_bytes_per_token, out_of_memory
 from bon.engines.text.render import Renderer
-from bon.engines.torch.decode import Batch, Job, KeepAll, Waiting
+from bon.engines.torch.decode import Batch, Job, KeepAll, Source
 from bon.engines.torch.pack import pack
-from bon.engines.torch.paths import Path as Way
 from bon.engines.torch.paths import Paths
 from bon.engines.torch.prefix.shared import Store
 from bon.engines.torch.reading import fingerprint, in_batches, read
 from bon.engines.torch.rows import Measure, Rows, Run, Stats, confidence, token_logprobs
 from bon.engines.torch.threads import choose_threads
-from bon.engines.torch.worker import Call, Worker
+from bon.engines.torch.worker import Call, StoppedError, Worker
 from bon.errors import BonError, EngineError, InputError, UnknownNameError, whole_number
 from bon.mini import shown_name
 from bon.types import Drawing
@@ -56,6 +58,27 @@ _PADDING = 0.1  # share of the tokens of a rating batch that may be padding
 _RATED_PASSES = 8  # of one rating batch: contexts that several of its prompts share are kept meanwhile
 _PASS = {"cpu": (24 << 20, 1 << 26), "cuda": (1 << 29, 1 << 28)}  # bytes of one pass: in a layer, and of logits
 _PASS_TOKENS = (512, 1 << 14)  # at least, so that a pass is worth its overhead; and at most
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a call of ``generate`` wants.
+
+    Args:
+        engine: which was called; a view runs with its own adapter.
+        requests, keep: see ``Generates.generate``.
+        drawings: the ways in which the requests draw tokens.
+    """
+
+    engine: TorchEngine
+    requests: Sequence[Request]
+    keep: Keep | None
+    drawings: set[Drawing]
+
+    @property
+    def continued(self) -> bool:
+        """Whether more samples of a prompt will be asked."""
+        return any(request.continued for request in self.requests)
 
 
 class TorchEngine:
@@ -163,12 +186,13 @@ class TorchEngine:
         """Sample completions; see ``Generates.generate``.
 
         Requests that draw tokens in the same way (temperature, top-p, top-k and min-p) run in one fused batch. Under a
-        seed a completion is the same whatever else is in the call, up to rounding of the model's arithmetic.
+        seed a completion is the same whatever runs beside it, up to rounding of the model's arithmetic.
         Log-probabilities are the model's own, before temperature and filters. ``keep`` is called in the event loop.
         """
         for option in (option for request in requests for option in request.sampling.extra):
             raise UnknownNameError("sampling option of the torch engine", option, [])
-        return self._stream(lambda call: self._sample(requests, keep, call))
+        asked = _Asked(self, requests, keep, {request.sampling.drawing_on(self._drawing) for request in requests})
+        return self._stream(lambda call: self._sample(asked, call), asked)
 
     async def loglikelihood(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], *, end: bool = True
@@ -216,17 +240,64 @@ class TorchEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # the next model, or another process, may need it
 
-    def _stream(self, work: Callable[[Call], None]) -> AsyncGenerator[Any, None]:
+    @property
+    def _less(self) -> str:
+        return f"max_batch_tokens (now {self.max_batch_tokens}), max_tokens or n"
+
+    def _stream(self, work: Callable[[Call], None], plan: Any = None) -> AsyncGenerator[Any, None]:
         def run(call: Call) -> None:
             if self._model is None:
                 raise EngineError(f"the engine {self.name!r} is closed.")
-            less = f"max_batch_tokens (now {self.max_batch_tokens}), max_tokens or n"
-            with torch.inference_mode(), torch_errors(self.name, less), added(self._changes or []):
+            with torch.inference_mode(), torch_errors(self.name, self._less), added(self._changes or []):
                 work(call)
 
-        return self._worker.stream(run)
+        return self._worker.stream(run, plan)
 
-    def _sample(self, requests: Sequence[Request], keep: Keep | None, call: Call) -> None:
+    def _sample(self, asked: _Asked, call: Call) -> None:
+        """Run what a call wants sampled; calls that wait behind it and draw in the same way run along."""
+        rendered, groups = self._grouped(asked, call)
+        for drawing, group in groups.items():
+            last = drawing == [*groups][-1]
+            sources: list[Source] = []
+
+            def check(sources: list[Source] = sources) -> None:
+                if all(source.stopped() for source in sources):
+                    raise StoppedError
+
+            sources.append(own := self._source(asked, call, rendered, group, check, last=last))
+            kept = self._store.most if asked.continued else self._store.tokens
+            joining = partial(self._joining, asked, drawing, check) if last and self._paths.unlimited else None
+            try:
+                while own.jobs:
+                    with torch_errors(self.name, self._less):
+                        Batch(sources, self.max_batch_tokens - kept, self.renderer, drawing, joining).run()
+            except BaseException as error:
+                for source in sources:
+                    source.fail(error)
+                raise
+
+    def _joining(self, asked: _Asked, drawing: Drawing, check: Callable[[], object]) -> Source | None:
+        """What the call wants that waits first, where it can run along with what another asked for."""
+
+        def fits(plan: Any) -> bool:
+            alike = isinstance(plan, _Asked) and plan.engine is self and plan.drawings == {drawing}
+            return alike and plan.continued <= asked.continued  # there is room for prompts that are kept, or is not
+
+        while (call := self._worker.along(fits)) is not None:
+            failure = None
+            try:
+                with torch_errors(self.name, self._less):
+                    rendered, groups = self._grouped(call.plan, call)
+                    for group in groups.values():
+                        return self._source(call.plan, call, rendered, group, check, last=True)
+            except Exception as error:
+                failure = error
+            self._worker.end(call, failure)  # there is nothing to sample
+        return None
+
+    def _grouped(self, asked: _Asked, call: Call) -> tuple[list[tuple[int, ...]], dict[Drawing, list[int]]]:
+        """Token ids of the prompts of a call, and which requests draw in the same way; those too long have failed."""
+        requests = asked.requests
         rendered = [self.renderer.render(request.prompt) for request in requests]
         limit = None if self.max_model_len is None else self.max_model_len - 1
         errors = too_long(list(map(len, rendered)), limit, "prompt")
@@ -237,23 +308,41 @@ class TorchEngine:
         for i, request in enumerate(requests):
             if i not in errors:
                 groups.setdefault(request.sampling.drawing_on(self._drawing), []).append(i)
-        counted: set[int] = set()
-        for drawing, group in groups.items():
-            drafts = drawing.temperature == 0 and all(requests[i].n == 1 for i in group)
-            jobs = [self._job(i, requests[i], rendered[i], drafts) for i in group]
-            path = self._paths.choose(
-                [job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs), call.check
-            )
-            kept = self._store.most if any(requests[i].continued for i in group) else self._store.tokens
-            room = self.max_batch_tokens - kept
-            waiting = Waiting([jobs[at] for at in path.order], room, path.cost)
-            asked = None if keep is None else _in_event_loop(keep, call)
+        return rendered, groups
 
-            def fresh(some: Sequence[Job], path: Way = path) -> Rows:
-                return path.rows(self._store, keep=any(requests[job.index].continued for job in some))
+    def _source(
+        self,
+        asked: _Asked,
+        call: Call,
+        rendered: Sequence[tuple[int, ...]],
+        group: Sequence[int],
+        check: Callable[[], object],
+        *,
+        last: bool,
+    ) -> Source:
+        """Requests of a call that draw in the same way; with the ``last`` of them the call ends."""
+        requests = asked.requests
+        greedy = requests[group[0]].sampling.drawing_on(self._drawing).temperature == 0
+        drafts = greedy and all(requests[i].n == 1 for i in group)
+        jobs = [self._job(i, requests[i], rendered[i], drafts) for i in group]
+        path = self._paths.choose([job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs), check)
 
-            while waiting:
-                Batch(fresh, waiting, self.renderer, drawing, asked, counted).run(call.emit)
+        def fresh(some: Sequence[Job]) -> Rows:
+            return path.rows(self._store, keep=any(requests[job.index].continued for job in some))
+
+        def fail(error: BaseException) -> None:
+            self._worker.end(call, error)
+
+        return Source(
+            deque(jobs[at] for at in path.order),
+            fresh,
+            path.cost,
+            call.emit,
+            None if asked.keep is None else _in_event_loop(asked.keep, call),
+            lambda: call.stopped,
+            (lambda: self._worker.end(call)) if last else (lambda: None),
+            fail,
+        )
 
     def _job(self, index: int, request: Request, ids: tuple[int, ...], drafts: bool) -> Job:
         sampling = request.sampling

@@ -130,6 +130,11 @@ class Paths:
         self._attend(NAME if shared else self._plain)
         return (SharedPath if shared else PlainPath)(replace(self._run, check=check), prompts)
 
+    @property
+    def unlimited(self) -> bool:
+        """Whether prefixes are shared, however long prompts and completions are; known once a path was chosen."""
+        return self._share and self._limit is None
+
     def plain(self) -> None:
         """Let the model attend as transformers has it, for calls that take no path."""
         self._attend(self._plain)

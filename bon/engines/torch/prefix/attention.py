@@ -146,7 +146,8 @@ class Segments:
     def joined(self, other: Segments, device: torch.device) -> Segments:
         """These slots, and those of another behind them; nobody may use either afterwards, unless it is ``kept``."""
         left, lengths = len(self.lengths), np.concatenate([self.lengths, other.lengths])
-        both = Segments(lengths, max(self.columns, other.columns))
+        mine, more = (int(each.lengths.max(initial=0)) for each in (self, other))
+        both = Segments(lengths, max(mine, more))
         both.bias = both.padding_bias(device)
         for target, ours, theirs in ((both.keys, self.keys, other.keys), (both.values, self.values, other.values)):
             for layer in ours.keys() | theirs.keys():
@@ -156,10 +157,10 @@ class Segments:
                     # Zeros, as nothing writes the padding and it must be finite.
                     grown = like.new_zeros(len(lengths), like.shape[1], both.columns, like.shape[3])
                     if old is not None:
-                        grown[:left, :, : self.columns] = old[:left, :, : self.columns]
+                        grown[:left, :, :mine] = old[:left, :, :mine]
                     old = grown
                 if new is not None:
-                    old[left : len(lengths), :, : other.columns] = new[: len(other.lengths), :, : other.columns]
+                    old[left : len(lengths), :, :more] = new[: len(other.lengths), :, :more]
                 target[layer] = old
         return both
 

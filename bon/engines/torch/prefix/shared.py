@@ -204,7 +204,6 @@ class SharedRows:
         self._levels = levels
         self._own = self._own.joined(other._own, self._device)
         self._position = torch.cat([self._position.to(self._device), other._position])
-        self.cached = [*self.cached, *other.cached]
         self._note_prefix()
 
     def step(self, tokens: Tensor) -> Tensor:
