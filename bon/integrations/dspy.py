@@ -8,9 +8,11 @@ best = BestOfN(module=dspy.Predict("question -> answer"), N=8, reward_fn=reward(
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from threading import Event
 from typing import Any
 
 from bon import portal
@@ -26,6 +28,8 @@ except ImportError as error:
 log = logging.getLogger("bon")
 
 DSPyReward = Callable[[Mapping[str, Any], Any], float]
+Attempt = tuple[float, Any, list[Any]]
+"""A reward, its prediction, and the trace that this left."""
 
 
 def reward(scorer: Any, *, prompt: str | None = None, response: str | None = None) -> DSPyReward:
@@ -123,10 +127,9 @@ class BestOfN(dspy.Module):  # type: ignore[misc]
             raise InputError("there is no language model: dspy.configure(lm=dspy.LM(...)).")
         start = lm.kwargs.get("rollout_id") or 0
         threads = ThreadPoolExecutor(min(self.N, dspy.settings.num_threads or self.N), "bon-dspy")
-        attempts = [
-            threads.submit(copy_context().run, self._attempt, lm.copy(rollout_id=start + i, temperature=1.0), kwargs)
-            for i in range(self.N)
-        ]
+        models = [lm.copy(rollout_id=start + i, temperature=1.0) for i in range(self.N)]
+        enough = Event()
+        attempts = [threads.submit(copy_context().run, self._attempt, model, kwargs, enough) for model in models]
         try:
             pred, trace = self._best(attempts)
         finally:
@@ -135,7 +138,9 @@ class BestOfN(dspy.Module):  # type: ignore[misc]
             dspy.settings.trace.extend(trace)
         return pred
 
-    def _attempt(self, lm: Any, kwargs: dict[str, Any]) -> tuple[float, Any, list[Any]]:
+    def _attempt(self, lm: Any, kwargs: dict[str, Any], enough: Event) -> Attempt:
+        if enough.is_set():  # one before it was: nobody looks at this one
+            return -math.inf, None, []
         module = self.module.deepcopy()
         module.set_lm(lm)
         with dspy.context(trace=[]):
@@ -143,12 +148,15 @@ class BestOfN(dspy.Module):  # type: ignore[misc]
             trace = [*dspy.settings.trace]
             given = self.reward_fn(kwargs, pred)
         try:
-            return number("the reward", float(given)), pred, trace
+            rated = number("the reward", float(given))
         except (TypeError, ValueError) as error:
             raise InputError(f"the reward of a prediction must be a number, got {given!r:.60}.") from error
+        if rated >= self.threshold:
+            enough.set()
+        return rated, pred, trace
 
-    def _best(self, attempts: list[Future[tuple[float, Any, list[Any]]]]) -> tuple[Any, list[Any]]:
-        best: tuple[float, Any, list[Any]] | None = None
+    def _best(self, attempts: list[Future[Attempt]]) -> tuple[Any, list[Any]]:
+        best: Attempt | None = None
         failed = 0
         for i, attempt in enumerate(attempts):
             try:
