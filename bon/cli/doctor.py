@@ -15,7 +15,7 @@ from bon.cli.options import JSON
 if TYPE_CHECKING:
     from bon.spec import Registry
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "vllm", "aiohttp", "fastapi")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "vllm", "aiohttp", "fastapi", "ray")
 
 
 def doctor(as_json: JSON = False) -> int:
