@@ -343,12 +343,12 @@ def connected(address: str, workers: Workers) -> Iterator[None]:
             ray.init(address=address, **quiet)
         except Exception as error:  # Ray has no type of its own for all that can go wrong
             raise _unreachable(address, _first_line(error)) from error
-    try:
-        _check_room(ray.nodes(), workers)
-        with redirect_stdout(sys.stderr):  # what Ray says of a worker that died is no result
+    with redirect_stdout(sys.stderr):  # what Ray says of a worker that died is no result
+        try:
+            _check_room(ray.nodes(), workers)
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def rows_of_block(config: Config) -> int:

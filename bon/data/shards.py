@@ -69,6 +69,7 @@ class Shards:
     written: int = 0
     already: int = 0
     _lock: int = -1
+    _new: bool = False
     _there: dict[str, list[_Shard]] = field(default_factory=dict)
     _replaced: list[Path] = field(default_factory=list)
 
@@ -83,13 +84,14 @@ class Shards:
 
         if resume and overwrite:
             raise InputError("--resume and --overwrite exclude each other.")
+        new = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder, os.O_RDONLY)
         except OSError as error:
             problem = "it is a file, and shards need a folder" if folder.is_file() else error.strerror
             raise InputError(f"cannot write to {folder}: {problem}. Choose another -o.") from error
-        shards = cls(folder, run, read, _lock=lock)
+        shards = cls(folder, run, read, _lock=lock, _new=new)
         try:
             try:
                 flock(lock, LOCK_EX | LOCK_NB)
@@ -226,7 +228,9 @@ class Shards:
         self.written += done
 
     def close(self) -> None:
-        """Let others write to the folder."""
+        """Let others write to the folder; one that was made for this run and got no shard is removed."""
+        if self._new and not any(self.folder.iterdir()):
+            self.folder.rmdir()
         os.close(self._lock)
 
 
