@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bon.cli.options import Files
     from bon.cli.tally import Tally
     from bon.config import Config
-    from bon.data.ray import Done
+    from bon.data.ray import Done, Workers
     from bon.data.rows import BadRow, Row
     from bon.data.shards import Block, Shards
 
@@ -76,7 +76,7 @@ def run_on_ray(
     from bon.cli.options import embedded, threads_for
     from bon.cli.tally import Tally
     from bon.cli.terminal import StoppedError
-    from bon.data.ray import How, Workers, connected, finished, packed, rows_of_block
+    from bon.data.ray import How, connected, finished, packed, rows_of_block
     from bon.data.rows import row_of
     from bon.data.shards import Shards
 
@@ -85,9 +85,8 @@ def run_on_ray(
         raise InputError("--ray writes a folder of shards: give -o FOLDER.")
     if files.trace is not None:
         raise InputError("--trace is for a run on one machine.")
-    cpus = 1.0 if cluster.worker_cpus is None else cluster.worker_cpus
-    workers = Workers(cluster.workers or 1, cpus, cluster.worker_gpus)
-    inputs = _inputs(source, files.output)
+    workers = workers_of(cluster)
+    inputs = inputs_of(source, files.output)
     run = settings_of(files, config, system, False, credit, None)
     read = partial(row_of, system=system, prompt_field=files.prompt_field)
     shards = Shards.open(files.output, run, read, resume=files.resume, overwrite=files.overwrite)
@@ -114,7 +113,15 @@ def run_on_ray(
         return tally.exit_code
 
 
-def _inputs(source: str, output: Path) -> list[Path]:
+def workers_of(cluster: Cluster) -> Workers:
+    """What the options say of workers."""
+    from bon.data.ray import Workers
+
+    cpus = 1.0 if cluster.worker_cpus is None else cluster.worker_cpus
+    return Workers(cluster.workers or 1, cpus, cluster.worker_gpus)
+
+
+def inputs_of(source: str, output: Path | None) -> list[Path]:
     """The files to read."""
     from bon.data.formats import NAMED
 
@@ -123,7 +130,7 @@ def _inputs(source: str, output: Path) -> list[Path]:
     path = Path(source)
     if not path.is_dir():
         return [path]
-    if output.exists() and output.samefile(path):
+    if output is not None and output.exists() and output.samefile(path):
         raise InputError(f"{source} is both the input and the output. Choose another -o.")
     found = sorted(file for file in path.iterdir() if file.is_file() and file.name.lower().endswith(NAMED))
     if not found:
@@ -168,8 +175,8 @@ def _finish(outcomes: Iterable[Done], todo: Mapping[str, Block], shards: Shards,
             started = perf_counter() - done.seconds if started is None else started
             block = todo[done.shard]
             shards.write(block, done.rows, len(done.rows) - len(done.failures))
-            for failure in done.failures:
-                tally.fail(failure.line, failure.error, str(block.file))
+            for line, error in done.failures:
+                tally.fail(line, error, str(block.file))
             tally.counts += done.counts
             bar.update(len(done.rows))
     return started or perf_counter()

@@ -86,34 +86,20 @@ class How:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """A row that failed: where, why, and whether that is the row's fault."""
-
-    line: int
-    reason: str
-    bad: bool
-
-    @property
-    def error(self) -> BonError:
-        """As an error."""
-        return InputError(self.reason) if self.bad else EngineError(self.reason)
-
-
-@dataclass(frozen=True, slots=True)
 class Done:
     """A block whose rows are all done, or failed.
 
     Args:
         shard: of the block.
         rows: as JSON, in the block's order.
-        failures: of them.
+        failures: of them: the line, and why.
         counts: of the others.
         seconds: that it took.
     """
 
     shard: str
     rows: tuple[bytes, ...]
-    failures: tuple[Failure, ...]
+    failures: tuple[tuple[int, BonError], ...]
     counts: Counts
     seconds: float
 
@@ -127,7 +113,6 @@ class Worker:
 
     def __init__(self, config: Config, how: How, folder: str) -> None:
         self.how = how
-        self.node = socket.gethostname()
         self.error: BonError | None = None
         if Path(folder).is_dir():  # names of files and modules mean the same as where the command was typed
             os.chdir(folder)
@@ -135,10 +120,10 @@ class Worker:
             self.bon: BestOfN = config.build()
             if how.credit:
                 refuse(self.bon.scorer)
-        except BonError as error:
-            self.error = error
         except Exception as error:
-            self.error = EngineError(f"{type(error).__name__}: {error}")
+            said = str(error) if isinstance(error, BonError) else f"{type(error).__name__}: {error}"
+            kind = InputError if isinstance(error, InputError) else UnavailableError
+            self.error = kind(f"a worker on {socket.gethostname()} cannot be set up: {said}")
         else:
             together = self.bon.policy.concurrent and self.bon.scorer.concurrent
             self.turn: Any = nullcontext() if together else threading.Lock()
@@ -188,9 +173,9 @@ class BlockWorker(Worker):
         """Do the blocks of a batch."""
         return {"done": [pickle.dumps(self._done(*pickle.loads(block))) for block in batch["block"]]}
 
-    def _done(self, shard: str, rows: tuple[Row, ...]) -> Done | tuple[str, str, bool]:
+    def _done(self, shard: str, rows: tuple[Row, ...]) -> Done | BonError:
         if self.error is not None:
-            return self.node, str(self.error), isinstance(self.error, InputError)
+            return self.error
         import ray
 
         started = perf_counter()
@@ -204,7 +189,7 @@ class BlockWorker(Worker):
         counts, failures = Counts(), []
         for row, outcome in zip(rows, outcomes, strict=True):
             if isinstance(outcome, BonError):
-                failures.append(Failure(row.line, str(outcome), isinstance(outcome, InputError)))
+                failures.append((row.line, sendable(outcome)))
             else:
                 counts += Counts.of(outcome)
         lines = (to_json(self.written(row, outcome)) for row, outcome in zip(rows, outcomes, strict=True))
@@ -223,7 +208,7 @@ class RowWorker(Worker):
         import pyarrow
 
         if self.error is not None:
-            raise _unbuilt(self.node, str(self.error), isinstance(self.error, InputError))
+            raise self.error
         read = list(read_rows(enumerate(table.to_pylist(), 1), lambda *row: row_of(*row, **self.reading)))
         with self.turn:
             outcomes = iter(self.outcomes(row for row in read if isinstance(row, Row)))
@@ -308,8 +293,8 @@ def finished(blocks: Sequence[bytes], config: Config, how: How, workers: Workers
         for batch in done.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
             for each in batch["done"]:
                 outcome = pickle.loads(each)
-                if not isinstance(outcome, Done):
-                    raise _unbuilt(*outcome)
+                if isinstance(outcome, BonError):
+                    raise outcome
                 yield outcome
     except RayError as error:
         raise EngineError(
@@ -345,7 +330,7 @@ def connected(address: str, workers: Workers) -> Iterator[None]:
             raise _unreachable(address, _first_line(error)) from error
     with redirect_stdout(sys.stderr):  # what Ray says of a worker that died is no result
         try:
-            _check_room(ray.nodes(), workers)
+            room(workers)
             yield
         finally:
             ray.shutdown()
@@ -439,10 +424,16 @@ def _unreachable(address: str, reason: str) -> InputError:
     )
 
 
-def _check_room(nodes: list[dict[str, Any]], workers: Workers) -> None:
-    """Refuse workers none of which any machine of the cluster has room for; Ray would wait for one for ever."""
+def room(workers: Workers) -> int:
+    """How many such workers the machines of the cluster that is connected have room for.
+
+    Raises:
+        InputError: none; Ray would wait for a machine for ever.
+    """
+    import ray
+
     wanted = {"CPU": workers.cpus, "GPU": workers.gpus or 0.0}
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, share in wanted.items():
         most = max((resources.get(name, 0.0) for resources in alive), default=0.0)
         if share > most:
@@ -450,11 +441,16 @@ def _check_room(nodes: list[dict[str, Any]], workers: Workers) -> None:
                 f"a worker is to have {share:g} {name}s, and no machine of the cluster has more than {most:g}. "
                 f"Give --worker-{name.lower()}s less."
             )
+    shares = [(name, share) for name, share in wanted.items() if share]
+    fits = (
+        min((resources.get(name, 0.0) // share for name, share in shares), default=workers.count) for resources in alive
+    )
+    return int(sum(fits))
 
 
-def _unbuilt(node: str, reason: str, bad: bool) -> BonError:
-    kind = InputError if bad else UnavailableError
-    return kind(f"a worker on {node} cannot be set up: {reason}")
+def sendable(error: BonError) -> BonError:
+    """An error that says the same, and that can be pickled whatever its constructor takes."""
+    return InputError(str(error)) if isinstance(error, InputError) else EngineError(str(error))
 
 
 def _first_line(error: BaseException) -> str:
