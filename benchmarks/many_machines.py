@@ -1,9 +1,9 @@
 """What `bon plan` predicts beside what `bon run --ray` does: 5,000 prompts of the mini world on 1 and on 2 workers.
 
 For each number of workers, round after round: first the plan, which measures rates on 320 of the prompts in that many
-workers at once, then the run of all prompts with as many. The ratio is predicted seconds / measured seconds, loading left
-out on both sides (`seconds_1`, `seconds_2`); it should be between 0.85 and 1.15. The rows are compared between rounds
-and numbers of workers: all must be the same. What a million prompts would take stands in the rows as well.
+workers at once, then the run of all prompts with as many. The ratio is predicted seconds / measured seconds, loading
+left out on both sides (`seconds_1`, `seconds_2`); it should be between 0.85 and 1.15. The rows are compared between
+rounds and numbers of workers: all must be the same. What a million prompts would take stands in the rows as well.
 """
 
 from __future__ import annotations

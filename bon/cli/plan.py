@@ -27,7 +27,7 @@ from bon.cli.run import is_file
 from bon.errors import InputError
 
 if TYPE_CHECKING:
-    from bon.bench.plan import Plan, Stage
+    from bon.bench.plan import Cost, Plan, Stage
     from bon.data.rows import BadRow, Row
 
 MANY = 1_000_000
