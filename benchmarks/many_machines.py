@@ -21,19 +21,18 @@ from bon.errors import EngineError
 from bon.mini.tasks import sample_instructions
 from lib.scripts import parser, script, warn
 
-WORKERS = (1, 2)
-
 
 def main(argv: list[str] | None = None) -> None:
     command = parser(__doc__ or "")
     command.add_argument("--prompts", type=int, default=None, help="5000, or 200 with --quick")
+    command.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="how many, in turn")
     command.add_argument("--rounds", type=int, default=None, help="2, or 1 with --quick")
     command.add_argument("-n", type=int, default=8, help="candidates for each prompt")
     options = command.parse_args(argv)
     count = options.prompts or (200 if options.quick else 5000)
     rounds = options.rounds or (1 if options.quick else 2)
     report = Report("many_machines", conditions(seed=options.seed, prompts=count, n=options.n, rounds=rounds))
-    ratios: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+    ratios: dict[int, list[float]] = {workers: [] for workers in options.workers}
     made = set()
     lines = []
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [{"prompt": prompt} for prompt in sample_instructions(count, options.seed)]
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for number in range(rounds):
-            for workers in WORKERS:
+            for workers in options.workers:
                 given = [str(source), "-n", str(options.n), "--seed", str(options.seed)]
                 given += ["--ray", "local", "--workers", str(workers)]
                 plan = json.loads(_bon(["plan", *given, "--json", *(["--block", "32"] if options.quick else [])])[0])

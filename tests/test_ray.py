@@ -1,5 +1,6 @@
 """Rows over many machines, on real clusters of Ray's on this one: the same rows, whatever dies on the way."""
 
+import json
 import os
 import signal
 import socket
@@ -236,6 +237,38 @@ def test_control_c_keeps_what_is_finished_and_says_how_to_go_on(folder):
     assert code == 130
     assert "The same command with --resume goes on from there." in err
     assert 0 < len(shards("out")) < 1500
+
+
+# --- What it will take -----------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_measured_in_as_many_workers_as_there_are_to_be(cluster, folder, capsys):
+    command = ["plan", "in.jsonl", "--ray", cluster.address, *MINE, "--block", "20", "--json"]
+    assert main([*command, "--workers", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["prompts"], report["workers"], len(report["costs"])) == (400, 2, 2)
+    assert [cost["prompts"] for cost in report["costs"]] == [100, 100]
+    assert report["seconds"] >= 400 / report["prompts_per_second"]
+    assert main([*command, "--workers", "5"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["costs"]) == 2  # what there is room for
+    assert main([*command, "--policy", "/no/such/model"]) == 2
+    assert "cannot be set up: " in capsys.readouterr().err
+
+
+def test_the_benchmark_of_predictions_runs_to_its_last_line(tmp_path, monkeypatch, capsys):
+    import sys
+
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import many_machines
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    many_machines.main(
+        ["--quick", "--workers", "1", "--prompts", "40", "-n", "2", "--out", str(tmp_path / "many.json")]
+    )
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads((tmp_path / "many.json").read_text())
+    assert report["ratios"].keys() == {"seconds_1"}
+    assert [row["workers"] for row in report["rows"]] == [1]
 
 
 # --- What is wrong ---------------------------------------------------------------------------------------------------

@@ -66,9 +66,9 @@ class Stage:
         """
         if not read and not written:
             return cls(0.0, 0.0, None, None, seconds / count)
-        if not written or prefill is None:
+        if not written or (read and prefill is None):
             return cls(read / reads, 0.0, read / seconds, None)
-        reading = min(read / prefill, 0.9 * seconds)  # what was measured apart cannot take all the time
+        reading = min(read / prefill, 0.9 * seconds) if prefill else 0.0  # measured apart, it cannot be all the time
         decode = written / (seconds - reading)
         return cls(read / reads, written / count, read / reading if read else None, decode)
 

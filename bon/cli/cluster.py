@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -76,6 +76,7 @@ def run_on_ray(
     from bon.cli.options import embedded, threads_for
     from bon.cli.tally import Tally
     from bon.cli.terminal import StoppedError
+    from bon.data.formats import read_file
     from bon.data.ray import How, connected, finished, packed, rows_of_block
     from bon.data.rows import row_of
     from bon.data.shards import Shards
@@ -94,7 +95,9 @@ def run_on_ray(
         shards.check_inputs([path.name for path in inputs])
         tally = Tally(source=source, files=files, output=shards)
         todo, blocks = {}, []
-        for block in _missing(inputs, shards, tally, rows_of_block(config), embedded(config)):
+        records = chain.from_iterable(read_file(str(path)) for path in inputs)
+        size = rows_of_block(config, workers.count, islice(records, files.limit))
+        for block in _missing(inputs, shards, tally, size, embedded(config)):
             todo[block.shard] = replace(block, rows=())
             blocks += [packed(block)] if block.rows else []
         started = perf_counter()

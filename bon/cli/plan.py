@@ -71,7 +71,8 @@ def plan(
     config = config.changed(threads=threads_for(config))
     if file is None or not is_file(file, or_folder=True):
         raise InputError("FILE is missing. Type: bon plan --help" if file is None else f"there is no file {file!r}.")
-    workers, size = workers_of(cluster), block or rows_of_block(config)
+    workers = workers_of(cluster)
+    size = block or rows_of_block(config)
     found = _Sample(size * ROUNDS)
     found.read(_rows(file, system, prompt_field))
     if not found.taken:
@@ -82,7 +83,7 @@ def plan(
     else:
         with connected(cluster.ray, workers):
             costs = measure_on_ray(config, found.taken, size, workers)
-    made = Plan(costs, workers.count, rows_of_block(config), found.longer)
+    made = Plan(costs, workers.count, rows_of_block(config, workers.count, range(found.rows)), found.longer)
     if as_json:
         print_json(_report(made, found))
     else:
@@ -177,7 +178,7 @@ def _show(plan: Plan, sample: _Sample, file: str) -> None:
         )
     alone = plan.rate() / plan.workers
     print(f"a worker does {alone:.3g} prompts a second, {plan.workers} of them {plan.rate():.3g}")
-    bad = f" ({sample.bad} rows cannot be read)" if sample.bad else ""
+    bad = f" (and {sample.bad} bad row{'' if sample.bad == 1 else 's'})" if sample.bad else ""
     print(f"{file}: {sample.rows} prompts{bad} take {_time(plan.seconds(sample.rows))}, and {plan.setup:.0f} s to load")
     print("\na million such prompts")
     rows = []

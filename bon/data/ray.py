@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -336,9 +337,20 @@ def connected(address: str, workers: Workers) -> Iterator[None]:
             ray.shutdown()
 
 
-def rows_of_block(config: Config) -> int:
-    """Rows that are done and written together: they fill the batches of an engine that wants everything at once."""
-    return max(64, WAVE // config.n) if isinstance(config.n, int) else 64
+def rows_of_block(config: Config, workers: int = 1, rows: Iterable[object] | None = None) -> int:
+    """Rows that are done and written together: they fill the batches of an engine that wants everything at once.
+
+    Args:
+        config: of the run.
+        workers: that share the rows.
+        rows: all of them, of which as many are counted as say whether there are few: then blocks are smaller, so that
+            no worker is left without.
+    """
+    size = max(64, WAVE // config.n) if isinstance(config.n, int) else 64
+    if rows is None:
+        return size
+    count = sum(1 for _ in islice(rows, 2 * workers * size))
+    return max(1, min(size, -(-count // (2 * workers))))
 
 
 def _config(spec: Any) -> Config:
