@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -167,6 +168,23 @@ def test_a_dataset_of_rays_becomes_one_with_the_best_of_each_row(cluster, folder
         ray.shutdown()
 
 
+def test_more_workers_than_there_is_room_for_start_when_there_is(cluster, folder, capsys):
+    assert main(["run", "in.jsonl", "-o", "out", "--ray", cluster.address, "--workers", "3", *MINE]) == 0
+    assert "the cluster has room for 2 of 3 workers; others start when it has more" in capsys.readouterr().err
+    assert found("out") == expected()
+
+
+def test_each_worker_has_its_own_connections_to_a_server(cluster, folder):
+    pytest.importorskip("aiohttp", reason="pip install -e '.[http]'")
+    from fake_openai import FakeServer
+
+    with FakeServer() as server:
+        policy = ["--policy", f"{server.url},model=fake", "--scorer", "longest", "-n", "2"]
+        assert main(["run", "in.jsonl", "-o", "out", "--ray", cluster.address, "--workers", "2", *policy]) == 0
+    assert [row["id"] for row in shards("out")] == list(range(400))
+    assert all(row["text"] for row in shards("out"))
+
+
 # --- What dies -------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +343,26 @@ def test_an_address_where_no_cluster_answers_is_named_with_what_to_type(folder, 
     captured = capsys.readouterr().err
     assert said in captured
     assert captured.count("\n") == 1
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_a_server_that_is_no_cluster_is_told_from_one(folder, capsys, answer, monkeypatch):
+    monkeypatch.setattr("bon.data.ray._ANSWERS_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            there, _ = server.accept()
+            with there:
+                there.sendall(answer)
+                there.recv(1000)
+                time.sleep(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert main(["run", "in.jsonl", "-o", "out", "--ray", address, *MINE]) == 2
+        thread.join()
+    assert f"no Ray cluster answers at '{address}': " in capsys.readouterr().err
 
 
 def test_workers_that_no_machine_has_room_for_are_refused(cluster, folder, capsys):

@@ -20,7 +20,7 @@ from typing import Any
 from bon import portal
 from bon.bench.harness import forget
 from bon.config import Config
-from bon.data.ray import How, Worker, Workers, gpus_of, room, sendable
+from bon.data.ray import How, Worker, Workers, room, sendable
 from bon.data.rows import Row
 from bon.data.sink import to_json
 from bon.engines.base import Completion, Engine, Generates, Prompt, Request
@@ -265,7 +265,7 @@ def measure_on_ray(config: Config, rows: Sequence[Row], size: int, workers: Work
     """
     import ray
 
-    kind = ray.remote(Meter).options(num_cpus=workers.cpus, num_gpus=gpus_of(config, workers))
+    kind = ray.remote(Meter).options(num_cpus=workers.cpus, num_gpus=workers.gpus)
     meters = [kind.remote(config, os.getcwd()) for _ in range(min(workers.count, room(workers)))]
     ray.get([meter.ready.remote() for meter in meters])
     costs = []

@@ -107,8 +107,8 @@ def run_on_ray(
         if blocks:
             built, how = config.changed(threads=threads_for(config)), How(run, files.everything, credit)
             try:
-                with connected(cluster.ray, workers):
-                    started = _finish(finished(blocks, built, how, workers), todo, shards, tally)
+                with connected(cluster.ray, built, workers) as placed:
+                    started = _finish(finished(blocks, built, how, placed), todo, shards, tally)
             except KeyboardInterrupt:
                 raise StoppedError(tally.interrupted) from None
         tally.say_off_world()

@@ -81,8 +81,8 @@ def plan(
         meter = Meter(config, os.getcwd())
         costs: tuple[Cost, ...] = (measure(meter, found.taken, size, meter.setup),)
     else:
-        with connected(cluster.ray, workers):
-            costs = measure_on_ray(config, found.taken, size, workers)
+        with connected(cluster.ray, config, workers) as placed:
+            costs = measure_on_ray(config, found.taken, size, placed)
     made = Plan(costs, workers.count, rows_of_block(config, workers.count, range(found.rows)), found.longer)
     if as_json:
         print_json(_report(made, found))

@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -37,11 +37,17 @@ from bon.types import Result
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+log = logging.getLogger("bon")
+
 LOCAL = "local"
 """The address of a cluster that is started on this machine, and stopped again."""
 
 _ANSWERS_S = 5.0
 """A cluster's port has to accept a connection within this time."""
+
+# Ray speaks gRPC: what HTTP/2 begins with, an empty frame of settings, and the kind of frame that answers (RFC 9113).
+_SETTINGS = b"\x04"
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + b"\0" * 5
 
 _DEATHS = 5
 """Rows are given up when this many workers have died while they did them."""
@@ -304,11 +310,14 @@ def finished(blocks: Sequence[bytes], config: Config, how: How, workers: Workers
 
 
 @contextmanager
-def connected(address: str, workers: Workers) -> Iterator[None]:
+def connected(address: str, config: Config, workers: Workers) -> Iterator[Workers]:
     """Meanwhile there is a cluster: the one at an address, or one of its own on this machine.
+
+    Yields the workers with the GPUs that each of them gets.
 
     Args:
         address: HOST:PORT, "auto" for the cluster that this machine is part of, or "local".
+        config: what each worker builds.
         workers: what it has to have room for.
 
     Raises:
@@ -331,8 +340,10 @@ def connected(address: str, workers: Workers) -> Iterator[None]:
             raise _unreachable(address, _first_line(error)) from error
     with redirect_stdout(sys.stderr):  # what Ray says of a worker that died is no result
         try:
-            room(workers)
-            yield
+            workers = replace(workers, gpus=_gpus_of(config, workers))
+            if (fit := room(workers)) < workers.count:
+                log.info("the cluster has room for %d of %d workers; others start when it has more", fit, workers.count)
+            yield workers
         finally:
             ray.shutdown()
 
@@ -376,11 +387,11 @@ def _mapped(
             size=workers.count, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
         num_cpus=workers.cpus,
-        num_gpus=gpus_of(config, workers),
+        num_gpus=_gpus_of(config, workers),
     )
 
 
-def gpus_of(config: Config, workers: Workers) -> float:
+def _gpus_of(config: Config, workers: Workers) -> float:
     """GPUs of a worker."""
     import ray
 
@@ -424,7 +435,11 @@ def _check_answers(address: str) -> None:
     if host is None or port is None:
         raise InputError(f"{address!r} is no address of a Ray cluster. Write HOST:PORT, auto, or local.")
     try:
-        socket.create_connection((host, port), _ANSWERS_S).close()
+        with socket.create_connection((host, port), _ANSWERS_S) as there:
+            if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):
+                there.sendall(_HELLO)
+                if there.recv(4)[3:] != _SETTINGS:
+                    raise OSError("what answers there is something else")
     except OSError as error:
         raise _unreachable(address, error.strerror or str(error)) from error
 
