@@ -186,6 +186,8 @@ def test_columns_of_the_prompt_are_kept_by_name():
     assert [row["topic"] for export in (Pairs, Groups, SFT) for row in export(keep=["topic"])(one)] == ["plants"] * 3
     with pytest.raises(InputError, match=r"no column 'topics' to keep\. Its columns: 'id', 'topic'"):
         Pairs(keep=["topics"])(one)
+    with pytest.raises(InputError, match="the column 'margin' cannot be kept"):
+        Pairs(keep=["margin"])(result(*FOUR, margin=1))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,7 @@ WHOLE = {"prompt": PROMPT, "best": 0, "candidates": [{"text": "Hi."}], "scores":
         ({"scores": [{"reward": "high"}]}, "score 0: a reward must be a number or None, got 'high'"),
         ({"scores": [{"reward": 1.0, "status": "fine"}]}, "score 0: unknown status of a score 'fine'"),
         ({"best": 4}, "'best' must be the index of one of the 1 candidates, not 4"),
+        ({"status": "error", "reason": "No."}, "the run has no result for this row: No. --skip-bad leaves it out."),
         ({"prompt": None}, "neither 'prompt' nor 'messages'"),
     ],
 )
@@ -365,6 +368,14 @@ def test_several_files_and_a_system_message_are_taken_in_order(export, run, tmp_
     code, rows, _ = export("sft", run[0], "--system", "Be brief.", source=again)
     assert (code, [row["id"] for row in rows]) == (0, ["q0", "q1", "q2"] * 2)
     assert {row["prompt"][0]["content"] for row in rows} == {"Be brief."}
+
+
+def test_a_folder_of_shards_is_taken_in_the_order_of_their_names(export, tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    for at, name in enumerate("bca"):
+        write_rows(folder / f"{name}.jsonl", [{**WHOLE, "id": f"q{at}"}])
+    code, rows, _ = export("sft", source=folder)
+    assert (code, [row["id"] for row in rows]) == (0, ["q2", "q0", "q1"])
 
 
 def test_what_pruning_left_without_a_reward_is_said_with_the_option_that_helps(export, tmp_path):

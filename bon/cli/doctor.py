@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bon.spec import Registry
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "vllm", "aiohttp", "fastapi")
-EXTRAS = {"pyarrow": "parquet", "datasets": "evals", "peft": "train", "trl": "trl", "dspy": "dspy"}
+EXTRAS = {"pyarrow": "parquet", "datasets": "evals", "peft": "train", "trl": "trl", "dspy": "dspy", "ray": "ray"}
 """Packages that an extra of bon's brings, which is named where they are missing."""
 
 

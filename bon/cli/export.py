@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from bon.cli.cluster import inputs_of
 from bon.cli.options import Rows, grouped, option
 from bon.cli.rows import Input
 from bon.cli.run import is_file
@@ -36,7 +37,7 @@ app = typer.Typer(help="Turn a run with --all into rows for trainers.", no_args_
 
 Runs = Annotated[
     list[str],
-    typer.Argument(metavar="FILE", help="What bon run --all or bon rerank --all wrote; several in their order."),
+    typer.Argument(metavar="FILE", help="What bon run --all or bon rerank --all wrote, files or folders of shards."),
 ]
 DropTies = Annotated[bool, option(_KEPT, "--drop-ties", help="None whose rewards are the same.")]
 CutOff = Annotated[bool, option(_KEPT, "--cut-off", help="Also answers that were cut off, which have no end to learn.")]
@@ -300,13 +301,16 @@ def _exported(
     from bon.cli.terminal import StoppedError, say
     from bon.data.results import run_row
 
+    files: list[str] = []
     for source in sources:
-        if not is_file(source):
+        if not is_file(source, or_folder=True):
             raise InputError(f"there is no file {source!r}.")
+        files += [source] if source == "-" else map(str, inputs_of(source, rows.output))
+    for source in files:
         if rows.output is not None and rows.output.exists() and source != "-" and rows.output.samefile(source):
             raise InputError(f"{source} is both the input and the output. Choose another -o.")
     read = partial(run_row, system=taken.system, prompt_field=rows.prompt_field)
-    inputs = [Input(source, rows, read, "standard input" if source == "-" else source) for source in sources]
+    inputs = [Input(source, rows, read, "standard input" if source == "-" else source) for source in files]
     output, there = _opened(rows)
     with closing(output), ExitStack() as stack:
         if rows.resume:

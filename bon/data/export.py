@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -45,6 +45,9 @@ class Export(ABC):
         refused: what was left out, by reason.
     """
 
+    own: ClassVar[frozenset[str]] = frozenset()
+    """Columns that its rows have beside ``id`` and ``prompt``."""
+
     keep: Sequence[str] = ()
     refused: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
@@ -58,6 +61,8 @@ class Export(ABC):
         known = task.metadata
         identity = known.get("id", known.get("line"))
         for name in self.keep:
+            if name in self.own:
+                raise InputError(f"the column {name!r} cannot be kept: the rows have one of that name of their own.")
             if name not in known and name != "reference":
                 columns = ", ".join(map(repr, known)) or "none"
                 raise InputError(f"the row has no column {name!r} to keep. Its columns: {columns:.200}.")
@@ -101,6 +106,7 @@ class Pairs(Export):
         InputError: an option that cannot be.
     """
 
+    own = frozenset({"chosen", "rejected", "chosen_reward", "rejected_reward", "margin", "reference_response"})
     pairing: str = "best-worst"
     drop_ties: bool = False
     min_margin: float = 0.0
@@ -196,6 +202,9 @@ class Groups(Export):
         InputError: a tau that is no positive number.
     """
 
+    own = frozenset(
+        {"completions", "rewards", "ranks", "soft_targets", "advantages", "finish_reasons", "logps", "unrated"}
+    )
     tau: float = 1.0
     scale: bool = True
     drop_ties: bool = False
@@ -247,6 +256,7 @@ class SFT(Export):
         InputError: a minimum that is no number.
     """
 
+    own = frozenset({"completion", "reward"})
     min_reward: float | None = None
     cut_off: bool = False
 

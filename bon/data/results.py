@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from bon.data.formats import read_file, shown
-from bon.data.rows import BadRow, Row, before, read_rows, row_of
+from bon.data.rows import FAILED, BadRow, Row, as_asked, read_rows, row_of
 from bon.errors import InputError
 from bon.selectors import Best, select
 from bon.types import Candidate, Result, Score, Selection, Timing, Usage
@@ -16,7 +16,7 @@ from bon.types import Candidate, Result, Score, Selection, Timing, Usage
 
 def run_row(line: int, fields: Mapping[str, Any], **options: Any) -> Row:
     """The row of a run's output: what it asked, whatever names its own fields had; see ``row_of``."""
-    return replace(row_of(line, before(fields), **options), fields=fields)
+    return replace(as_asked(line, fields, partial(row_of, **options)), fields=fields)
 
 
 def read_results(source: str, **options: Any) -> Iterator[Result]:
@@ -42,6 +42,8 @@ def result_of(row: Row) -> Result:
     """
     fields = row.fields
     given, scored = fields.get("candidates"), fields.get("scores")
+    if fields.get("status") == FAILED:
+        raise InputError(f"the run has no result for this row: {fields.get('reason')} --skip-bad leaves it out.")
     if not isinstance(given, Sequence) or not isinstance(scored, Sequence) or isinstance(given, str):
         raise InputError(
             "the row has no 'candidates' with 'scores': it was not written with --all. Type: bon run PROMPTS --all "
