@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -27,12 +26,14 @@ from bon.allocation import Allocation
 from bon.budget import as_budget
 from bon.cli.options import Files, embedded, loaded, threads_for
 from bon.cli.show import show
-from bon.cli.terminal import StoppedError, one_line, said_of, say, say_off_world, sentence
+from bon.cli.tally import Tally
+from bon.cli.terminal import StoppedError, one_line, say
 from bon.config import Config
 from bon.credit import refuse
 from bon.data.formats import read_file
 from bon.data.rows import (
     BadRow,
+    Counts,
     Key,
     Outcomes,
     Row,
@@ -50,69 +51,26 @@ from bon.pipeline import made
 from bon.scorers.base import Scorer
 from bon.selectors import Selector, as_selector, only_the_best_counts
 from bon.trace import Trace
-from bon.types import Result, Sampling, Saved, Usage
-
-LISTED = 20
-"""Bad rows that are reported one by one; the rest is only counted."""
+from bon.types import Result, Sampling
 
 
-@dataclass
-class Job:
-    """The counts of one run over a file.
+@dataclass(kw_only=True)
+class Job(Tally):
+    """One run over a file.
 
     Args:
-        source: the input's name.
-        files: what to do with it.
         output, trace: where results go.
         several: whether the selector may pick more than one candidate, so that rows list what it picked.
         run: which settings make them.
         broken: why the input could not be read to its end.
     """
 
-    source: str
-    files: Files
     output: Output
     several: bool
     run: str
     trace: Trace | None = None
-    seen: int = 0
-    already: int = 0
-    off_world: int = 0
-    candidates: int = 0
-    lost: int = 0
-    without: int = 0
-    scored: int = 0
-    reward_sum: float = 0.0
-    usage: Usage = field(default_factory=Usage)
-    saved: Saved = field(default_factory=Saved)
-    failed: int = 0
-    listed: int = 0
-    engine_failed: bool = False
     ids: dict[Key, int] = field(default_factory=dict)
-    said: set[str] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    stopped: bool = False
     broken: BonError | None = None
-
-    @property
-    def name(self) -> str:
-        """The input, for messages."""
-        return "standard input" if self.source == "-" else self.source
-
-    def fail(self, line: int, error: BonError) -> None:
-        """Report a row that cannot be done; without ``skip_bad`` nothing more is read."""
-        self.stopped = not self.files.skip_bad
-        text = sentence(error)
-        with self.lock:  # rows are read on another thread than they are finished on
-            self.failed += 1
-            if not isinstance(error, InputError):
-                self.engine_failed = True
-                if text in self.said:  # a model that died takes all rows that were under way with it
-                    return
-                self.said.add(text)
-            self.listed += 1
-        if self.listed <= LISTED:
-            say(f"{'skipped' if self.files.skip_bad else 'error:'} {self.name}:{line}: {text}")
 
     def rows(self, parsed: Iterable[Row | BadRow]) -> Iterator[Row]:
         """The rows that are still to be done."""
@@ -154,16 +112,9 @@ class Job:
             self.output.written += 1
         else:
             self.output.write(output_row(row, result, run=self.run, everything=everything, several=self.several))
-        self.candidates += len(result.candidates)
-        self.lost += sum(score.status == "failed" or score.error is not None for score in result.scores)
-        self.without += result.text is None
-        self.usage += result.usage
-        self.saved += result.saved
+        self.counts += Counts.of(result)
         if self.trace is not None:
             self.trace.add(result, row.line)
-        if result.reward is not None:
-            self.scored += 1
-            self.reward_sum += result.reward
 
     def keep(self, rows: Mapping[int, Row], groups: Iterable[Group], selector: Selector) -> None:
         """Write what an interrupted run over all rows together has, where that is a candidate with a reward.
@@ -178,46 +129,6 @@ class Job:
                 group.expire("the run was interrupted")
                 if isinstance(result := made(group.result, selector), Result):
                     self.finish(row, result)
-
-    @property
-    def exit_code(self) -> int:
-        """0 when every row is done or was bad and to be skipped; 1 when a model failed, which is no row's fault."""
-        if self.engine_failed:
-            return 1
-        return 2 if self.stopped else 0
-
-    @property
-    def _done(self) -> str:
-        return f"{self.output.written} row{'' if self.output.written == 1 else 's'} done"
-
-    @property
-    def interrupted(self) -> str:
-        """What to say after Ctrl-C."""
-        if self.files.output is None:
-            return f"interrupted: {self._done} and written."
-        return (
-            f"interrupted: {self._done} and in {self.output.name}. The same command with --resume goes on from there."
-        )
-
-    def summary(self, seconds: float) -> str:
-        """One line about the whole run."""
-        parts = [self._done]
-        if self.already:
-            parts.append(f"{self.already} done before")
-        if self.failed:
-            parts.append(f"{self.failed} {'failed' if self.engine_failed else 'bad'}")
-        if self.without:
-            parts.append(f"{self.without} without a text")
-        if self.lost:
-            parts.append(f"{self.lost} of {self.candidates} candidates failed")
-        if self.scored:
-            parts.append(f"mean reward {self.reward_sum / self.scored:.3f}")
-        if self.output.written:
-            parts.append(f"{seconds:.1f} s, {self.candidates / seconds:.1f} candidates/s")
-            parts.append(f"{self.usage.total_tokens} tokens")
-        if saved := said_of(self.saved):
-            parts.append(saved)
-        return "; ".join(parts) + "."
 
 
 def run_file(
@@ -247,12 +158,13 @@ def run_file(
     """
     _check_output(source, files)
     read = partial(row_of, system=system, ranked=ranked, prompt_field=files.prompt_field)
-    run = _settings(files, config, system, ranked, credit, total)
+    run = settings_of(files, config, system, ranked, credit, total)
     with ExitStack() as stack:
         output = Output.open(files.output, resume=files.resume, overwrite=files.overwrite, run=run, read=read)
         stack.callback(output.close)
         trace = None if files.trace is None else stack.enter_context(_open_trace(files.trace, files.output))
-        job = Job(source, files, output, not only_the_best_counts(as_selector(config.selector)), run, trace)
+        several = not only_the_best_counts(as_selector(config.selector))
+        job = Job(source=source, files=files, output=output, several=several, run=run, trace=trace)
         if output.repaired:
             say(f"{output.name}: the last line was torn and has been cut off ({output.repaired} bytes).")
         rows = job.rows(islice(read_rows(read_file(source), read), files.limit))
@@ -273,7 +185,7 @@ def run_file(
                 more = max(total - output.spent, len(left))
                 allocation = Allocation(more, rule if hasattr(rule, "gain") else None)
             if embedded(config, ranked=ranked):
-                rows = _off_world_counted(job, rows)
+                rows = job.counting_off_world(rows)
             with _ranking(config) if ranked else _sampling(config, allocation) as (scorer, outcomes):
                 if credit:
                     refuse(scorer)
@@ -287,12 +199,11 @@ def run_file(
                     if allocation is not None:
                         job.keep(left, allocation.groups, _selector(config))
                     raise StoppedError(job.interrupted) from None
-        if job.off_world:
-            say_off_world(ranked=ranked, count=(job.off_world, job.seen))
-        if job.listed > LISTED:
-            say(f"bad rows that are not listed: {job.listed - LISTED}.")
+        job.say_off_world(ranked)
         if output.name != "standard output" or job.failed or sys.stderr.isatty():
-            say(job.summary(perf_counter() - started))
+            job.say_summary(perf_counter() - started)
+        else:
+            job.say_unlisted()
         if job.broken is not None:
             raise job.broken
         return job.exit_code
@@ -317,14 +228,6 @@ def _selector(config: Config) -> Selector:
     return as_selector(config.selector, config.min_reward, seed=Sampling.of(config.sampling).seed)
 
 
-def _off_world_counted(job: Job, rows: Iterable[Row]) -> Iterator[Row]:
-    from bon.mini.tasks import knows
-
-    for row in rows:
-        job.off_world += not knows(row.task.instruction)
-        yield row
-
-
 def _finish_all(job: Job, outcomes: Outcomes, total: int | None, left: dict[int, Row]) -> None:
     async def work(bar: tqdm[Any]) -> None:
         async with aclosing(outcomes):
@@ -340,7 +243,7 @@ def _finish_all(job: Job, outcomes: Outcomes, total: int | None, left: dict[int,
         portal.run(work(bar))
 
 
-def _settings(files: Files, config: Config, system: str | None, ranked: bool, credit: bool, total: int | None) -> str:
+def settings_of(files: Files, config: Config, system: str | None, ranked: bool, credit: bool, total: int | None) -> str:
     """What decides how a row comes out, beside the row, in short."""
     settings = config.to_dict()
     for name in ("threads", "schedule", *(("policy", "n") if ranked else ())):

@@ -7,11 +7,13 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bon.cli.cluster import Cluster
 from bon.cli.options import (
     JSON,
     Choice,
@@ -52,6 +54,7 @@ def run(
     number: Number,
     sampling: SamplingOptions,
     files: Files,
+    cluster: Cluster,
     total_samples: Annotated[
         int | None,
         typer.Option(
@@ -84,18 +87,25 @@ def run(
     config = configured(setup, number, sampling, choice, policy=policy)
     if prompt is None:
         raise InputError("PROMPT|FILE is missing. Type: bon run --help")
-    if is_file(prompt):
+    many = {f"--{name.replace('_', '-')}": value is not None for name, value in asdict(cluster).items()}
+    if is_file(prompt, or_folder=cluster.ray is not None):
         from bon.budget import as_budget
         from bon.cli.files import run_file
 
         given = {"--json": as_json, "--stream": stream, "--instruction": instruction is not None}
         _refuse(given, _FOR_ONE_PROMPT)
+        if cluster.ray is not None:
+            from bon.cli.cluster import run_on_ray
+
+            _refuse({"--total-samples": total_samples is not None}, _ON_ONE_MACHINE)
+            return run_on_ray(prompt, files, config, cluster, system=system, credit=credit)
+        _refuse(many, dict.fromkeys(many, "{} says what a worker of a Ray cluster gets: give --ray ADDRESS or local."))
         if total_samples is not None and number.n is not None and not hasattr(as_budget(number.n), "gain"):
             raise InputError(f"--total-samples takes the place of -n {number.n}: leave it out, or say -n adaptive:...")
         return run_file(prompt, files, config, system=system, credit=credit, total=total_samples)
     only_files = {"--output": files.output is not None, "--all": files.everything, "--skip-bad": files.skip_bad}
     only_files |= {"--resume": files.resume, "--overwrite": files.overwrite, "--limit": files.limit is not None}
-    only_files |= {"--total-samples": total_samples is not None}
+    only_files |= {"--total-samples": total_samples is not None, **many}
     _refuse({**only_files, "--prompt-field": files.prompt_field is not None}, _FOR_FILES)
     if stream and not sys.stderr.isatty():
         raise InputError("--stream shows candidates on a terminal, and standard error is none.")
@@ -113,19 +123,26 @@ _FOR_FILES = {
 }
 
 
+_ON_ONE_MACHINE = {"--total-samples": "--total-samples looks at all prompts together, on one machine: leave out --ray."}
+
+
 def _refuse(given: dict[str, bool], reasons: dict[str, str]) -> None:
     for name, is_given in given.items():
         if is_given:
-            raise InputError(reasons.get(name, f"{name} is for files of prompts."))
+            raise InputError(reasons.get(name, "{} is for files of prompts.").format(name))
 
 
-def is_file(argument: str) -> bool:
+def is_file(argument: str, *, or_folder: bool = False) -> bool:
     """Whether an argument is a file of rows and not a prompt.
 
+    Args:
+        argument: of the command line.
+        or_folder: whether a folder of files will do.
+
     Raises:
-        InputError: a folder, or what looks like a file's name and is not there.
+        InputError: a folder otherwise, or what looks like a file's name and is not there.
     """
-    if argument == "-" or (os.path.exists(argument) and not os.path.isdir(argument)):
+    if argument == "-" or (os.path.exists(argument) and (or_folder or not os.path.isdir(argument))):
         return True
     if os.path.isdir(argument):
         raise InputError(f"{argument!r} is a folder. Give a file, or a prompt of more than one word.")

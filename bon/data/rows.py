@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as fields_of
 from hashlib import blake2b
 from typing import Any
 
@@ -20,10 +21,13 @@ from bon.pipeline import in_order, rank
 from bon.scorers.base import Scorer
 from bon.selectors import Selector
 from bon.task import Message, Task, as_messages
-from bon.types import Result
+from bon.types import Result, Saved, Usage
 
 Key = tuple[str, str | int | bytes]
 """("id", its value) or ("row", its digest)."""
+
+FAILED = "error"
+"""The status of a row that has no result."""
 
 _READ = frozenset({"prompt", "messages", "instruction", "reference", "candidates"})
 """Fields that mean something here; the others are a task's metadata."""
@@ -63,10 +67,11 @@ Read = Callable[[int, Mapping[str, Any]], Row]
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A record that cannot be used, and why."""
+    """A record that cannot be used, why, and what it holds where it could be read."""
 
     line: int
     error: BonError
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def row_of(
@@ -103,6 +108,12 @@ def row_of(
     return Row(line, fields, task, _candidates(fields) if ranked else ())
 
 
+def before(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a row with those that a result put its own in place of; see ``output_row``."""
+    replaced = fields.get("replaced")
+    return {**fields, **replaced} if isinstance(replaced, Mapping) else fields
+
+
 def read_rows(records: Iterable[Record], read: Read = row_of) -> Iterator[Row | BadRow]:
     """Read rows one by one.
 
@@ -116,7 +127,7 @@ def read_rows(records: Iterable[Record], read: Read = row_of) -> Iterator[Row | 
                 raise fields
             yield read(line, fields)
         except InputError as error:
-            yield BadRow(line, error)
+            yield BadRow(line, error, {} if isinstance(fields, InputError) else fields)
 
 
 def _reference(fields: Mapping[str, Any]) -> str | None:
@@ -235,8 +246,65 @@ def output_row(
             own["picked"] = [{"text": c.text, "reward": result.scores[c.index].reward} for c in result.picked]
     elif row.candidates:
         del own["candidates"]  # the row has them
-    own |= {"run": run} | ({"line": row.line} if row.fields.get("id") is None else {})
-    replaced = {name: old for name, old in row.fields.items() if name in own and old != own[name]}
-    if replaced and "replaced" in row.fields:
-        replaced["replaced"] = row.fields["replaced"]
-    return {**row.fields, **own, **({"replaced": replaced} if replaced else {})}
+    return _beside(row.fields, own, row.line, run)
+
+
+def error_row(row: Row | BadRow, error: BonError, *, run: str) -> dict[str, Any]:
+    """The row as it is written where every row is to be there: without a text, and ``reason`` says why."""
+    none = dict.fromkeys(("text", "reward", "best", "inferred"))
+    return _beside(row.fields, none | {"reason": str(error), "status": FAILED}, row.line, run)
+
+
+def _beside(fields: Mapping[str, Any], own: dict[str, Any], line: int, run: str) -> dict[str, Any]:
+    own |= {"run": run} | ({"line": line} if fields.get("id") is None else {})
+    replaced = {name: old for name, old in fields.items() if name in own and old != own[name]}
+    if replaced and "replaced" in fields:
+        replaced["replaced"] = fields["replaced"]
+    return {**fields, **own, **({"replaced": replaced} if replaced else {})}
+
+
+def as_asked(line: int, fields: Mapping[str, Any], read: Read) -> Row:
+    """Read a row that was written: as it came in.
+
+    Raises:
+        InputError: what was asked may have been thrown away since.
+    """
+    return read(line, before(fields))
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What came out of some rows.
+
+    Args:
+        candidates: sampled, or brought.
+        lost: of these, how many could not be scored.
+        without: rows that have no text.
+        scored: rows whose winner has a reward.
+        reward_sum: of these rewards.
+        usage, saved: of all rows.
+    """
+
+    candidates: int = 0
+    lost: int = 0
+    without: int = 0
+    scored: int = 0
+    reward_sum: float = 0.0
+    usage: Usage = field(default_factory=Usage)
+    saved: Saved = field(default_factory=Saved)
+
+    @classmethod
+    def of(cls, result: Result) -> Counts:
+        """Count one row."""
+        return cls(
+            candidates=len(result.candidates),
+            lost=sum(score.status == "failed" or score.error is not None for score in result.scores),
+            without=int(result.text is None),
+            scored=int(result.reward is not None),
+            reward_sum=result.reward or 0.0,
+            usage=result.usage,
+            saved=result.saved,
+        )
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields_of(self)))

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from bon.data.formats import parse_object
-from bon.data.rows import Key, Read, row_of
+from bon.data.rows import Key, Read, as_asked, row_of
 from bon.errors import InputError
 
 # UTF-8 of control characters beyond ASCII's first 32, and of the marks that reorder a line.
@@ -51,6 +51,19 @@ def check_replaceable(path: Path, what: str, *starts: bytes) -> None:
             start = file.read(100)
         if start and not start.startswith(starts):
             raise InputError(f"{path} is no {what} and would be overwritten by the {what}. Choose another --{what}.")
+
+
+def check_run(fields: Mapping[str, Any], where: str, run: str) -> None:
+    """Refuse a row that was written by a run with other settings.
+
+    Raises:
+        InputError: it says that it was.
+    """
+    if fields.get("run", run) != run:
+        raise InputError(
+            f"{where} was made with other settings (policy, scorer, selector, n, sampling, --system, "
+            "--all): cannot resume. Give those again, choose another -o, or to mix them take 'run' out of its rows."
+        )
 
 
 @dataclass(slots=True)
@@ -167,14 +180,9 @@ class Output:
 
     def _note(self, fields: dict[str, Any], number: int, run: str, read: Read) -> None:
         """Note a row that is done."""
-        if fields.get("run", run) != run:
-            raise InputError(
-                f"{self.name}:{number} was made with other settings (policy, scorer, selector, n, sampling, --system, "
-                "--all): cannot resume. Give those again, choose another -o, or to mix them take 'run' out of its rows."
-            )
-        replaced = fields.get("replaced")
+        check_run(fields, f"{self.name}:{number}", run)
         try:
-            row = read(number, {**fields, **replaced} if isinstance(replaced, dict) else fields)
+            row = as_asked(number, fields, read)
             key = row.key
             self.asked[key] = row.digest
         except InputError as error:  # what was asked may have been thrown away since
