@@ -98,6 +98,8 @@ def test_engines_that_want_one_batch_at_a_time_get_one_request_at_a_time():
         assert site.server.admission.max_running == 1
     with served(BestOfN(ScriptedEngine(), "flip", n=1)) as site:
         assert site.server.admission.max_running == 64
+    with served(BestOfN(n=1)) as site:  # the embedded model samples for several together
+        assert site.server.admission.max_running == 8
 
 
 def test_a_place_is_given_back_exactly_once_however_a_request_ends():

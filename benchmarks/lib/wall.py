@@ -23,7 +23,7 @@ from bon import BestOfN
 from bon.serve import Settings
 from bon.serve.process import serve
 
-serve(BestOfN(), Settings(port=0))
+serve(BestOfN({policy!r}), Settings(port=0, max_running={running}))
 """
 CLIENTS = 8
 
@@ -55,12 +55,16 @@ def measure(options: argparse.Namespace) -> Report:
     }
     shown = _compare(report, f"run_{policy.partition('=')[2] or 'torch'}", sides, rounds)
     portal.run(pool.aclose())
-    if policy == "mini":
-        with Server(script=SERVER) as server:
-            asked = examples[: 4 * CLIENTS]
-            sides = {name: partial(_load, server, asked, n) for name, n in (("fixed", n), ("adaptive", options.budget))}
+    if "engine=" not in policy:
+        asked = examples[: (4 if policy == "mini" else 1) * CLIENTS]
+        at_once, in_turn = (SERVER.format(policy=policy, running=running) for running in (None, 1))
+        with Server(script=at_once) as server, Server(script=in_turn) as other:
+            load = partial(_load, server, asked)
+            sides = {"fixed": partial(load, n), "adaptive": partial(load, options.budget)}
             shown += _compare(report, f"server_p50_{CLIENTS}_clients", sides, min(rounds, 3))
-    report.text.append(table(["", "fixed", "adaptive", "ratio", "tokens", "pass rate"], shown))
+            sides = {"in turn": partial(_load, other, asked, n), "at once": partial(load, n)}
+            shown += _compare(report, f"server_p50_{CLIENTS}_clients", sides, min(rounds, 3))
+    report.text.append(table(["", "before", "after", "ratio", "tokens", "pass rate"], shown))
     return report
 
 
@@ -68,8 +72,9 @@ def _compare(report: Report, key: str, sides: dict[str, Callable[[int], Ran]], r
     timed = interleave(sides, rounds, warmup=1, label=key)
     found = {name: [one.value for one in values] for name, values in timed.items()}
     seconds = {name: [ran.seconds for ran in rans] for name, rans in found.items()}
-    pairs = Pairs(key, {}, ("adaptive", "fixed"), seconds["adaptive"], seconds["fixed"])
-    report.ratios[f"adaptive_vs_fixed_{key}"] = pairs.ratio
+    before, after = sides
+    pairs = Pairs(key, {}, (after, before), seconds[after], seconds[before])
+    report.ratios[f"{after}_vs_{before}_{key}".replace(" ", "_")] = pairs.ratio
     facts = {
         what: {name: fmean(getattr(ran, what) for ran in rans) for name, rans in found.items()}
         for what in ("tokens", "passed")
@@ -79,7 +84,14 @@ def _compare(report: Report, key: str, sides: dict[str, Callable[[int], Ran]], r
         " / ".join(f"{facts[what][name]:{form}}" for name in sides)
         for what, form in (("tokens", ".0f"), ("passed", ".3f"))
     ]
-    return [[key, *(milliseconds(median(seconds[name])) for name in sides), f"{pairs.ratio:.2f}", *both]]
+    return [
+        [
+            f"{key}: {after} / {before}",
+            *(milliseconds(median(seconds[name])) for name in sides),
+            f"{pairs.ratio:.2f}",
+            *both,
+        ]
+    ]
 
 
 def _run(bon: BestOfN, examples: list[Example], count: int, number: int) -> Ran:

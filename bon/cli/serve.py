@@ -63,7 +63,8 @@ def serve(
     ] = False,
     max_n: Annotated[int, option(_LIMITS, "--max-n", metavar="N", help="Candidates that a request may ask for.")] = 64,
     max_running: Annotated[
-        int | None, option(_LIMITS, "--max-running", metavar="R", help="Requests at the same time; 1 or 64 by engine.")
+        int | None,
+        option(_LIMITS, "--max-running", metavar="R", help="Requests at the same time; 64, 8 or 1 by engine."),
     ] = None,
     max_waiting: Annotated[
         int, option(_LIMITS, "--max-waiting", metavar="W", help="Requests in the queue; the next one gets 429.")

@@ -350,7 +350,8 @@ class Engine(Protocol):
         name: what to call it in a table or a log line.
         max_model_len: tokens that prompt and completion may have together; None when the engine does not know.
         concurrent: True when requests join a running batch (vLLM, HTTP), so that scoring may start while others are
-            still sampled; False when one call at a time should bring everything (torch).
+            still sampled; False when one call at a time should bring everything (torch). One that is not may say
+            ``queues = True``: calls may come at any time, and it runs together or in turn what they want.
     """
 
     @property

@@ -20,8 +20,10 @@ from starlette.responses import Response
 
 from bon import __version__
 from bon.best_of_n import BestOfN
+from bon.engines.base import Engine
 from bon.mini.tasks import FAMILIES, instruction, sample_tasks
 from bon.models import MINI
+from bon.scorers.base import Scorer
 from bon.serve.admission import Admission
 from bon.serve.answers import Answer, joined, usage_body
 from bon.serve.bodies import Bodies
@@ -65,8 +67,7 @@ class Server:
     def __init__(self, bon: BestOfN, settings: Settings) -> None:
         self.bon, self.settings = bon, settings
         scorers = offered_scorers(bon)
-        concurrent = bon.policy.concurrent and all(scorer.concurrent for scorer in scorers.values())
-        self.admission = Admission(settings.max_running or (64 if concurrent else 1), settings.max_waiting)
+        self.admission = Admission(settings.max_running or _at_once(bon.policy, scorers.values()), settings.max_waiting)
         self.bodies = Bodies(settings)
         self.metrics = Metrics(self.admission)
         self.health = Health(bon, self.admission)
@@ -271,6 +272,16 @@ _ERRORS = {
     503: "A model does not answer, or the server shuts down",
 }
 _SCHEMAS = "#/components/schemas/{model}"
+
+
+def _at_once(policy: Engine, scorers: Iterable[Scorer]) -> int:
+    """Requests that run at the same time; see ``Settings.max_running``."""
+    scorers = list(scorers)
+    if policy.concurrent and all(scorer.concurrent for scorer in scorers):
+        return 64
+    engines = [policy, *(engine for scorer in scorers for engine in scorer.engines)]
+    taken = all(scorer.concurrent or scorer.engines for scorer in scorers)
+    return 8 if taken and all(each.concurrent or getattr(each, "queues", False) for each in engines) else 1
 
 
 def _answer(request: Request, error: Exception) -> Response:

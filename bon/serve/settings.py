@@ -17,8 +17,9 @@ class Settings:
         model_names: names that clients may ask for, the policy's name if there are none.
         api_keys: if there are any, requests to /v1 need one of them as a bearer token.
         max_n: candidates that a request may ask for.
-        max_running: requests that run at the same time; None means 1 for engines that want one batch at a time and
-            64 for those whose requests join a running batch.
+        max_running: requests that run at the same time; None means 64 for engines whose requests join a running batch,
+            8 where an engine in this process samples for them together and scores them in turn, and 1 for a scorer
+            that says itself that it takes one call at a time.
         max_waiting: requests that may wait for their turn; the next one gets 429.
         deadline_s: seconds a request may take, waiting included; requests may ask for less. None sets no limit.
         max_connections: at the same time; beyond them the one without a request for the longest is closed. None takes

@@ -112,6 +112,7 @@ class TorchEngine:
     """
 
     concurrent = False
+    queues = True
 
     def __init__(
         self,

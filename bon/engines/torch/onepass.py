@@ -35,6 +35,7 @@ class OnePass:
     """
 
     concurrent = False
+    queues = True
 
     def __init__(
         self,
