@@ -1,6 +1,7 @@
 """The cost model: what it computes from rates, and that what is measured gives the time that was measured."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -8,7 +9,8 @@ import time
 import pytest
 from command import write_rows
 
-from bon.bench.plan import Cost, Meter, Plan, Stage, measure
+from bon import BestOfN
+from bon.bench.plan import Cost, Meter, Plan, Stage, growth_of, measure
 from bon.cli import main
 from bon.config import Config
 from bon.data.rows import row_of
@@ -37,6 +39,23 @@ def test_workers_add_up_and_the_last_blocks_leave_some_of_them_idle():
     both = Plan((COST, slow), 2, 64)
     assert both.rate() == pytest.approx(1 / alone + 1 / slow.seconds())
     assert both.setup == 9.0
+
+
+def test_copies_are_scored_once_so_what_is_scored_grows_less_than_n():
+    def growth(*texts, scorer="likelihood:mini"):
+        with BestOfN(lambda prompt, n: list(texts), scorer, n=len(texts)) as bon:
+            return growth_of([bon("Say hi")])
+
+    assert growth("a", "b", "c", "d") == pytest.approx(1)
+    assert growth("a", "a", "a", "a") == pytest.approx(0)
+    # Of "a", "a", "b", "c" two that are drawn are the same once in six: 11/6 texts on average, and 3 of all four.
+    assert growth("a", "a", "b", "c") == pytest.approx(math.log2(3 / (11 / 6)))
+    assert growth("a") == 1
+    assert growth("a", "a", "b", "c", scorer="consensus") == pytest.approx(1)  # it looks at copies as well
+    fewer = Cost(POLICY, SCORER, n=8.0, prompts=64, setup=3.0, growth=0.5)
+    assert fewer.seconds() == COST.seconds()
+    assert fewer.seconds(2) == pytest.approx(0.1 + 2 * 0.1 + 4 * 0.15)
+    assert fewer.tokens(2)["scorer_read"] == pytest.approx(240)
 
 
 @pytest.mark.parametrize("prefill", [None, 1000.0, 1.0, 1e9])

@@ -148,7 +148,7 @@ def test_a_dataset_of_rays_becomes_one_with_the_best_of_each_row(cluster, folder
     from bon.data import ray as over_ray
 
     (folder / "refuse").touch()
-    rows = [{"id": number, "prompt": f"Say {number}", "more": {"a": [number]}} for number in range(9)]
+    rows = [{"id": number, "prompt": f"Say {number}", "more": {"a": [number]}, "line": "mine"} for number in range(9)]
     ray.init(cluster.address, log_to_driver=False)
     try:
         config = Config(policy="mine:policy", scorer="mine:reward", n=2)
@@ -156,7 +156,7 @@ def test_a_dataset_of_rays_becomes_one_with_the_best_of_each_row(cluster, folder
             done = over_ray.run(ray.data.from_items([*rows, {"id": 9, "prompt": None}]), spec)
             made = {row["id"]: row for row in done.take_all()}
             assert [made[number]["text"] for number in range(7)] == [f"Say {number} 1" for number in range(7)]
-            assert made[3]["more"] == {"a": [3]}
+            assert (made[3]["more"], made[3]["line"], "run" in made[3]) == ({"a": [3]}, "mine", False)
             assert (made[7]["text"], made[7]["status"]) == (None, "error")
             assert "not seven" in made[7]["reason"]
             assert "neither 'prompt' nor 'messages'" in made[9]["reason"]

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,18 @@ def test_the_figures_of_adaptive_n_are_those_recorded():
             assert f"{walls[key]}{spread} |" in lines.replace("**", "")
     torch, vllm = (walls[f"adaptive_vs_fixed_run_{engine}"] for engine in ("torch", "vllm"))
     assert f"it takes {torch} of best of 16's wall-clock on torch and {vllm} on vLLM" in told
+
+
+def test_what_was_predicted_of_many_prompts_and_what_they_took_are_those_recorded():
+    report = json.loads((ROOT / "benchmarks/results/many_machines.json").read_text())
+    lines = (ROOT / "benchmarks/README.md").read_text().splitlines()
+    [head] = [at for at, line in enumerate(lines) if line.startswith("| workers | predicted |")]
+    for line, (key, ratio) in zip(lines[head + 2 :], report["ratios"].items(), strict=False):
+        runs = [row for row in report["rows"] if f"seconds_{row['workers']}" == key]
+        seconds = [statistics.median(row[side] for row in runs) for side in ("predicted", "measured")]
+        hours = statistics.median(row["plan"]["million"]["hours"] for row in runs)
+        cells = [f"{seconds[0]:.0f} s", f"{seconds[1]:.0f} s", f"{ratio:.2f}", f"{hours:.1f} h"]
+        assert [cell.strip() for cell in line.strip("|").split("|")] == [key.removeprefix("seconds_"), *cells]
 
 
 def test_the_times_of_other_libraries_are_those_recorded():

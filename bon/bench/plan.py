@@ -1,15 +1,17 @@
 """What many prompts will take: a cost model of best-of-N, and the rates that it needs, measured on a few prompts.
 
 A prompt takes a worker the time to read it and to write N candidates, and to score them: tokens that are read by the
-rate of prefill, tokens that are written by the rate of decoding, of the policy and of the scorer apart. Rates are those
-of batches as they are in a run, since a worker measures whole blocks of rows, all workers at the same time. What the
-model does not know: that longer contexts decode slower, and that more candidates of a prompt are more often copies,
-which are scored once; so measure near what is to be run.
+rate of prefill, tokens that are written by the rate of decoding, of the policy and of the scorer apart. More candidates
+of a prompt are more often copies, which are scored once: those that are scored grow as a power of N. Rates are those of
+batches as they are in a run, since a worker measures whole blocks of rows, all workers at the same time. What the model
+does not know: that longer contexts decode slower, and what else changes with N; so measure near what is to be run.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -25,7 +27,7 @@ from bon.data.rows import Row
 from bon.data.sink import to_json
 from bon.engines.base import Completion, Engine, Generates, Prompt, Request
 from bon.errors import BonError, InputError
-from bon.types import Usage
+from bon.types import Result, Usage
 
 ROUNDS = 5
 """Blocks that are measured, unless the time is over before."""
@@ -93,6 +95,7 @@ class Cost:
         n: candidates of a prompt, as measured.
         prompts: how many were measured.
         setup: seconds until the worker was ready.
+        growth: the power of n by which candidates that are no copies grow; 1 where there are no copies.
     """
 
     policy: Stage
@@ -100,11 +103,12 @@ class Cost:
     n: float
     prompts: int
     setup: float
+    growth: float = 1.0
 
     def seconds(self, n: float | None = None, longer: float = 1.0) -> float:
         """Time for a prompt with n candidates (as measured, where it is not given)."""
         n = self.n if n is None else n
-        return self.policy.seconds(n, each=False, longer=longer) + self.scorer.seconds(n, each=True)
+        return self.policy.seconds(n, each=False, longer=longer) + self.scorer.seconds(self._scored(n), each=True)
 
     def tokens(self, n: float | None = None, longer: float = 1.0) -> dict[str, float]:
         """Tokens for a prompt that each role reads and writes."""
@@ -112,9 +116,13 @@ class Cost:
         return {
             "policy_read": self.policy.read * longer,
             "policy_written": self.policy.written * n,
-            "scorer_read": self.scorer.read * n,
-            "scorer_written": self.scorer.written * n,
+            "scorer_read": self.scorer.read * self._scored(n),
+            "scorer_written": self.scorer.written * self._scored(n),
         }
+
+    def _scored(self, n: float) -> float:
+        """As many candidates of those that were measured as n take the scorer."""
+        return float(self.n * (n / self.n) ** self.growth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +176,7 @@ def measure(worker: Worker, rows: Sequence[Row], size: int, setup: float = 0.0) 
     engines: list[Engine] = [policy, *scorer.engines]
     _whole(worker, rows[:8])  # the first call pays for what the others find
     rounds: list[tuple[Stage, Stage, float]] = []
+    results: list[Result] = []
     ends = perf_counter() + ENOUGH_S
     for start in range(0, len(rows), size):
         if rounds and (perf_counter() > ends or len(rows) - start < size):
@@ -177,7 +186,9 @@ def measure(worker: Worker, rows: Sequence[Row], size: int, setup: float = 0.0) 
         reading, completions = _sampled(policy, block, 1, max_tokens=1, of=worker)
         prefill = sum(c.prompt_tokens - c.cached_tokens for c in completions) / reading or None
         forget(*engines)
-        whole, usage, count = _whole(worker, block)
+        whole, made = _whole(worker, block)
+        results += made
+        usage, count = sum((each.usage for each in made), Usage()), sum(len(each.candidates) for each in made)
         forget(*engines)
         sampling, completions = _sampled(policy, block, max(1, round(count / len(block))), of=worker)
         read = sum(c.prompt_tokens - c.cached_tokens for c in completions)
@@ -193,7 +204,7 @@ def measure(worker: Worker, rows: Sequence[Row], size: int, setup: float = 0.0) 
         second = Stage.of(left, count, read, written, prefill, count)
         rounds.append((first, second, count / len(block)))
     roles = _median([first for first, _, _ in rounds]), _median([second for _, second, _ in rounds])
-    return Cost(*roles, fmean(n for *_, n in rounds), min(len(rows), size * len(rounds)), setup)
+    return Cost(*roles, fmean(n for *_, n in rounds), len(results), setup, growth_of(results))
 
 
 def _median(stages: Sequence[Stage]) -> Stage:
@@ -207,19 +218,39 @@ def _median(stages: Sequence[Stage]) -> Stage:
     return Stage(read, written, rate("prefill"), rate("decode"), rate("rest") or 0.0)
 
 
-def _whole(worker: Worker, rows: Sequence[Row]) -> tuple[float, Usage, int]:
-    """Best-of-n of some rows as a run does it: seconds, usage, candidates."""
+def _whole(worker: Worker, rows: Sequence[Row]) -> tuple[float, list[Result]]:
+    """Best-of-n of some rows as a run does it: seconds, results."""
     started = perf_counter()
     outcomes = worker.outcomes(rows)
     for row, outcome in zip(rows, outcomes, strict=True):
         to_json(worker.written(row, outcome))
     seconds = perf_counter() - started
-    usage, count = Usage(), 0
+    results = []
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, BonError):
             raise InputError(f"line {row.line}, which was to be measured, cannot be done: {outcome}") from outcome
-        usage, count = usage + outcome.usage, count + len(outcome.candidates)
-    return seconds, usage, count
+        results.append(outcome)
+    return seconds, results
+
+
+def growth_of(results: Sequence[Result]) -> float:
+    """The power of n by which distinct candidates grow, from all of a prompt's and from the mean of its halves.
+
+    It is 1 where the scorer scores copies as well, or where there are none.
+    """
+    whole = half = 0.0
+    ratios = []
+    for result in results:
+        n = len(result.candidates)
+        times = [1] * n
+        if any(score.same_as is not None for score in result.scores):
+            times = [*Counter(candidate.text for candidate in result.candidates).values()]
+        if n > 1:
+            drawn = n // 2
+            whole += len(times)
+            half += sum(1 - math.comb(n - each, drawn) / math.comb(n, drawn) for each in times)
+            ratios.append(n / drawn)
+    return math.log(whole / half) / math.log(median(ratios)) if half else 1.0
 
 
 def _sampled(

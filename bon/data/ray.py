@@ -225,8 +225,10 @@ class RowWorker(Worker):
             else self.written(row, next(outcomes))
             for row in read
         ]
-        for row in rows:
-            row.pop("line", None)  # the place in a batch says nothing
+        for came, row in zip(read, rows, strict=True):
+            for name in ("line", "run"):  # they are for files: the place in a batch says nothing
+                row.pop(name, None)
+                row |= {name: came.fields[name]} if name in came.fields else {}
         names = dict.fromkeys(name for row in rows for name in row)
         return pyarrow.table({name: [row.get(name) for row in rows] for name in names})
 

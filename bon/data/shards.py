@@ -99,8 +99,10 @@ class Shards:
                 raise InputError(
                     f"another run is writing to {folder}. Wait until it ends, or choose another -o."
                 ) from error
+            except OSError:  # a file system without locks
+                pass
             for path in sorted(folder.iterdir()):
-                if path.name.endswith(_UNFINISHED):  # of a run that was killed
+                if path.name.startswith(".") and path.name.endswith(_UNFINISHED):  # of a run that was killed
                     path.unlink()
                 elif match := _NAME.fullmatch(path.name):
                     shards._there.setdefault(match[1], []).append(_Shard(path, int(match[2]), int(match[3])))
