@@ -131,6 +131,14 @@ class BestOfN:
         other.given = (self.given[0], scorer or self.given[1])
         return other
 
+    def another(self, scorer: str | Path | Scorer | Engine | Callable[..., Any]) -> Scorer:
+        """A further scorer; where it names no model it runs on the policy's, and what it loads is freed with the rest.
+
+        Raises:
+            BonError: it does not exist, or its models cannot be had.
+        """
+        return self._pool.scorer(scorer, self.policy)
+
     @overload  # a str is a Sequence[str] as well, and is one prompt
     def __call__(  # type: ignore[overload-overlap]
         self,

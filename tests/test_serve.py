@@ -15,6 +15,7 @@ from bon.engines.scripted import ScriptedEngine
 from bon.errors import InputError
 from bon.serve import Settings
 from bon.serve.answers import usage_body
+from bon.serve.app import create_app
 from bon.serve.failures import public
 from bon.serve.logs import JsonFormatter
 from bon.serve.plan import offered_scorers, public_name
@@ -401,6 +402,28 @@ def test_requests_may_name_what_else_is_registered_and_can_run_on_the_loaded_mod
     assert scorers(lambda prompt: "x") == ["default"]
     assert scorers(ScriptedEngine(), Flip(Samples())) == ["flip", "likelihood", *others], "the policy's can"
     assert scorers(lambda prompt: "x", lambda prompt, texts: texts) == ["<lambda>"], "a function scores nothing"
+
+
+def test_a_request_names_further_scorers_that_the_server_was_given():
+    """Ensembles, consensus and heads could be a server's own scorer and nothing else."""
+    further = ("consensus:chrf", "both=ensemble:flip + likelihood,weights=[2, 1]", "shortest")
+    with served(BestOfN(ScriptedEngine(), "flip", n=3), scorers=further) as it:
+        for name in ("consensus", "both", "shortest", "flip"):
+            answer = it.chat("Write about a quick red fox", best_of_n={"scorer": name}).json()
+            assert answer["best_of_n"]["scorer"] == name
+        prompt = {
+            "query": "Write about a quick red fox",
+            "documents": ["a fox", "a"],
+            "best_of_n": {"scorer": "shortest"},
+        }
+        ranked = it.http.post("/v1/rerank", json=prompt).json()["results"]
+        assert [each["index"] for each in ranked] == [1, 0]
+
+
+@pytest.mark.parametrize("further", [("flip:samples=2",), ("shortest", "shortest=longest")])
+def test_two_scorers_of_one_name_are_refused_at_start(further):
+    with pytest.raises(InputError, match="two scorers of the server are called"):
+        create_app(BestOfN(ScriptedEngine(), "flip"), Settings(scorers=further))
 
 
 def test_a_request_names_a_scorer_that_is_listed_and_never_a_spec(site):

@@ -48,6 +48,15 @@ def serve(
             _SERVER, "--api-key", metavar="KEY", help="Key that clients must send; repeatable. Or BON_API_KEY=KEY,KEY."
         ),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        option(
+            _SERVER,
+            "--also",
+            metavar="[NAME=]SCORER",
+            help="A further scorer that requests may name, as --scorer takes it; repeatable.",
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, option(_SERVER, "--cors-origin", metavar="ORIGIN", help="Whose pages may call; repeatable.")
     ] = None,
@@ -103,6 +112,7 @@ def serve(
         host=host,
         port=port,
         model_names=tuple(served_model_name or ()),
+        scorers=tuple(also or ()),
         api_keys=(*keys, *(api_key or ())),
         max_n=max_n,
         max_running=max_running,

@@ -32,7 +32,7 @@ from bon.serve.failures import ApiError, ClientGone, api_error, json_response
 from bon.serve.health import Health
 from bon.serve.job import Job, W, while_connected
 from bon.serve.metrics import Metrics
-from bon.serve.plan import Planner, Work, offered_scorers
+from bon.serve.plan import Planner, Work, further_scorers, offered_scorers
 from bon.serve.playground import PAGE, POLICY
 from bon.serve.protocol import ChatRequest, CompletionRequest, parse
 from bon.serve.responses import (
@@ -67,6 +67,7 @@ class Server:
     def __init__(self, bon: BestOfN, settings: Settings) -> None:
         self.bon, self.settings = bon, settings
         scorers = offered_scorers(bon)
+        scorers |= further_scorers(bon, next(iter(scorers)), settings.scorers)
         self.admission = Admission(settings.max_running or _at_once(bon.policy, scorers.values()), settings.max_waiting)
         self.bodies = Bodies(settings)
         self.metrics = Metrics(self.admission)

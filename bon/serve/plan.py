@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from bon.task import Conversation, Task
 from bon.types import Result, Sampling
 
 log = logging.getLogger("bon.serve")
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,3 +320,24 @@ def offered_scorers(bon: BestOfN) -> dict[str, Scorer]:
         except Exception as error:  # of another package, whose code may raise anything
             log.warning("the scorer %r is not offered: %s", name, error)
     return {own: bon.scorer} | {name: scorer for name, scorer in others.items() if name != own}
+
+
+def further_scorers(bon: BestOfN, own: str, named: Sequence[str]) -> dict[str, Scorer]:
+    """The scorers of ``Settings.scorers``, loaded.
+
+    Args:
+        bon: on whose models they run where they name none.
+        own: name of the server's own.
+        named: as in ``Settings``.
+
+    Raises:
+        InputError: two of one name.
+        BonError: one of them does not exist, or its models cannot be had.
+    """
+    found: dict[str, Scorer] = {}
+    for text in named:
+        name, spec = match.groups() if (match := _NAMED.fullmatch(text)) else (text.partition(":")[0], text)
+        if name == own or name in found:
+            raise InputError(f"two scorers of the server are called {name!r}. Write ANOTHER_NAME={spec}.")
+        found[name] = bon.another(spec)
+    return found

@@ -15,6 +15,8 @@ class Settings:
     Args:
         host, port: where it listens.
         model_names: names that clients may ask for, the policy's name if there are none.
+        scorers: specs of further scorers that requests may name, each by the name before the first "=", else by the
+            spec's own ("consensus:chrf" is "consensus").
         api_keys: if there are any, requests to /v1 need one of them as a bearer token.
         max_n: candidates that a request may ask for.
         max_running: requests that run at the same time; None means 64 for engines whose requests join a running batch,
@@ -41,6 +43,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     model_names: tuple[str, ...] = ()
+    scorers: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     max_n: int = 64
     max_running: int | None = None
