@@ -189,6 +189,11 @@ def canonical_calls(calls: Sequence[Mapping[str, Any]]) -> str:
     return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS).decode() if plain else ""
 
 
+def without_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    """A text without the canonical form of tool calls at its end: what was said beside them."""
+    return text.removesuffix(canonical_calls(calls)).removesuffix("\n") if calls else text
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What is asked: the conversation, and which part of it is the instruction to be inferred back.

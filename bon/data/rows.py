@@ -103,6 +103,12 @@ def row_of(
     return Row(line, fields, task, _candidates(fields) if ranked else ())
 
 
+def before(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a row with those that a result put its own in place of; see ``output_row``."""
+    replaced = fields.get("replaced")
+    return {**fields, **replaced} if isinstance(replaced, Mapping) else fields
+
+
 def read_rows(records: Iterable[Record], read: Read = row_of) -> Iterator[Row | BadRow]:
     """Read rows one by one.
 

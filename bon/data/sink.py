@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from bon.data.formats import parse_object
-from bon.data.rows import Key, Read, row_of
+from bon.data.rows import Key, Read, before, row_of
 from bon.errors import InputError
 
 # UTF-8 of control characters beyond ASCII's first 32, and of the marks that reorder a line.
@@ -172,9 +172,8 @@ class Output:
                 f"{self.name}:{number} was made with other settings (policy, scorer, selector, n, sampling, --system, "
                 "--all): cannot resume. Give those again, choose another -o, or to mix them take 'run' out of its rows."
             )
-        replaced = fields.get("replaced")
         try:
-            row = read(number, {**fields, **replaced} if isinstance(replaced, dict) else fields)
+            row = read(number, before(fields))
             key = row.key
             self.asked[key] = row.digest
         except InputError as error:  # what was asked may have been thrown away since

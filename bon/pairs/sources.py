@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bon.data.formats import NAMED, read_file, shown
-from bon.data.rows import BadRow, Row, read_rows, row_of
+from bon.data.results import result_of
+from bon.data.rows import BadRow, Row, before, read_rows, row_of
 from bon.engines.base import Generates, Prompt, Request, Turn
 from bon.errors import InputError
 from bon.evals.dataset import as_dataset
@@ -87,6 +88,7 @@ class Reading:
         Raises:
             InputError: it asks for nothing, or cannot be used.
         """
+        given, fields = fields, before(fields)
         field = self.prompt_field
         if field is None and not fields.keys() & {"prompt", "messages"}:
             field = "instruction"
@@ -96,7 +98,7 @@ class Reading:
             if not isinstance(more, str) or not isinstance(asked, str):
                 raise InputError(f"{self.input_field!r} and what stands before it must be text, not {shown(more)}.")
             fields = {**fields, field or "prompt": f"{asked}\n\n{more}"}
-        return row_of(line, fields, prompt_field=field)
+        return replace(row_of(line, fields, prompt_field=field), fields=given)
 
     def pairs(self, row: Row) -> list[Pair]:
         """The pairs of a row, the best one first; none where no answer is good enough.
@@ -138,7 +140,7 @@ class Reading:
                     raise InputError(f"{name!r} must be text, not {shown(text)}.")
             return [(response, str(fields.get("generator") or ""), None, worse or "")]
         if self.label is None and {"text", "reward"} <= fields.keys():
-            return self._winner(fields)
+            return self._winner(row)
         if "candidates" in fields:
             return self._labelled(row)
         raise InputError(
@@ -146,20 +148,18 @@ class Reading:
             "with labels. Give --response-field NAME, or --policy MODEL to have its prompt answered."
         )
 
-    def _winner(self, fields: Mapping[str, Any]) -> Sequence[Answer]:
-        text, reward, best = fields["text"], fields["reward"], fields.get("best")
+    def _winner(self, row: Row) -> Sequence[Answer]:
+        fields = row.fields
+        text, reward = fields["text"], fields["reward"]
         if text is None or reward is None:
             return []
         if not isinstance(text, str) or not isinstance(reward, int | float):
             raise InputError(f"'text' and 'reward' must be text and a number, not {shown(text)} and {shown(reward)}.")
-        every = _objects(fields.get("candidates"))
-        cut = any(one.get("finish_reason") == "length" for one in every if one.get("index") == best)
-        if cut or (self.least is not None and reward < self.least):
+        whole = {"candidates", "scores"} <= fields.keys()
+        known = winner(result_of(row)) if whole else (text, reward, "")
+        if known is None or (self.least is not None and reward < self.least):
             return []
-        texts = {one.get("index"): one.get("text") for one in every}
-        scored = [(one.get("reward"), texts.get(one.get("candidate"))) for one in _objects(fields.get("scores"))]
-        rated = [(r, worse) for r, worse in scored if isinstance(r, int | float) and isinstance(worse, str)]
-        return [(text, "", float(reward), _worst(rated, float(reward)))]
+        return [(text, "", float(reward), known[2])]
 
     def _labelled(self, row: Row) -> Sequence[Answer]:
         fields = {name: value for name, value in row.fields.items() if name not in ("messages", "instruction")}
@@ -173,10 +173,6 @@ class Reading:
         others = [example.candidates[i] for i in reversed(order[len(good) :])] or [""]  # the worst first
         writers = example.generators or [""] * len(labels)
         return [(example.candidates[i], writers[i], None, others[n % len(others)]) for n, i in enumerate(good)]
-
-
-def _objects(given: Any) -> list[dict[str, Any]]:
-    return [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
 
 
 def instructions_of(rows: str) -> Iterator[str]:
@@ -212,15 +208,9 @@ def winner(result: Result) -> tuple[str, float | None, str] | None:
         return None
     if len(result.candidates) == 1 or result.reward is None:
         return result.text, None, ""
-    texts = {candidate.index: candidate.text for candidate in result.candidates}
-    rated = [(score.reward, texts[score.candidate]) for score in result.scores if score.reward is not None]
-    return result.text, result.reward, _worst(rated, result.reward)
-
-
-def _worst(rated: Sequence[tuple[float, str]], best: float) -> str:
-    """The text of the least reward, where that is below the best."""
-    reward, text = min(rated, default=(best, ""))
-    return text if reward < best else ""
+    rated = [(s.reward, c.text) for s, c in zip(result.scores, result.candidates, strict=True) if s.reward is not None]
+    reward, worst = min(rated)
+    return result.text, result.reward, worst if reward < result.reward else ""
 
 
 async def users_turns(engine: Generates, sampling: Sampling, first: int, count: int) -> list[tuple[int, str]]:

@@ -18,7 +18,7 @@ from bon.data.sink import to_json
 from bon.serve.failures import ApiError, bad, public
 from bon.serve.plan import Plan, Work
 from bon.similarity import matched_words, missed_words
-from bon.task import Task, canonical_calls
+from bon.task import Task, without_calls
 from bon.types import Candidate, Credit, Result, Score, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -119,9 +119,7 @@ class Answer:
         if pick is None:
             return None
         text = pick.text.removeprefix(self._plan.task.prefill)
-        if not pick.tool_calls:
-            return text
-        return text.removesuffix(canonical_calls(pick.tool_calls)).removesuffix("\n") or None
+        return without_calls(text, pick.tool_calls) or (None if pick.tool_calls else "")
 
     def _logprobs(self, pick: Candidate | None) -> dict[str, Any] | None:
         """The answer's tokens with their log-probabilities; in a stream they come with the end of the answer.
