@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from command import write_rows
+from command import rows_of, write_rows
 
 from bon import BestOfN, portal
 from bon.cli import main
@@ -309,3 +309,131 @@ def test_columns_that_make_no_table_are_refused_and_what_was_there_stays(tmp_pat
     with pytest.raises(InputError, match=r"the rows make no table: .*Write JSON Lines"):
         save([{"a": 1}, {"a": "one"}], path)
     assert path.read_bytes() == there
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def export(run, capsys, monkeypatch, tmp_path):
+    """bon export in this process, over the run and with -o: (exit code, rows, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(kind, *options, source=run[0], to="out.jsonl"):
+        code = main(["export", kind, str(source), "-o", to, *map(str, options)])
+        rows = rows_of(tmp_path / to) if to.endswith(".jsonl") and (tmp_path / to).exists() else []
+        return code, rows, capsys.readouterr().err
+
+    return call
+
+
+def test_the_command_writes_what_the_functions_give(export, run):
+    results = [*read_results(str(run[0]))]
+    for kind, options, same in (
+        ("pairs", (), Pairs()),
+        ("pairs", ("--pairing", "adjacent", "--min-margin", 0.01), Pairs(pairing="adjacent", min_margin=0.01)),
+        ("pairs", ("--reference-response", "--seed", 3), Pairs(reference_response=True, seed=3)),
+        ("groups", ("--tau", 0.3, "--no-scale", "--drop-ties"), Groups(tau=0.3, scale=False, drop_ties=True)),
+        ("sft", ("--min-reward", 0.5, "--keep", "run"), SFT(min_reward=0.5, keep=["run"])),
+    ):
+        code, rows, err = export(kind, *options, "--overwrite")
+        assert (code, rows) == (0, [row for one in results for row in same(one)]), err
+        assert f"{len(rows)} " in err
+
+
+def test_several_files_and_a_system_message_are_taken_in_order(export, run, tmp_path):
+    again = tmp_path / "again.jsonl"
+    again.write_bytes(run[0].read_bytes())
+    code, rows, _ = export("sft", run[0], "--system", "Be brief.", source=again)
+    assert (code, [row["id"] for row in rows]) == (0, ["q0", "q1", "q2"] * 2)
+    assert {row["prompt"][0]["content"] for row in rows} == {"Be brief."}
+
+
+def test_what_pruning_left_without_a_reward_is_said_with_the_option_that_helps(export, tmp_path):
+    pruned = {**WHOLE, "candidates": ["a", "b", "c"], "scores": [{"reward": r} for r in (1.0, 0.5)]}
+    pruned["scores"].append({"reward": None, "status": "pruned"})
+    code, rows, err = export("pairs", source=write_rows(tmp_path / "run.jsonl", [pruned]))
+    assert (code, [texts(row) for row in rows]) == (0, [("a", "b")])
+    assert "1 pairs in out.jsonl; left out: 1 candidates without a reward (pruned)." in err
+    assert "give bon run --no-prune" in err
+
+
+def test_a_bad_row_ends_an_export_and_is_skipped_on_request_and_the_others_are_written(export, tmp_path):
+    source = write_rows(tmp_path / "run.jsonl", [WHOLE, {"prompt": PROMPT, "text": "Hi.", "reward": 1.0}, WHOLE])
+    code, rows, err = export("sft", source=source)
+    assert (code, len(rows)) == (2, 1)
+    assert f"error: {source}:2: the row has no 'candidates' with 'scores': it was not written with --all" in err
+    code, rows, err = export("sft", "--skip-bad", "--overwrite", source=source)
+    assert (code, len(rows)) == (0, 2)
+    assert f"skipped {source}:2: " in err
+
+
+def test_what_is_there_stays_unless_it_is_to_be_replaced_and_until_there_is_a_row(export, tmp_path):
+    assert export("sft")[0] == 0
+    code, rows, err = export("sft")
+    assert (code, len(rows), "out.jsonl exists already. Add --resume" in err) == (2, 3, True)
+    code, rows, err = export("sft", "--overwrite", "--min-reward", 2)
+    assert (code, len(rows), "there are no winners" in err) == (2, 3, True)
+    pytest.importorskip("pyarrow")
+    assert export("sft", to="out.parquet")[0] == 0
+    code, _, err = export("sft", to="out.parquet")
+    assert (code, "out.parquet exists already. Add --overwrite" in err) == (2, True)
+    code, _, err = export("sft", "--resume", to="out.parquet")
+    assert (code, "--resume adds to JSON Lines" in err) == (2, True)
+
+
+def test_rows_that_make_no_parquet_are_kept_beside_it(export, tmp_path):
+    pytest.importorskip("pyarrow")
+    source = write_rows(tmp_path / "run.jsonl", [{**WHOLE, "topic": "tea"}, {**WHOLE, "topic": ["a", "b"]}])
+    code, _, err = export("sft", "--keep", "topic", source=source, to="out.parquet")
+    assert (code, "the rows make no table" in err, "They are in out.parquet.jsonl" in err) == (2, True, True), err
+    assert [row["topic"] for row in rows_of(tmp_path / "out.parquet.jsonl")] == ["tea", ["a", "b"]]
+
+
+def test_a_broken_off_export_goes_on_where_it_stopped_and_rates_nothing_again(export, tmp_path):
+    code, whole, _ = export("groups", "--reference", "mini")
+    assert code == 0
+    assert all(len(row["ref_logps"]) == len(row["completions"]) == 6 for row in whole)
+    marked = [{**whole[0], "ref_logps": [0.5] * 6}, whole[1]]
+    out = write_rows(tmp_path / "out.jsonl", marked)
+    with out.open("a") as file:
+        file.write('{"id": "q2", "prom')  # torn
+    code, rows, err = export("groups", "--reference", "mini", "--resume")
+    assert (code, rows) == (0, [*marked, whole[2]])
+    assert "1 new groups in out.jsonl" in err
+    code, _, err = export("groups", "--reference", "mini", "--resume", "--tau", 2)
+    assert (code, "out.jsonl has 3 rows that these files and options do not give: cannot resume" in err) == (2, True)
+
+
+def test_a_completion_that_does_not_fit_the_reference_is_a_row_of_its_own_and_the_others_are_written(export, tmp_path):
+    two = {**WHOLE, "candidates": ["a", "b"], "scores": [{"reward": 1.0}, {"reward": 0.0}]}
+    source = write_rows(tmp_path / "run.jsonl", [{**two, "candidates": ["water " * 3000, "b"]}, two])
+    code, rows, err = export("groups", "--reference", "mini", "--skip-bad", source=source)
+    assert (code, len(rows)) == (0, 1)
+    assert f"skipped {source}:1: " in err
+    assert "more than the" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("pairs", ("--pairing", "bestworst"), "unknown pairing 'bestworst'. Did you mean 'best-worst'?"),
+        ("pairs", ("--pairing", "optimistic"), "head:FILE does, and flip:MODEL,samples=4. Or take another pairing."),
+        ("groups", ("--tau", 0), "tau must be a positive number, got 0.0"),
+        ("groups", ("--reference", "no/such"), "'no/such' is neither a folder nor a model on this machine"),
+        ("groups", ("--reference", "json:dumps"), "give log-probabilities of a text"),
+        ("sft", ("--keep", "topic"), "the row has no column 'topic' to keep"),
+        ("pairs", ("nothing.jsonl",), "there is no file 'nothing.jsonl'"),
+        ("pairs", ("--prompt-field", "question"), "the row has no field 'question'"),
+    ],
+)
+def test_bad_usage_of_the_command_is_a_sentence(export, kind, options, said):
+    code, rows, err = export(kind, *options)
+    assert (code, rows) == (2, [])
+    assert said in err
+
+
+def test_the_output_is_not_one_of_the_inputs(export, tmp_path):
+    source = write_rows(tmp_path / "out.jsonl", [WHOLE])
+    code, _, err = export("sft", "--overwrite", source=source)
+    assert (code, "is both the input and the output" in err, rows_of(source)) == (2, True, [WHOLE])

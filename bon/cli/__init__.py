@@ -1,4 +1,4 @@
-"""The command line: ``bon run``, ``rerank``, ``eval``, ``models``, ``fetch``, ``bench``, ``pairs``, ``train``, ...
+"""The command line: ``bon run``, ``rerank``, ``eval``, ``models``, ``bench``, ``pairs``, ``train``, ``export``, ...
 
 Results go to standard output, everything else to standard error. Exit codes: 0; 2 for bad usage or input; 130 after
 Ctrl-C; 1 otherwise. Commands import what they need when they run, so ``bon --help`` loads no model library.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from bon import __version__
-from bon.cli import bench, doctor, evaluate, models, pairs, rerank, run, serve, tasks, train
+from bon.cli import bench, doctor, evaluate, export, models, pairs, rerank, run, serve, tasks, train
 from bon.cli.terminal import INTERRUPTED, StoppedError, say, sentence, shown_log
 from bon.errors import BonError, InputError
 
@@ -54,6 +54,7 @@ app.command("bench")(bench.bench)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.add_typer(train.app, name="train")
+app.add_typer(export.app, name="export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,13 +25,13 @@ from bon.cli.options import (
     option,
     threads_for,
 )
+from bon.cli.rows import Input
 from bon.cli.run import is_file
 from bon.errors import BonError, InputError
 from bon.errors import number as check_number
 
 if TYPE_CHECKING:
     from bon.config import Config
-    from bon.data.rows import Row
     from bon.pairs.collect import Collection
     from bon.pairs.sources import Pair, Reading
 
@@ -205,8 +205,8 @@ def pairs(
     with closing(output):
         if output.repaired:
             say(f"{output.name}: the last line was torn and has been cut off ({output.repaired} bytes).")
-        given = _Input(file or "", rows, reading)
-        made = _made(given, config, policy is not None, turn_temperature or [0.6, 0.8, 1.0], count, collection)
+        given = Input(file or "", rows, reading.row, reading.source)
+        made = _made(given, reading, config, policy is not None, turn_temperature or [0.6, 0.8, 1.0], count, collection)
         try:
             with (
                 _broken_into(given),
@@ -242,48 +242,8 @@ def pairs(
         return given.exit_code
 
 
-@dataclass
-class _Input:
-    """The rows of a file, and what is wrong with some of them."""
-
-    source: str
-    files: Rows
-    reading: Reading
-    stopped: bool = False
-    engine_failed: bool = False
-    broken: BonError | None = None
-
-    def __iter__(self) -> Iterator[Row]:
-        from bon.data.formats import read_file
-        from bon.data.rows import BadRow, read_rows
-
-        try:
-            for row in islice(read_rows(read_file(self.source), self.reading.row), self.files.limit):
-                if isinstance(row, BadRow):
-                    self.fail(row.line, row.error)
-                else:
-                    yield row
-                if self.stopped:
-                    return
-        except BonError as error:
-            self.broken = error
-
-    def fail(self, line: int, error: BonError) -> None:
-        """Report a row that cannot be done; without ``--skip-bad`` nothing more is read."""
-        from bon.cli.terminal import say, sentence
-
-        self.stopped = not self.files.skip_bad
-        self.engine_failed |= not isinstance(error, InputError)
-        say(f"{'skipped' if self.files.skip_bad else 'error:'} {self.reading.source}:{line}: {sentence(error)}")
-
-    @property
-    def exit_code(self) -> int:
-        """As that of ``bon run`` over a file."""
-        return 1 if self.engine_failed else 2 if self.stopped else 0
-
-
 @contextmanager
-def _broken_into(given: _Input) -> Iterator[None]:
+def _broken_into(given: Input) -> Iterator[None]:
     """Note what ends the making of pairs; those that are there get their negatives all the same."""
     try:
         yield
@@ -292,19 +252,25 @@ def _broken_into(given: _Input) -> Iterator[None]:
 
 
 def _made(
-    given: _Input, config: Config, answered: bool, temperatures: list[float], count: int, collection: Collection
+    given: Input,
+    reading: Reading,
+    config: Config,
+    answered: bool,
+    temperatures: list[float],
+    count: int,
+    collection: Collection,
 ) -> Generator[Pair, None, None]:
     from bon.pairs.making import from_model, from_prompts, from_rows
 
     if not answered:
-        yield from from_rows(given, given.reading, collection, given.fail)
+        yield from from_rows(given, reading, collection, given.fail)
         return
     with config.changed(threads=threads_for(config)).build() as bon:
         if given.source:
-            yield from from_prompts(bon, given, given.reading, collection, given.fail)
+            yield from from_prompts(bon, given, reading, collection, given.fail)
         else:
             fail = given.fail if given.files.skip_bad else _raised
-            yield from from_model(bon, temperatures, given.reading, collection, count, fail)
+            yield from from_model(bon, temperatures, reading, collection, count, fail)
 
 
 def _raised(line: int, error: BonError) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ _STEADY = 1e-4  # added to the standard deviation that advantages are divided by
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(ABC):
     """What all exports share.
 
     Args:
@@ -48,6 +49,10 @@ class Export:
     keep: Sequence[str] = ()
     cut_off: bool = False
     refused: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+
+    @abstractmethod
+    def __call__(self, result: Result) -> list[dict[str, Any]]:
+        """The rows of a prompt."""
 
     def _head(self, result: Result) -> dict[str, Any]:
         """What every row begins with: ``id`` (the row's, else its number, as text), ``prompt``, and what it keeps."""
@@ -334,14 +339,24 @@ def save(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
 
 
 def _parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    try:
-        import pyarrow
-        from pyarrow.parquet import write_table
-    except ImportError as error:
-        raise MissingExtraError("pyarrow, which writes Parquet,", "pip install 'bon[parquet]'") from error
+    arrow = pyarrow()
     columns = dict.fromkeys(name for row in rows for name in row)
     try:
-        table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
-    except pyarrow.ArrowException as error:
-        raise InputError(f"the rows make no table: {error}. Write JSON Lines (-o FILE.jsonl) instead.") from error
-    write_table(table, path)
+        table = arrow.table({name: [row.get(name) for row in rows] for name in columns})
+    except arrow.ArrowException as error:
+        raise InputError(f"the rows make no table: {error}. Write JSON Lines in its place.") from error
+    arrow.parquet.write_table(table, path)
+
+
+def pyarrow() -> Any:
+    """The library that writes Parquet.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError("pyarrow, which writes Parquet,", "pip install 'bon[parquet]'") from error
+    return pyarrow
