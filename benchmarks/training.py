@@ -33,7 +33,7 @@ from bon.integrations.trl import reward
 from bon.mini.tasks import Split, Task, instruction, sample_tasks, verify
 from bon.types import Result
 from lib.rounds import METHODS, Round, grpo
-from lib.scripts import parser, script, warn
+from lib.scripts import parser, same_settings, script, warn
 
 SCORER = "flip:mini"
 SPLITS: tuple[Split, ...] = ("heldout", "unseen_wording")
@@ -46,11 +46,12 @@ def main(argv: list[str] | None = None) -> None:
     """Train what is not trained yet, judge it, print tables and one JSON object."""
     options = _options(argv)
     torch.set_num_threads(options.threads)
+    facts = {name: getattr(options, name) for name in ("steps", "batch", "judged", "seed")}
+    facts["learning_rates"] = LEARNING_RATES
     with TemporaryDirectory() as folder:
         work = options.work or Path(folder)
-        work.mkdir(parents=True, exist_ok=True)
+        same_settings(work, facts)
         rows = [_once(work / f"{name}.json", name, make) for name, make in _stages(options, work).items()]
-    facts = {"steps": options.steps, "judged": options.judged, "seed": options.seed, "learning_rates": LEARNING_RATES}
     report = Report("training", conditions(**facts), rows=rows)
     for row in rows:
         for split in SPLITS:
