@@ -2,8 +2,8 @@
 
 A round is ``bon run PROMPTS --all`` with the policy of the round before, an export of what came out (as ``bon export``
 makes it), one of the methods of ``lib/rounds.py``, and ``bon eval``. The scorer is the same in all rounds and must not
-run on the policy: name its model. Everything stays in ``--work``: a run that was broken off goes on, and the policy of a
-round is a folder that bon loads (``--policy WORK/round-1``).
+run on the policy: name its model. Everything stays in ``--work``: a run that was broken off goes on, and the policy of
+a round is a folder that bon loads (``--policy WORK/round-1``).
 
     python benchmarks/improve.py --work runs/improve --rounds 3
     python benchmarks/improve.py --work runs/smol --policy smollm2-135m --scorer flip:smollm2-135m \\
