@@ -421,7 +421,7 @@ def test_a_completion_that_does_not_fit_the_reference_is_a_row_of_its_own_and_th
         ("pairs", ("--pairing", "optimistic"), "head:FILE does, and flip:MODEL,samples=4. Or take another pairing."),
         ("groups", ("--tau", 0), "tau must be a positive number, got 0.0"),
         ("groups", ("--reference", "no/such"), "'no/such' is neither a folder nor a model on this machine"),
-        ("groups", ("--reference", "json:dumps"), "give log-probabilities of a text"),
+        ("groups", ("--reference", "http://127.0.0.1:9/v1,model=m"), "Over HTTP it can where its tokenizer is named"),
         ("sft", ("--keep", "topic"), "the row has no column 'topic' to keep"),
         ("pairs", ("nothing.jsonl",), "there is no file 'nothing.jsonl'"),
         ("pairs", ("--prompt-field", "question"), "the row has no field 'question'"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from bon.spec import Registry
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "vllm", "aiohttp", "fastapi")
+EXTRAS = {"pyarrow": "parquet", "datasets": "evals", "peft": "train", "trl": "trl", "dspy": "dspy"}
+"""Packages that an extra of bon's brings, which is named where they are missing."""
 
 
 def doctor(as_json: JSON = False) -> int:
@@ -34,8 +36,12 @@ def doctor(as_json: JSON = False) -> int:
             continue
         print(title)
         for name, value in part.items() if isinstance(part, dict) else ((each["name"], _line(each)) for each in part):
-            print(f"  {name:<13} {value if value is not None else 'not installed'}")
+            print(f"  {name:<13} {value if value is not None else _missing(name)}")
     return 0
+
+
+def _missing(package: str) -> str:
+    return f"not installed: pip install 'bon[{EXTRAS[package]}]'" if package in EXTRAS else "not installed"
 
 
 def _line(found: dict[str, Any]) -> str:
@@ -57,7 +63,7 @@ def examine() -> dict[str, Any]:
     named = choose_engine("a model")
     vllm = next((engine["ok"] for engine in listed["engines"] if engine["name"] == "vllm"), False)
     return {
-        "versions": versions | {name: _version(name) for name in PACKAGES},
+        "versions": versions | {name: _version(name) for name in (*PACKAGES, *EXTRAS)},
         "machine": {
             "system": platform.platform(),
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
