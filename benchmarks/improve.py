@@ -28,7 +28,7 @@ from bon.data.results import read_results
 from bon.errors import InputError
 from bon.evals.harness import evaluate
 from bon.mini.tasks import sample_instructions
-from bon.models import MINI, as_scorer
+from bon.models import MINI, Model, as_scorer
 from bon.scorers.base import ModelScorer
 from lib.rounds import METHODS, Round
 from lib.scripts import parser, same_settings, script, warn
@@ -89,6 +89,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     found = options.parse_args(argv)
     found.count = found.count or (32 if found.quick else 400)
     found.judged = found.judged or (14 if found.quick else 200)
+    if Model.of(found.policy).runs_on not in ("torch", "vllm"):
+        raise InputError(f"--policy {found.policy} cannot be trained here: name a folder or a Hugging Face name.")
     scorer = as_scorer(found.scorer)
     if isinstance(scorer, ModelScorer) and scorer.model is None:
         raise InputError(f"--scorer {found.scorer} would run on the policy, which changes. Name its model: flip:MODEL.")

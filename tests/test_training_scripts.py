@@ -111,6 +111,8 @@ def test_bad_arguments_of_an_improvement_are_one_sentence(tmp_path: Path) -> Non
     improve = importlib.import_module("improve")
     with pytest.raises(InputError, match=r"--scorer flip would run on the policy, which changes\."):
         improve.main(["--work", str(tmp_path), "--scorer", "flip"])
+    with pytest.raises(InputError, match="--policy http://host/v1#m cannot be trained here"):
+        improve.main(["--work", str(tmp_path), "--policy", "http://host/v1#m"])
     with pytest.raises(InputError, match="--policy some/model needs --prompts FILE"):
         improve.main(["--work", str(tmp_path), "--policy", "some/model"])
 

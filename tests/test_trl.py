@@ -145,6 +145,8 @@ def test_what_is_wrong_with_a_call_is_one_sentence(named: Any, given: Any, says:
 def test_a_scorer_that_does_not_exist_is_refused_before_the_training() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'flip'"):
         reward("flipp")
+    with pytest.raises(InputError, match="logprob-mean needs the log-probabilities of the policy's samples"):
+        reward("logprob")
 
 
 def test_a_model_that_fails_ends_the_training_and_is_no_reward() -> None:

@@ -29,6 +29,7 @@ from bon.tuning.loss import logprobs
 from bon.types import Result
 
 Rows = Sequence[Mapping[str, Any]]
+_LOADING = ("device", "dtype", "revision", "trust_remote_code")
 _PASS_TOKENS = 8192  # read at once, padding included
 _CLIP = 1.0  # norm of the gradient, as in TRL
 
@@ -62,7 +63,7 @@ class Round:
     def loaded(self) -> tuple[Any, Any]:
         """The policy's model and tokenizer, for transformers."""
         model = Model.of(self.policy)
-        return load(weights_of(model), **model.options)
+        return load(weights_of(model), **{name: model.options[name] for name in _LOADING if name in model.options})
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,15 @@ def reward(
         group from being scored (a model that cannot be reached), which ends the training.
 
     Raises:
-        InputError: no such scorer, or a model that cannot be loaded.
+        InputError: no such scorer, a model that cannot be loaded, or a scorer that needs what the policy alone knows.
     """
     own = ModelPool() if pool is None else pool
     ready = own.scorer(scorer)
+    if ready.needs.logprobs and not ready.engines:
+        raise InputError(
+            f"{ready.name} needs the log-probabilities of the policy's samples, which a trainer does not hand out. "
+            "forward:MODEL rates them with a model."
+        )
     if missing is not None:
         number("missing", missing)
     called = name or ready.name
