@@ -15,7 +15,7 @@ from command import ROOT, in_process_of_its_own, write_rows
 
 import bon
 from bon.cli import main
-from bon.cli.doctor import explain
+from bon.cli.doctor import EXTRAS, explain
 from bon.config import Config
 from bon.mini import WEIGHTS
 from bon.mini.tasks import FAMILIES, knows, sample_instructions
@@ -330,6 +330,9 @@ def test_doctor_says_what_is_here_and_what_to_type_for_the_rest(run):
     assert code == 0
     assert f"bon           {bon.__version__}" in out
     assert re.search(r"torch +A language model in this process", out)
+    for package, extra in EXTRAS.items():
+        [line] = re.findall(rf"^  {package} +(.*)$", out, re.MULTILINE)
+        assert line == f"not installed: pip install 'bon[{extra}]'" or re.fullmatch(r"[\d.]+\w*", line)
     code, out, _ = run("doctor", "--json")
     report = json.loads(out)
     assert code == 0

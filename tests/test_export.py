@@ -177,6 +177,7 @@ def test_winners_are_what_the_selector_picked():
     winners = SFT()
     assert winners(result(("a", None))) == []
     assert winners(result(("a", 0.5), reasons={0: "length"})) == []
+    assert len(SFT(cut_off=True)(result(("a", 0.5), reasons={0: "length"}))) == 1
     assert winners.refused == {"prompts without a winner": 1, "candidates that were cut off": 1}
 
 
@@ -252,6 +253,20 @@ def test_names_that_a_run_moved_away_are_found_again():
     assert message["content"] == "Say hi."
 
 
+def test_a_run_that_was_turned_into_parquet_exports_the_same(run, tmp_path):
+    pytest.importorskip("pyarrow")
+    for row in (rows := rows_of(run[0])):
+        for score in row["scores"]:
+            assert score.pop("parts") == {}  # which Parquet has no form for
+    save(rows, tmp_path / "run.parquet")
+    for export in (Pairs(), Groups(), SFT()):
+        one, other = (
+            [row for found in read_results(str(path)) for row in export(found)]
+            for path in (run[0], tmp_path / "run.parquet")
+        )
+        assert one == other
+
+
 def test_candidates_that_a_rerank_was_given_as_texts_are_exported(tmp_path):
     write_rows(tmp_path / "in.jsonl", [{"prompt": PROMPT, "candidates": ["Dear Tom,", "Anna, water the plants."]}])
     out = tmp_path / "out.jsonl"
@@ -308,6 +323,9 @@ def test_columns_that_make_no_table_are_refused_and_what_was_there_stays(tmp_pat
     there = path.read_bytes()
     with pytest.raises(InputError, match=r"the rows make no table: .*Write JSON Lines"):
         save([{"a": 1}, {"a": "one"}], path)
+    with pytest.raises(InputError, match=r"the rows make no table: .*Write JSON Lines"):
+        save([{"a": {}}], path)
+    assert not [*tmp_path.glob("*.part")]
     assert path.read_bytes() == there
 
 

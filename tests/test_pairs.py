@@ -139,6 +139,18 @@ def test_the_winners_of_a_run_become_pairs_and_those_below_the_least_reward_do_n
     assert (code, "2 refused: no answer is good enough" in err) == (2, True)
 
 
+def test_the_prompt_of_a_run_is_found_where_the_winner_took_the_name_of_its_field(pairs):
+    [first, _] = pairs(
+        [
+            {"text": "Tea is cheap and keeps you calm.", "reward": 1.0, "replaced": {"text": TEA}},
+            {"text": "Mia fell into the water one day.", "reward": 1.0, "replaced": {"text": CATS}},
+        ],
+        "--prompt-field",
+        "text",
+    )[1]
+    assert (first["instruction"], first["response"]) == (TEA, "Tea is cheap and keeps you calm.")
+
+
 def test_prompts_are_answered_by_the_policy_and_the_best_by_the_named_scorer_is_kept(pairs, tmp_path):
     prompts = [{"prompt": f"{verb} Anna to water the plants on Monday."} for verb in ("Remind", "Please tell")]
     options = ("--scorer", "longest", "-n", "4", "--seed", "1")

@@ -40,14 +40,12 @@ class Export(ABC):
 
     Args:
         keep: names of the prompt's own columns that its rows keep.
-        cut_off: whether candidates that were cut off may be answers to learn from; they have no end to learn.
 
     Attributes:
         refused: what was left out, by reason.
     """
 
     keep: Sequence[str] = ()
-    cut_off: bool = False
     refused: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
     @abstractmethod
@@ -67,8 +65,8 @@ class Export(ABC):
         return {"id": None if identity is None else str(identity), "prompt": prompt_of(task), **kept}
 
     def _ended(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that may be learnt from."""
-        ended = [c for c in candidates if self.cut_off or c.finish_reason != "length"]
+        """Those that were not cut off: the others have no end to learn."""
+        ended = [c for c in candidates if c.finish_reason != "length"]
         self.refused["candidates that were cut off"] += len(candidates) - len(ended)
         return ended
 
@@ -97,6 +95,7 @@ class Pairs(Export):
         reference_response: whether pairs have a ``reference_response``, a text that is one of the prompt's candidates
             at random, whatever its reward: a sample of the policy, which SELM's optimism term needs (arXiv 2405.19332).
         seed: of what is random; the same seed and candidates give the same pairs.
+        cut_off: whether candidates that were cut off stand in pairs.
 
     Raises:
         InputError: an option that cannot be.
@@ -107,6 +106,7 @@ class Pairs(Export):
     min_margin: float = 0.0
     reference_response: bool = False
     seed: int = 0
+    cut_off: bool = False
 
     def __post_init__(self) -> None:
         name, _, deviations = self.pairing.partition(":")
@@ -149,7 +149,8 @@ class Pairs(Export):
     def _ordered(self, result: Result) -> list[Rated]:
         """The candidates that may stand in pairs, one for each text, the best first."""
         rated = self._rated(result)
-        ended = {candidate.index for candidate in self._ended([candidate for candidate, _ in rated])}
+        learnt = [candidate for candidate, _ in rated]
+        ended = {candidate.index for candidate in (learnt if self.cut_off else self._ended(learnt))}
         place = {index: at for at, index in enumerate(result.selection.ranking)}
         texts: dict[str, Rated] = {}
         for candidate, score in sorted(rated, key=lambda pair: place[pair[0].index]):
@@ -240,12 +241,14 @@ class SFT(Export):
 
     Args:
         min_reward: the least reward of an answer.
+        cut_off: whether an answer that was cut off is one to imitate.
 
     Raises:
         InputError: a minimum that is no number.
     """
 
     min_reward: float | None = None
+    cut_off: bool = False
 
     def __post_init__(self) -> None:
         if self.min_reward is not None:
@@ -260,7 +263,7 @@ class SFT(Export):
         if not result.picked:
             self.refused["prompts without a winner"] += 1
         head, rows = self._head(result), []
-        for candidate in self._ended(result.picked):
+        for candidate in result.picked if self.cut_off else self._ended(result.picked):
             reward = result.scores[candidate.index].reward
             if self.min_reward is not None and (reward is None or reward < self.min_reward):
                 self.refused["answers below the least reward"] += 1
@@ -330,11 +333,14 @@ def save(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
     """
     path, rows = Path(path), list(rows)
     part = path.with_name(path.name + ".part")
-    if path.suffix.lower() == ".parquet":
-        _parquet(rows, part)
-    else:
-        part.write_bytes(b"".join(to_json(row) + b"\n" for row in rows))
-    part.replace(path)
+    try:
+        if path.suffix.lower() == ".parquet":
+            _parquet(rows, part)
+        else:
+            part.write_bytes(b"".join(to_json(row) + b"\n" for row in rows))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return len(rows)
 
 
@@ -343,9 +349,9 @@ def _parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
     columns = dict.fromkeys(name for row in rows for name in row)
     try:
         table = arrow.table({name: [row.get(name) for row in rows] for name in columns})
+        arrow.parquet.write_table(table, path)
     except arrow.ArrowException as error:
         raise InputError(f"the rows make no table: {error}. Write JSON Lines in its place.") from error
-    arrow.parquet.write_table(table, path)
 
 
 def pyarrow() -> Any:
