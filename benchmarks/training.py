@@ -2,7 +2,7 @@
 
 The policy is the embedded model, the reward FLIP by the same model before any training, the prompts are the mini
 world's of training. GRPO (TRL's trainer) samples as it goes. One best-of-16 run with as many samples is exported as
-pairs, groups and winners, from which DPO and SFT (TRL's trainers), SELM and GDRO learn. A second GRPO has prompts in
+pairs, groups and winners, from which DPO and SFT (TRL's trainers), SELM and GDRO learn (and DPO in the loop of the two). A second GRPO has prompts in
 wordings that neither the policy nor the reward's model ever saw. Each trained policy is judged by the verifier, which
 no training knows: on held-out instructions, and on others in unseen wordings.
 
@@ -87,7 +87,7 @@ def _stages(options: argparse.Namespace, work: Path) -> dict[str, Callable[[], d
     samples = prompts * ONLINE
 
     def how(name: str) -> Round:
-        rate = LEARNING_RATES[name.split()[0]]
+        rate = LEARNING_RATES[name.split()[0].removesuffix("-loop")]
         return Round(
             policy="mini", out=work / name.replace(" ", "-"), learning_rate=rate, batch=options.batch, seed=options.seed
         )

@@ -57,7 +57,7 @@ def test_five_methods_learn_from_the_mini_world_and_what_is_trained_is_not_train
     assert json.loads((tmp_path / "out.json").read_text()) == found
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     rows = {row["method"]: row for row in found["rows"]}
-    assert [*rows] == ["before", "GRPO", "SFT", "DPO", "SELM", "GDRO", "GRPO unseen"]
+    assert [*rows] == ["before", "GRPO", "SFT", "DPO", "DPO-loop", "SELM", "GDRO", "GRPO unseen"]
     assert {row["samples"] for name, row in rows.items() if name != "before"} == {2 * 16 * 8}
     assert all(0 < row["learnt_from"] <= 16 for row in rows.values() if "learnt_from" in row)
     assert len(rows["GRPO"]["curve"]["truth"]) == 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +245,15 @@ METHODS = {
     "DPO": Method(
         lambda how: Pairs(drop_ties=True, seed=how.seed), _by_trl("DPO", "prompt", "chosen", "rejected", beta="beta")
     ),
+    "DPO-loop": Method(
+        lambda how: Pairs(drop_ties=True, reference_response=True, seed=how.seed),
+        lambda rows, how: _selm(rows, replace(how, alpha=0.0)),
+    ),
     "SELM": Method(lambda how: Pairs(drop_ties=True, reference_response=True, seed=how.seed), _selm),
     "GDRO": Method(lambda how: Groups(drop_ties=True, tau=how.tau), _gdro),
 }
-"""By name; each learns from the results of one best-of-N run."""
+"""By name; each learns from the results of one best-of-N run.
+
+``DPO-loop`` is SELM without exploration, so DPO in the loop that SELM and GDRO have. TRL counts what a chat template puts
+behind the end of a turn (a line break, mostly) to the answer, and the loop does not.
+"""
