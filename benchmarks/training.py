@@ -2,9 +2,9 @@
 
 The policy is the embedded model, the reward FLIP by the same model before any training, the prompts are the mini
 world's of training. GRPO (TRL's trainer) samples as it goes. One best-of-16 run with as many samples is exported as
-pairs, groups and winners, from which DPO and SFT (TRL's trainers), SELM and GDRO learn (and DPO in the loop of the two). A second GRPO has prompts in
-wordings that neither the policy nor the reward's model ever saw. Each trained policy is judged by the verifier, which
-no training knows: on held-out instructions, and on others in unseen wordings.
+pairs, groups and winners, from which DPO and SFT (TRL's trainers), SELM and GDRO learn, and DPO again in the loop of
+these two. A second GRPO has prompts in wordings that neither the policy nor the reward's model ever saw. Each trained
+policy is judged by the verifier, which no training knows: on held-out instructions, and on others in unseen wordings.
 
     python benchmarks/training.py --work runs/training --plot benchmarks/results/training.png
 

@@ -254,6 +254,6 @@ METHODS = {
 }
 """By name; each learns from the results of one best-of-N run.
 
-``DPO-loop`` is SELM without exploration, so DPO in the loop that SELM and GDRO have. TRL counts what a chat template puts
-behind the end of a turn (a line break, mostly) to the answer, and the loop does not.
+``DPO-loop`` is SELM without exploration, so DPO in the loop that SELM and GDRO have. TRL counts what a chat template
+puts behind the end of a turn (a line break, mostly) to the answer, and the loop does not.
 """
