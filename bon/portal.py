@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import Future
@@ -193,7 +194,8 @@ class _Work(Generic[T]):
 
     def _cancel(self) -> bool:
         """Cancel the task where it still runs; return whether its end can be waited for."""
-        if self.done.done() or self.loop is not _loop():  # a forked child holds a copy; the work is the parent's
+        # When Python ends, the loop's thread has stopped. A forked child holds a copy; the work is the parent's.
+        if self.done.done() or sys.is_finalizing() or self.loop is not _loop():
             return False
         self.loop.call_soon_threadsafe(lambda: self._started().cancel())
         return not _inside()  # the garbage collector may close an iterator on any thread

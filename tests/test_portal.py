@@ -330,6 +330,30 @@ def test_calls_work_after_a_fork_in_the_child_and_in_the_parent() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+ENDS = """
+import asyncio
+from bon import portal
+
+async def count():
+    for number in range(3):
+        yield number
+        await asyncio.sleep(0)
+
+def use():
+    return [1 / number for _, number in zip("ab", portal.iterate(count()))]
+
+use()
+"""
+
+
+def test_a_script_that_fails_while_it_iterates_ends() -> None:
+    """Python drops the last traceback, and the iterator in it, when the loop's thread is gone: it waited for ever."""
+    root = Path(__file__).resolve().parents[1]
+    ran = subprocess.run([sys.executable, "-c", ENDS], cwd=root, timeout=60, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "ZeroDivisionError" in ran.stderr
+
+
 # --- what blocks ------------------------------------------------------------------------------------------------------
 
 

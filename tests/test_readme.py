@@ -149,6 +149,19 @@ def test_the_times_of_other_libraries_are_those_recorded():
             assert side == "gather" or f"| {rows[f'{side}_vs_gather_{n}']:.2f} |" in line
 
 
+def test_what_training_on_rewards_brought_is_what_is_recorded():
+    lines = (ROOT / "benchmarks/README.md").read_text().replace("**", "").splitlines()
+    for row in json.loads((ROOT / "benchmarks/results/training.json").read_text())["rows"]:
+        told = [line for line in lines if line.startswith(f"| {row['method']} |")]
+        passed, rewarded = ([cell.strip() for cell in line.strip("|").split("|")] for line in told)
+        splits = [row["heldout"], row["unseen_wording"]]
+        rates = [split[figure] for split in splits for figure in ("sampled", "greedy", "best")]
+        spans = [f"{100 * each['mean']:.1f} [{100 * each['low']:.1f}, {100 * each['high']:.1f}]" for each in rates]
+        assert passed[1:] == [f"{row['samples']:,}", *spans]
+        shares = [[split["reward"] * 100, split["full"] * 100, 100 * (split["fooled"] or 0)] for split in splits]
+        assert rewarded[1:] == [f"{share:.1f}" for some in shares for share in some]
+
+
 def test_every_scorer_has_a_row_whose_figures_are_those_recorded():
     lines = README.splitlines()
     [head] = [at for at, line in enumerate(lines) if line.startswith("| reward |")]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from bon.errors import BonError
+from bon.errors import BonError, InputError
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -34,3 +36,21 @@ def script(main: Callable[[], object]) -> None:
 def warn(message: str) -> None:
     """Say something on stderr, where it is not in the way of the JSON."""
     print(message, file=sys.stderr)
+
+
+def same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make a folder for what takes long, or find out that what is in it was made with the same settings.
+
+    Raises:
+        InputError: it was made with others.
+    """
+    path, own = folder / "settings.json", json.loads(json.dumps(settings, default=str))
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        for name in (name for name in own if own[name] != known.get(name)):
+            raise InputError(
+                f"{folder} was made with {name}={known.get(name)!r}, and now it is {own[name]!r}. Name another folder, "
+                "or remove it."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(own), encoding="utf-8")
