@@ -176,9 +176,9 @@ class Batch:
                 self._select(order)
                 tokens = tokens[torch.from_numpy(order).to(tokens.device)]
                 self._end()
-            left = [self._rows.step(tokens)] if len(tokens) else []
-            joined = isinstance(self._rows, Joins)
-            logits = self._enter(left) if joined else torch.cat(left or [logits[:0]])
+            logits = self._rows.step(tokens) if len(tokens) else logits[:0]
+            if isinstance(self._rows, Joins):
+                logits = self._enter([logits])
 
     def _enter(self, logits: list[torch.Tensor]) -> torch.Tensor:
         """Read jobs that wait where there is room; returns the logits with those of their rows behind."""
@@ -192,7 +192,7 @@ class Batch:
             self._sources.append(another)
             logits += self._begin(another)
             self._full = len(self._entries) if another.jobs else math.inf
-        return torch.cat(logits) if logits else torch.empty(0)
+        return torch.cat(logits) if len(logits) > 1 else logits[0]  # which are large, and copied only where they must
 
     def _begin(self, source: Source) -> list[torch.Tensor]:
         """Read the next jobs of a source that fit; returns their rows' logits."""
