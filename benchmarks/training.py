@@ -248,7 +248,7 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         right.bar(places, means, 0.38, color=color, yerr=np.array(ends).T, capsize=2, label=kind)
     right.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     right.set(ylabel="greedy pass rate, %", ylim=(0, 100))
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=120)
 
 
