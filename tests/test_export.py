@@ -290,6 +290,17 @@ WHOLE = {"prompt": PROMPT, "best": 0, "candidates": [{"text": "Hi."}], "scores":
         ({"scores": [1.0]}, "score 0 must be an object with 'reward', not 1.0"),
         ({"scores": [{"reward": "high"}]}, "score 0: a reward must be a number or None, got 'high'"),
         ({"scores": [{"reward": 1.0, "status": "fine"}]}, "score 0: unknown status of a score 'fine'"),
+        ({"scores": [{"reward": 1.0, "tie_break": "x"}]}, "score 0: 'tie_break' must be a number, not 'x'"),
+        (
+            {"candidates": [{"text": "a", "tool_calls": 3}]},
+            "candidate 0: 'tool_calls' must be a list of objects, not 3",
+        ),
+        ({"candidates": [{"text": "a", "tool_calls": ["b"]}]}, "candidate 0: 'tool_calls' must be a list of objects"),
+        ({"candidates": [{"text": "a", "finish_reason": 7}]}, "candidate 0: 'finish_reason' must be text, not 7"),
+        (
+            {"candidates": [{"text": "a", "cumulative_logprob": "-1"}]},
+            "'cumulative_logprob' must be a number, not '-1'",
+        ),
         ({"best": 4}, "'best' must be the index of one of the 1 candidates, not 4"),
         ({"status": "error", "reason": "No."}, "the run has no result for this row: No. --skip-bad leaves it out."),
         ({"prompt": None}, "neither 'prompt' nor 'messages'"),
