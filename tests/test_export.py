@@ -190,6 +190,13 @@ def test_columns_of_the_prompt_are_kept_by_name():
         Pairs(keep=["margin"])(result(*FOUR, margin=1))
 
 
+@pytest.mark.parametrize("name", ["id", "prompt"])
+def test_no_column_takes_the_place_of_what_every_row_begins_with(name):
+    """A kept ``id`` replaced the text with whatever it was, so that numbers and names made no Parquet together."""
+    with pytest.raises(InputError, match=f"the column '{name}' cannot be kept: the rows have one of that name"):
+        SFT(keep=[name])(result(*FOUR, id=7))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
