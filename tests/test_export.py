@@ -480,6 +480,13 @@ def test_bad_usage_of_the_command_is_a_sentence(export, kind, options, said):
     assert said in err
 
 
+@pytest.mark.parametrize("group", ["export", "train"])
+def test_a_group_of_commands_without_one_says_that_one_is_missing(group, capsys):
+    """It showed its help and then ``error: .``."""
+    assert main([group]) == 2
+    assert capsys.readouterr().err == f"bon: error: Missing command. Type: bon {group} --help\n"
+
+
 def test_the_output_is_not_one_of_the_inputs(export, tmp_path):
     source = write_rows(tmp_path / "out.jsonl", [WHOLE])
     code, _, err = export("sft", "--overwrite", source=source)
