@@ -71,6 +71,11 @@ def test_an_error_is_of_the_answer_that_it_concerns_and_the_others_have_their_re
             lambda: ask(scorer="consensus"),
             "compares the answers to a prompt with each other, and here they come one by",
         ),
+        (
+            lambda: ask(scorer={"flip": "mini"}),
+            "scorer must be the text of a spec, such as flip:Qwen/Qwen3-0.6B, not {",
+        ),
+        (lambda: ask(extra_info=PLANTS), "extra_info must be the row's own columns by their names, not 'Write a"),
         (lambda: ask(["a"]), "solution_str must be the text of a completion, not ['a']"),
         (lambda: ask("  ", missing="low"), "missing must be a number, got 'low'"),
     ],
