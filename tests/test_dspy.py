@@ -144,6 +144,10 @@ def test_where_every_attempt_failed_there_is_an_error_and_not_nothing():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (
+            {"module": "question -> answer"},
+            "module must be one of DSPy's, such as dspy.Predict('question -> answer'), not",
+        ),
         ({"N": 0}, "N must be a whole number of at least 1, got 0"),
         ({"threshold": "high"}, "threshold must be a number, got 'high'"),
         ({"fail_count": -1}, "fail_count must be a whole number of at least 0, got -1"),

@@ -190,6 +190,13 @@ def test_columns_of_the_prompt_are_kept_by_name():
         Pairs(keep=["margin"])(result(*FOUR, margin=1))
 
 
+@pytest.mark.parametrize("name", ["id", "prompt"])
+def test_no_column_takes_the_place_of_what_every_row_begins_with(name):
+    """A kept ``id`` replaced the text with whatever it was, so that numbers and names made no Parquet together."""
+    with pytest.raises(InputError, match=f"the column '{name}' cannot be kept: the rows have one of that name"):
+        SFT(keep=[name])(result(*FOUR, id=7))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -290,6 +297,17 @@ WHOLE = {"prompt": PROMPT, "best": 0, "candidates": [{"text": "Hi."}], "scores":
         ({"scores": [1.0]}, "score 0 must be an object with 'reward', not 1.0"),
         ({"scores": [{"reward": "high"}]}, "score 0: a reward must be a number or None, got 'high'"),
         ({"scores": [{"reward": 1.0, "status": "fine"}]}, "score 0: unknown status of a score 'fine'"),
+        ({"scores": [{"reward": 1.0, "tie_break": "x"}]}, "score 0: 'tie_break' must be a number, not 'x'"),
+        (
+            {"candidates": [{"text": "a", "tool_calls": 3}]},
+            "candidate 0: 'tool_calls' must be a list of objects, not 3",
+        ),
+        ({"candidates": [{"text": "a", "tool_calls": ["b"]}]}, "candidate 0: 'tool_calls' must be a list of objects"),
+        ({"candidates": [{"text": "a", "finish_reason": 7}]}, "candidate 0: 'finish_reason' must be text, not 7"),
+        (
+            {"candidates": [{"text": "a", "cumulative_logprob": "-1"}]},
+            "'cumulative_logprob' must be a number, not '-1'",
+        ),
         ({"best": 4}, "'best' must be the index of one of the 1 candidates, not 4"),
         ({"status": "error", "reason": "No."}, "the run has no result for this row: No. --skip-bad leaves it out."),
         ({"prompt": None}, "neither 'prompt' nor 'messages'"),
@@ -460,6 +478,13 @@ def test_bad_usage_of_the_command_is_a_sentence(export, kind, options, said):
     code, rows, err = export(kind, *options)
     assert (code, rows) == (2, [])
     assert said in err
+
+
+@pytest.mark.parametrize("group", ["export", "train"])
+def test_a_group_of_commands_without_one_says_that_one_is_missing(group, capsys):
+    """It showed its help and then ``error: .``."""
+    assert main([group]) == 2
+    assert capsys.readouterr().err == f"bon: error: Missing command. Type: bon {group} --help\n"
 
 
 def test_the_output_is_not_one_of_the_inputs(export, tmp_path):

@@ -2,14 +2,18 @@
 
 import asyncio
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scoring import Own
 
 from bon import portal
 from bon.errors import EngineError, InputError
 from bon.integrations import verl
+from bon.integrations.batches import Batches
 from bon.integrations.verl import compute_score
+from bon.task import Task
 
 PLANTS = "Write a reminder for Anna to water the plants on Monday."
 GOOD, BAD = "Hello Anna, this is a reminder to water the plants on Monday.", "Dear Tom, thank you."
@@ -67,6 +71,11 @@ def test_an_error_is_of_the_answer_that_it_concerns_and_the_others_have_their_re
             lambda: ask(scorer="consensus"),
             "compares the answers to a prompt with each other, and here they come one by",
         ),
+        (
+            lambda: ask(scorer={"flip": "mini"}),
+            "scorer must be the text of a spec, such as flip:Qwen/Qwen3-0.6B, not {",
+        ),
+        (lambda: ask(extra_info=PLANTS), "extra_info must be the row's own columns by their names, not 'Write a"),
         (lambda: ask(["a"]), "solution_str must be the text of a completion, not ['a']"),
         (lambda: ask("  ", missing="low"), "missing must be a number, got 'low'"),
     ],
@@ -85,6 +94,19 @@ def test_a_model_that_cannot_be_reached_is_an_error_and_no_reward():
 def test_a_right_answer_and_the_rows_columns_reach_the_scorer():
     task = verl._task("gsm8k", 42, {"prompt": PLANTS, "index": 7}, None)
     assert (task.reference, task.metadata["index"], task.metadata["data_source"]) == ("42", 7, "gsm8k")
+
+
+def test_answers_to_one_prompt_are_rated_with_the_columns_of_their_own_rows():
+    """Those asked together were rated with the columns of the first."""
+    asked = [("a", "a"), ("a", "b"), ("b", "b")]  # an answer, and the right one of its row
+    batches = Batches(Own(lambda each: float(each.candidate.text == each.task.metadata["right"])))
+
+    async def together():
+        tasks = [(replace(Task.of(PLANTS), metadata={"right": right}), text) for text, right in asked]
+        return await asyncio.gather(*(batches.rate(*each) for each in tasks))
+
+    assert [score.reward for score in asyncio.run(together())] == [1.0, 0.0, 1.0]
+    assert batches.sizes == [3]
 
 
 # --- with verl --------------------------------------------------------------------------------------------------------

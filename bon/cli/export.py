@@ -33,7 +33,7 @@ LOGPS = "ref_logps"
 BATCH = 32
 """Prompts whose completions the reference model reads in one call."""
 
-app = typer.Typer(help="Turn a run with --all into rows for trainers.", no_args_is_help=True)
+app = typer.Typer(help="Turn a run with --all into rows for trainers.")
 
 Runs = Annotated[
     list[str],

@@ -16,7 +16,7 @@ from bon.errors import InputError
 
 _LINES = 20  # that a training prints where there is no terminal for a bar
 
-app = typer.Typer(help="Train a reward of your own.", no_args_is_help=True)
+app = typer.Typer(help="Train a reward of your own.")
 
 
 @app.callback()

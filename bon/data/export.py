@@ -61,7 +61,7 @@ class Export(ABC):
         known = task.metadata
         identity = known.get("id", known.get("line"))
         for name in self.keep:
-            if name in self.own:
+            if name in self.own | {"id", "prompt"}:
                 raise InputError(f"the column {name!r} cannot be kept: the rows have one of that name of their own.")
             if name not in known and name != "reference":
                 columns = ", ".join(map(repr, known)) or "none"

@@ -13,6 +13,25 @@ from bon.errors import InputError
 from bon.selectors import Best, select
 from bon.types import Candidate, Result, Score, Selection, Timing, Usage
 
+_TEXT, _NUMBER, _COUNT = (str, "text"), (float, "a number"), (int, "a whole number")
+_OF_CANDIDATES = {
+    "finish_reason": _TEXT,
+    "cumulative_logprob": _NUMBER,
+    "completion_tokens": _COUNT,
+    "error": _TEXT,
+    "tool_calls": (list, "a list of objects"),
+    "reasoning": _TEXT,
+    "refusal": _TEXT,
+}
+_OF_SCORES = {
+    "reason": _TEXT,
+    "tie_break": _NUMBER,
+    "spread": _NUMBER,
+    "upper_bound": _NUMBER,
+    "tokens": _COUNT,
+    "same_as": _COUNT,
+}
+
 
 def run_row(line: int, fields: Mapping[str, Any], **options: Any) -> Row:
     """The row of a run's output: what it asked, whatever names its own fields had; see ``row_of``."""
@@ -67,6 +86,7 @@ def _candidate(index: int, given: Any) -> Candidate:
     known = given if isinstance(given, Mapping) else {"text": given}
     if not isinstance(known.get("text"), str):
         raise InputError(f"candidate {index} must be text or an object with 'text', not {shown(given)}.")
+    _check(f"candidate {index}", known, _OF_CANDIDATES)
     return Candidate(
         index,
         known["text"],
@@ -83,6 +103,7 @@ def _candidate(index: int, given: Any) -> Candidate:
 def _score(index: int, given: Any) -> Score:
     if not isinstance(given, Mapping) or "reward" not in given:
         raise InputError(f"score {index} must be an object with 'reward', not {shown(given)}.")
+    _check(f"score {index}", given, _OF_SCORES)
     reward = given["reward"]
     status: Any = given.get("status") or ("failed" if reward is None else "ok")
     try:
@@ -100,3 +121,17 @@ def _score(index: int, given: Any) -> Score:
         )
     except InputError as error:
         raise InputError(f"score {index}: {error}") from error
+
+
+def _check(where: str, given: Mapping[str, Any], known: Mapping[str, tuple[type, str]]) -> None:
+    """Refuse fields that are something else than a run writes."""
+    for name, (kind, called) in known.items():
+        value = given.get(name)
+        calls = value if kind is list and isinstance(value, list) else ()
+        if value is None or (_is(value, kind) and all(isinstance(call, Mapping) for call in calls)):
+            continue
+        raise InputError(f"{where}: {name!r} must be {called}, not {shown(value)}.")
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)

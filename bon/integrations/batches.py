@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from bon import portal
@@ -95,7 +97,7 @@ class Batches:
     async def _score(self, scorer: Scorer, asked: list[Asked]) -> None:
         groups: dict[Any, list[Asked]] = {}
         for one in asked:
-            groups.setdefault((one[0].messages, one[0].instruction, one[0].reference), []).append(one)
+            groups.setdefault(_key(one[0]), []).append(one)
         pairs = [(some[0][0], [text for _, text, _ in some]) for some in groups.values()]
         self.sizes.append(len(asked))
         for some, group in zip(groups.values(), await score(scorer, pairs, pool=self._pool), strict=True):
@@ -107,6 +109,15 @@ class Batches:
                     future.set_exception(error)
                 else:
                     future.set_result(group.scores[place])
+
+
+def _key(task: Task) -> tuple[Task, bytes | int]:
+    """The same for tasks that are the same, the caller's own columns too: a scorer may read them."""
+    try:
+        columns: bytes | int = pickle.dumps(dict(task.metadata))
+    except Exception:  # whatever a column's own type raises: then it is the same as itself
+        columns = id(task)
+    return replace(task, metadata={}), columns
 
 
 def reward_of(rated: Score, remedy: str) -> float:

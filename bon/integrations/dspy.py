@@ -105,6 +105,10 @@ class BestOfN(dspy.Module):  # type: ignore[misc]
         fail_count: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(module, dspy.Module):
+            raise InputError(
+                f"module must be one of DSPy's, such as dspy.Predict('question -> answer'), not {module!r:.60}."
+            )
         if not callable(reward_fn):
             raise InputError(f"reward_fn must be a function of (inputs, prediction), not {reward_fn!r:.60}.")
         self.module = module

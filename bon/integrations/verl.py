@@ -53,6 +53,10 @@ async def compute_score(
         InputError: no scorer is named, there is no prompt, or the completion has no reward.
         EngineError: the scorer's model failed, or cannot be reached.
     """
+    if not isinstance(scorer, str | None):
+        raise InputError(f"scorer must be the text of a spec, such as flip:Qwen/Qwen3-0.6B, not {scorer!r:.60}.")
+    if not isinstance(extra_info, Mapping | None):
+        raise InputError(f"extra_info must be the row's own columns by their names, not {extra_info!r:.60}.")
     if scorer is None:
         raise InputError(
             "no scorer is named: '+reward.custom_reward_function.reward_kwargs.scorer=\"flip:Qwen/Qwen3-0.6B\"'."
