@@ -189,6 +189,7 @@ USED = {
     "likelihood": {"bon.scorers.default", "bon.scorers.flip.scorer"}  # between equal rewards
     | {"bon.tuning.encoding", "bon.tuning.flip", "bon.tuning.training"},  # whose prompt it is trained in
     "guard": {"bon.scorers.default"},
+    "forward": {"bon.cli.export"},  # checks that a model can rate what an export asks of it
     "fixed": {"bon.evals.budgets", "bon.evals.harness", "bon.serve.plan"},  # what a plain number of candidates is
     "stop-at": {"bon.serve.plan"},  # the field stop_at of a request
     "adaptive": {
@@ -196,7 +197,7 @@ USED = {
         "bon.evals.budgets",
         "bon.evals.replay",
     },  # what estimates gains; the rules beside it
-    "best": {"bon.evals.harness", "bon.evals.replay", "bon.serve.scoring"},
+    "best": {"bon.data.results", "bon.evals.harness", "bon.evals.replay", "bon.serve.scoring"},
 }
 """Who makes one by its class; a new one changes none of these."""
 PARTICULAR = ("bon.bench.",)
