@@ -265,7 +265,7 @@ class TorchEngine:
                 if all(source.stopped() for source in sources):
                     raise StoppedError
 
-            sources.append(own := self._source(asked, call, rendered, group, check, last=last))
+            sources.append(own := self._source(asked, call, rendered, drawing, group, check, last=last))
             kept = self._store.most if asked.continued else self._store.tokens
             joining = partial(self._joining, asked, drawing, check) if last and self._paths.unlimited else None
             try:
@@ -290,7 +290,7 @@ class TorchEngine:
                 with torch_errors(self.name, self._less):
                     rendered, groups = self._grouped(call.plan, call)
                     for group in groups.values():
-                        return self._source(call.plan, call, rendered, group, check, last=True)
+                        return self._source(call.plan, call, rendered, drawing, group, check, last=True)
             except Exception as error:
                 failure = error
             self._worker.end(call, failure)  # there is nothing to sample
@@ -316,15 +316,15 @@ class TorchEngine:
         asked: _Asked,
         call: Call,
         rendered: Sequence[tuple[int, ...]],
+        drawing: Drawing,
         group: Sequence[int],
         check: Callable[[], object],
         *,
         last: bool,
     ) -> Source:
-        """Requests of a call that draw in the same way; with the ``last`` of them the call ends."""
+        """The requests of a call that draw in one way; with the ``last`` of them the call ends."""
         requests = asked.requests
-        greedy = requests[group[0]].sampling.drawing_on(self._drawing).temperature == 0
-        drafts = greedy and all(requests[i].n == 1 for i in group)
+        drafts = drawing.temperature == 0 and all(requests[i].n == 1 for i in group)
         jobs = [self._job(i, requests[i], rendered[i], drafts) for i in group]
         path = self._paths.choose([job.ids for job in jobs], max(len(job.ids) + job.limit for job in jobs), check)
 

@@ -101,7 +101,7 @@ class Joins(Rows, Protocol):
     """Rows that others can join while they are under way."""
 
     def join(self, other: Any) -> None:
-        """Take in the rows of another batch of the same kind and call, behind ours; it is not used afterwards."""
+        """Take in the rows of another batch of the same model and kind, behind ours; it is not used afterwards."""
 
 
 class PlainRows:
