@@ -73,12 +73,17 @@ def last_line(out: str) -> dict[str, Any]:
 # --- The harness -----------------------------------------------------------------------------------------------------
 
 
-def test_sides_run_in_turn_and_warm_up_rounds_do_not_count() -> None:
-    calls: list[tuple[str, int]] = []
-    sides = {name: lambda r, name=name: calls.append((name, r)) or r for name in "AB"}
-    timed = interleave(sides, 2, warmup=1)
-    assert calls == [("A", -1), ("B", -1), ("A", 0), ("B", 0), ("A", 1), ("B", 1)]
-    assert [t.value for t in timed["A"]] == [0, 1]
+def test_each_round_has_every_side_once_in_an_order_of_its_own_and_warm_up_rounds_do_not_count() -> None:
+    """Whoever always followed the same side found a server's and the machine's caches as that one left them."""
+    calls: list[tuple[int, str]] = []
+    sides = {name: lambda r, name=name: calls.append((r, name)) or r for name in "ABC"}
+    timed = interleave(sides, 12, warmup=1)
+    rounds = [[name for _, name in calls[at : at + 3]] for at in range(0, len(calls), 3)]
+    assert [r for r, _ in calls[::3]] == [*range(-1, 12)]
+    assert all(sorted(names) == ["A", "B", "C"] for names in rounds)
+    assert {names[0] for names in rounds} == {"A", "B", "C"}
+    assert {names[names.index("A") - 1] for names in rounds if names[0] != "A"} == {"B", "C"}
+    assert [t.value for t in timed["A"]] == [*range(12)]
     assert all(t.seconds >= 0 for t in timed["B"])
 
 
@@ -86,7 +91,8 @@ def test_something_can_be_done_before_each_call_outside_its_time() -> None:
     calls: list[str] = []
     sides = {name: lambda r, name=name: calls.append(name) for name in "AB"}
     interleave(sides, 1, warmup=0, before=lambda: calls.append("before"))
-    assert calls == ["before", "A", "before", "B"]
+    assert calls[::2] == ["before"] * 2
+    assert sorted(calls[1::2]) == ["A", "B"]
 
 
 def test_the_ratio_is_the_median_of_the_ratios_within_rounds_not_the_ratio_of_medians() -> None:

@@ -372,6 +372,7 @@ def test_a_prompt_outside_the_embedded_models_world_leads_to_a_real_model(capsys
 # --- a real model -----------------------------------------------------------------------------------------------------
 
 PROMPT = "Give me three names for a cat."
+PLACES = ["France", "Peru", "Japan"]
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +403,16 @@ def test_real_samples_continue_earlier_ones_and_end_where_the_model_ends(engine:
     whole = asyncio.run(texts(4, 0))
     assert whole == asyncio.run(texts(2, 0)) | asyncio.run(texts(2, 2))
     assert {reason for _, reason in whole.values()} <= {"stop", "length"}
+
+
+@pytest.mark.real
+def test_a_real_model_in_half_precision_shares_prefixes_too(smollm2: str) -> None:
+    """Single logits of a real model round differently by more than the check allowed, and all was read row by row."""
+    made = TorchEngine(smollm2, dtype="bfloat16")
+    asked = [Prompt.of([Message("user", f"{'It rains. ' * 20}What is the capital of {name}?")]) for name in PLACES]
+    rated = asyncio.run(made.loglikelihood(asked, PLACES))
+    asyncio.run(made.aclose())
+    assert sum(one.cached_tokens > 60 for one in rated) >= 2
 
 
 @pytest.mark.real

@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from tiny import model, save, tokenizer
 
 from bon.engines.base import Completion, Prompt, Request, Turn
+from bon.engines.loading import load
 from bon.engines.torch import paths
 from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.prefix import attention as prefix_attention
-from bon.engines.torch.prefix.attention import NAME, merge, part
+from bon.engines.torch.prefix.attention import NAME, NotServedError, merge, part
 from bon.engines.torch.prefix.shared import Preamble, SharedRows, Store
 from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, pieces, preamble, tree
 from bon.engines.torch.rows import PlainRows, Rows, Run, Stats, token_logprobs
 from bon.engines.torch.worker import StoppedError
 from bon.errors import EngineError
+from bon.mini import WEIGHTS
 from bon.types import Sampling
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "GPTNeoX", "Phi3")
@@ -542,6 +544,22 @@ def test_a_model_whose_logits_come_out_different_takes_the_plain_path(
     assert [c.text for c in generate(engine, prompts(*CANDIDATES), seed=0)] == right
     (line,) = fallback_lines(caplog)
     assert "standard deviations" in line
+
+
+@pytest.mark.parametrize("lost", ["_grouped_part", "_part_of_one"])
+def test_half_precision_hides_no_lost_prefix_from_the_check(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, right = load(WEIGHTS, device="cpu", dtype="bfloat16")[0], getattr(prefix_attention, lost)
+    with torch.inference_mode():
+        paths.check(made)
+        made.set_attn_implementation("sdpa")
+
+        def without(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            mean, log_sum = right(*given)
+            return mean, log_sum - torch.inf
+
+        monkeypatch.setattr(prefix_attention, lost, without)
+        with pytest.raises(NotServedError, match="came out different"):
+            paths.check(made)
 
 
 def failing_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

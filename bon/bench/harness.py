@@ -1,8 +1,8 @@
 """How things are timed and reported, the same for every benchmark.
 
-The sides of a comparison run in turn, round after round (A B A B ...), so that whatever else the machine does hits
-both; a ratio is taken within each round, and the median of those ratios is the result. Means are not used anywhere.
-A report ends in one line of JSON, which a program can read and `benchmarks/plot.py` draws.
+The sides of a comparison run in rounds, each side once in each, so that whatever else the machine does hits them all; a
+ratio is taken within each round, and the median of those ratios is the result. Means are not used anywhere. A report ends
+in one line of JSON, which a program can read and `benchmarks/plot.py` draws.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import importlib.metadata
 import os
 import platform
+import random
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -69,7 +70,10 @@ def interleave(
     label: str = "",
     before: Callable[[], object] | None = None,
 ) -> dict[str, list[Timed[T]]]:
-    """Call every side once in each round, in turn, and time each call.
+    """Call every side once in each round, one after the other, and time each call.
+
+    Each round has an order of its own: a side that always followed the same other one would find the caches of the
+    machine and of a server as that one leaves them.
 
     Args:
         sides: name -> what to run; it is told the number of the round, warm-up rounds being negative.
@@ -81,11 +85,11 @@ def interleave(
     timed: dict[str, list[Timed[T]]] = {name: [] for name in sides}
     numbers = tqdm(range(-warmup, rounds), desc=label, leave=False, disable=None if label else True)
     for number in numbers:
-        for name, side in sides.items():
+        for name in random.Random(number).sample([*sides], len(sides)):
             if before is not None:
                 before()
             started = perf_counter()
-            value = side(number)
+            value = sides[name](number)
             seconds = perf_counter() - started
             if number >= 0:
                 timed[name].append(Timed(seconds, value))

@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
     """A linear layer whose weight is kept in oneDNN's layout.
 
     Args:
-        linear: float32, on a CPU.
+        linear: float32 or bfloat16, on a CPU.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -40,7 +40,7 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: Any) -> None:
-    """Replace the large float32 linear layers of a model on an x86 CPU; leaves every other model as it is."""
+    """Replace the large linear layers of a model on an x86 CPU; leaves every other model as it is."""
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     if not known or platform.machine() not in ("x86_64", "AMD64"):
         return
@@ -53,4 +53,5 @@ def pack(model: Any) -> None:
 
 
 def _pays(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _LEAST
+    known = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+    return weight.device.type == "cpu" and weight.dtype in known and weight.numel() >= _LEAST

@@ -216,7 +216,10 @@ def check(model: Any) -> None:
         outputs.append(rows.step(tokens[1][torch.from_numpy(order).to(model.device)])[torch.from_numpy(back)])
         found.append(torch.cat(outputs).float())
     expected, got = found
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    worst = float((expected - got).abs().max() / expected.std())
+    apart = (expected - got) / expected.std()
+    if model.dtype == torch.float32:
+        worst, tolerance = float(apart.abs().max()), 1e-3
+    else:  # a real model's logits differ by a third between any two kernels, a row of them by a sixth (root mean square)
+        worst, tolerance = float(apart.square().mean(-1).sqrt().max()), 0.3
     if not worst < tolerance:
         raise NotServedError(f"its logits came out different by {worst:.1e} standard deviations")
