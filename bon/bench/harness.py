@@ -1,8 +1,8 @@
 """How things are timed and reported, the same for every benchmark.
 
-The sides of a comparison run in rounds, each side once in each, so that whatever else the machine does hits them all; a
-ratio is taken within each round, and the median of those ratios is the result. Means are not used anywhere. A report ends
-in one line of JSON, which a program can read and `benchmarks/plot.py` draws.
+The sides of a comparison run in rounds, each side once in each, so that whatever else the machine does hits them all;
+a ratio is taken within each round, and the median of those ratios is the result. Means are not used anywhere. A report
+ends in one line of JSON, which a program can read and `benchmarks/plot.py` draws.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def check(model: Any) -> None:
     apart = (expected - got) / expected.std()
     if model.dtype == torch.float32:
         worst, tolerance = float(apart.abs().max()), 1e-3
-    else:  # a real model's logits differ by a third between any two kernels, a row of them by a sixth (root mean square)
+    else:  # between any two kernels a real model's logits differ by a third, a row's by a sixth (root mean square)
         worst, tolerance = float(apart.square().mean(-1).sqrt().max()), 0.3
     if not worst < tolerance:
         raise NotServedError(f"its logits came out different by {worst:.1e} standard deviations")
