@@ -21,7 +21,7 @@ from bon.engines.loading import load
 from bon.engines.torch import paths
 from bon.engines.torch.engine import TorchEngine
 from bon.engines.torch.prefix import attention as prefix_attention
-from bon.engines.torch.prefix.attention import NAME, NotServedError, merge, part
+from bon.engines.torch.prefix.attention import NAME, NotServedError, Step, merge, part
 from bon.engines.torch.prefix.shared import Preamble, SharedRows, Store
 from bon.engines.torch.prefix.tree import MIN_SHARED, arrange, common, pieces, preamble, tree
 from bon.engines.torch.rows import PlainRows, Rows, Run, Stats, token_logprobs
@@ -184,7 +184,11 @@ def run(rows: Rows, prompts: list[tuple[int, ...]], copies: list[int], seed: int
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_plain_rows_while_rows_leave(family: str, seed: int) -> None:
+def test_logits_are_those_of_plain_rows_while_rows_leave(
+    family: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seed:  # rows of different lengths attend in several parts
+        monkeypatch.setattr(prefix_attention, "_SPARED", 1)
     made = small(family)
     prompts, copies = made_up(seed)
     plain = made.config._attn_implementation
@@ -200,10 +204,37 @@ def test_logits_are_those_of_plain_rows_while_rows_leave(family: str, seed: int)
         torch.testing.assert_close(c.log_softmax(-1), a.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
+def test_rows_attend_to_no_more_padding_than_those_of_about_their_length_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read = small("Llama"), []
+    prompts = [tuple(range(length)) for length in (4, 5, 20, 21, 60, 61, 90, 91)]
+    joined = Step._joined
+
+    def counted(*given: Any) -> torch.Tensor:
+        first, last, columns = given[-3:]
+        read.append((last - first) * columns)
+        return joined(*given)
+
+    monkeypatch.setattr(Step, "_joined", counted)
+    made.set_attn_implementation(NAME)
+    for spared in (1 << 40, 1):
+        monkeypatch.setattr(prefix_attention, "_SPARED", spared)
+        rows = SharedRows(Run(made), Preamble(()))
+        with torch.inference_mode():
+            rows.prefill([ids[::-1] for ids in prompts], [1] * 8)
+            rows.step(torch.arange(8))
+    made.set_attn_implementation("sdpa")
+    whole, layers = 8 * 92, made.config.num_hidden_layers
+    assert read == [whole] * layers + [2 * (length + 2) for length in (4, 20, 60, 90)] * layers
+
+
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_join_a_running_batch_get_the_logits_they_get_alone(family: str, copied: bool) -> None:
+def test_rows_that_join_a_running_batch_get_the_logits_they_get_alone(
+    family: str, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They come with prefixes in common or without any, beside rows that are longer, and after others have left."""
+    if not copied:
+        monkeypatch.setattr(prefix_attention, "_SPARED", 1)
     made = small(family)
     prompts, _ = made_up(0)
     copies = [1 + copied * (i % 3) for i in range(len(prompts))]

@@ -21,6 +21,8 @@ from transformers import AttentionInterface
 NAME = "bon_shared_prefix"
 _SCORES = 1 << 26  # attention scores held at a time where no fused kernel takes them away
 _CHUNK = 32  # columns by which a row's own storage grows at least
+_PARTS = 4  # of a batch whose rows have different lengths, at most, where that spares ...
+_SPARED = 1 << 17  # ... so many numbers of padding, which a core reads in the time that the parts cost
 _HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "sliding_window"}
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
@@ -106,14 +108,16 @@ class Segments:
         columns: width in use of the tensors, which may be wider.
         kept: whether they stay as they are, for later calls.
         bias: (slots, 1, 1, columns or more), -inf on the padding; None where there is none.
-        last: (slots,) each slot's last column, where they differ.
+        last: the slots and each one's last column, (slots,) both, where these differ.
+        parts: (first slot, slot behind the last, columns in use) of slots of about one length.
     """
 
     lengths: Index
     columns: int = 0
     bias: Tensor | None = None
     kept: bool = False
-    last: Tensor | None = None
+    last: tuple[Tensor, Tensor] | None = None
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -132,16 +136,25 @@ class Segments:
         """Make room for one more column of each slot."""
         self.lengths = self.lengths + 1
         self.columns = int(self.lengths.max())
+        self.parts = self._parts()
         if (self.lengths == self.columns).all():
             self.bias = self.last = None
             return
-        self.last = torch.from_numpy(self.lengths - 1).to(device)
+        self.last = torch.arange(len(self.lengths), device=device), torch.from_numpy(self.lengths - 1).to(device)
         if self.bias is None:
             self.bias = self.padding_bias(device)
         else:
             if self.bias.shape[-1] < self.columns:
                 self.bias = torch.nn.functional.pad(self.bias, (0, _CHUNK), value=-torch.inf)
-            self.bias[torch.arange(len(self.lengths), device=device), 0, 0, self.last] = 0.0
+            self.bias[self.last[0], 0, 0, self.last[1]] = 0.0
+
+    def _parts(self) -> list[tuple[int, int, int]]:
+        slots = len(self.lengths)
+        edges = np.linspace(0, slots, _PARTS + 1).astype(int)
+        parts = [(a, b, int(self.lengths[a:b].max())) for a, b in itertools.pairwise(edges.tolist()) if a < b]
+        spared = sum((b - a) * (self.columns - columns) for a, b, columns in parts)
+        numbers = next((each[0, :, 0].numel() for each in self.keys.values()), 0)
+        return parts if spared * numbers >= _SPARED else [(0, slots, self.columns)]
 
     def joined(self, other: Segments, device: torch.device) -> Segments:
         """These slots, and those of another behind them; nobody may use either afterwards, unless it is ``kept``."""
@@ -279,30 +292,53 @@ class Step:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float) -> Tensor:
         """See ``Pass.attend``."""
-        rows = len(query)
-        keys, values = self._append(layer, key, value)
-        scores = _capped(query @ keys.transpose(2, 3), softcap)  # (rows, kv heads, queries per head, columns)
-        if self.own.bias is not None:
-            scores = scores + self.own.bias[:rows, ..., : scores.shape[-1]]
-        if not self.levels:
-            return scores.softmax(-1) @ values
+        self._append(layer, key, value)
         shared = [_grouped_part(level, layer, query, softcap) for level in self.levels]
+        joined = [self._joined(layer, query, shared, softcap, *part) for part in self.own.parts]
+        return joined[0] if len(joined) == 1 else torch.cat(joined)
+
+    def _joined(
+        self,
+        layer: int,
+        query: Tensor,
+        shared: Sequence[tuple[Tensor, Tensor]],
+        softcap: float,
+        first: int,
+        last: int,
+        columns: int,
+    ) -> Tensor:
+        """Attention of some of the rows: over their own columns, and joined with the parts over what they share."""
+        keys, values = (held[layer][first:last, :, :columns] for held in (self.own.keys, self.own.values))
+        scores = _capped(
+            query[first:last] @ keys.transpose(2, 3), softcap
+        )  # (rows, kv heads, queries per head, columns)
+        if self.own.bias is not None:
+            scores = scores + self.own.bias[first:last, ..., :columns]
+        if not shared:
+            return scores.softmax(-1) @ values
         # A shared part enters the row's own softmax as one more column: the log of its denominator.
-        columns = [scores.float(), *(log_sum.unsqueeze(-1) for _, log_sum in shared)]
-        weights = torch.cat(columns, -1).softmax(-1).to(values.dtype)
-        joined = weights[..., : scores.shape[-1]] @ values
-        for at, (mean, _) in enumerate(shared, scores.shape[-1]):
-            joined = torch.addcmul(joined, mean, weights[..., at : at + 1])
+        denominators = [log_sum[first:last].unsqueeze(-1) for _, log_sum in shared]
+        weights = torch.cat([scores.float(), *denominators], -1).softmax(-1).to(values.dtype)
+        joined = weights[..., :columns] @ values
+        for at, (mean, _) in enumerate(shared, columns):
+            joined = torch.addcmul(joined, mean[first:last], weights[..., at : at + 1])
         return joined
 
-    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new column and return all columns so far, (rows, heads, columns, width) each."""
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Write the new column of each row.
+
+        Keys lie in memory as (rows, heads, width, columns): a few queries times such keys take a core half the time.
+        """
         own, rows, columns = self.own, len(key), self.own.columns
         for store, new in ((own.keys, key), (own.values, value)):
             old = store.get(layer)
             if old is None or old.shape[2] < columns or len(old) < rows:
                 # Zeros: what lies behind a row's last column must be finite.
-                wider = new.new_zeros(rows, new.shape[1], columns + max(_CHUNK, columns // 8), new.shape[2])
+                heads, width, room = new.shape[1], new.shape[2], columns + max(_CHUNK, columns // 8)
+                if store is own.keys:
+                    wider = new.new_zeros(rows, heads, width, room).transpose(2, 3)
+                else:
+                    wider = new.new_zeros(rows, heads, room, width)
                 if old is not None:
                     before = old[:rows, :, :columns]
                     wider[: len(before), :, : before.shape[2]] = before
@@ -310,8 +346,8 @@ class Step:
             if own.last is None:
                 store[layer][:rows, :, columns - 1] = new
             else:
-                store[layer][torch.arange(rows, device=new.device), :, own.last] = new
-        return own.keys[layer][:rows, :, :columns], own.values[layer][:rows, :, :columns]
+                slots, at = own.last
+                store[layer][slots, :, at] = new
 
 
 def _grouped_part(level: Level, layer: int, query: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
