@@ -2,8 +2,9 @@
 
 Rows as in ``real_text.py``: every other row trains ("choose"), the others are reported on. Picks: ``default``, which
 needs no labels; the longest; ``head``, trained on the set's own rows; ``joint``, one head for all sets; and ``both``,
-head and ``default`` by their ranks within a row, weighted as did best on training rows that the head had not seen. What
-was read stays in --states, so a run that was cut off goes on. --record keeps real_heads.json: figures and no texts.
+head and ``default`` by their ranks within a row, weighted as did best on training rows that the head had not seen;
+``joint + default`` and ``head + joint + default``, added up as the scorer ``ensemble`` does, all with the same weight.
+What was read stays in --states, so a run that was cut off goes on. --out FILE keeps figures and no texts.
 
     BON_DATA=DIR python benchmarks/real_heads.py --model smollm2-135m --states states.npz --store scores.db
 """
@@ -26,6 +27,7 @@ from bon.heads.data import Floats, Labelled, States, folds
 from bon.heads.training import FOLDS, gains, labelled
 from bon.models import ModelPool
 from bon.pipeline import score
+from bon.scorers.ensemble import scaled
 from bon.spec import SCORERS
 from lib.scripts import parser, script
 from lib.shares import over_sets, shares_table
@@ -52,7 +54,10 @@ class Half(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     """Read, train, compare; print a table and one JSON object."""
     options = _options(argv)
-    report = Report("real_heads", conditions(model=Path(options.model).name, **{n: getattr(options, n) for n in SIZES}))
+    report = Report(
+        "real_heads",
+        conditions(model=Path(options.model).name.partition(",")[0], **{n: getattr(options, n) for n in SIZES}),
+    )
     pool = ModelPool()
     try:
         sets = {name: [_half(name, part, options, pool) for part in ("choose", "report")] for name in options.sets}
@@ -63,13 +68,16 @@ def main(argv: list[str] | None = None) -> None:
     for name, (choose, out) in sets.items():
         settings, arrays = _head(choose.data, options.seed)
         rewards = probe.rewards(arrays, settings, out.data.states).mean
+        joint = probe.rewards(together[1], together[0], out.data.states).mean
         weight = _weight(choose, options.seed)
         picks = {
             "default": out.default,
             "longest": out.data.lengths,
             "head": rewards,
-            "joint": probe.rewards(together[1], together[0], out.data.states).mean,
+            "joint": joint,
             "both": _both(weight, out, rewards),
+            "joint + default": _added(out, joint, out.default),
+            "head + joint + default": _added(out, rewards, joint, out.default),
         }
         draws = bootstrap(len(out.data.names), options.seed)
         usual, best = gains(out.data, out.default)
@@ -83,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     for pick, found in gained.items():  # sets count alike, and are drawn anew each on its own
         report.rows.append({"case": "mean", "pick": pick, "share": over_sets(found)})
     report.text.append(shares_table(report.rows, "pick"))
-    report.emit(options.record / "real_heads.json" if options.record else options.out)
+    report.emit(options.out)
 
 
 def _half(name: str, part: str, options: argparse.Namespace, pool: ModelPool) -> Half:
@@ -106,6 +114,13 @@ def _ranks(values: Sequence[Any]) -> Floats:
 def _both(weight: float, half: Half, rewards: Floats) -> Floats:
     ranks = [_ranks(rewards[half.data.rows == row].tolist()) for row in half.data.names]
     return weight * np.concatenate(ranks) + (1 - weight) * half.default
+
+
+def _added(half: Half, *rewards: Floats) -> Floats:
+    """The sum of rewards that are each standardised within a row."""
+    rows = [half.data.rows == row for row in half.data.names]
+    parts = [[scaled(some[row].tolist(), "zscore") for row in rows] for some in rewards]
+    return np.sum([np.concatenate(part) for part in parts], 0)
 
 
 def _head(data: Labelled, seed: int) -> tuple[dict[str, Any], Any]:
@@ -144,7 +159,6 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--max-words", type=int, default=150, help="of a candidate")
     options.add_argument("--states", type=Path, required=True, help="npz file that keeps hidden states")
     options.add_argument("--store", type=Path, required=True, help="SQLite file that keeps scores")
-    options.add_argument("--record", type=Path, help="folder for real_heads.json")
     return options.parse_args(argv)
 
 

@@ -567,7 +567,7 @@ def test_real_heads_learns_from_every_other_row_and_keeps_no_text(
     monkeypatch.setenv("BON_DATA", str(tmp_path))
     files = ["--states", str(tmp_path / "states.npz"), "--store", str(tmp_path / "scores.db")]
     common = ["--sets", "crux", "--model", "mini", "--layers", "1", "3", *files]
-    script("real_heads").main([*common, "--record", str(tmp_path)])
+    script("real_heads").main([*common, "--out", str(tmp_path / "real_heads.json")])
     found = {(row["case"], row["pick"]): row for row in last_line(capsys.readouterr().out)["rows"]}
     assert found["crux", "longest"]["share"]["mean"] == 1.0
     assert found["crux", "head"]["share"]["mean"] == found["mean", "both"]["share"]["mean"] == 1.0

@@ -206,7 +206,7 @@ class Reads(ScriptedEngine):
     async def loglikelihood(self, prompts, continuations):
         texts = [str(prompt.turns[-1].pieces[-1]) for prompt in prompts]
         self.read += texts
-        return [Loglikelihood(-float(len(text)), 1, error=self.error) for text in texts]
+        return [Loglikelihood(-float(len(text)), 1, 7, error=self.error) for text in texts]
 
 
 def test_the_default_picks_by_consensus_and_reads_nothing_where_that_decides():
@@ -234,6 +234,27 @@ def test_an_answer_that_works_on_the_model_alone_loses_the_defaults_ties():
     assert (group.scores[0].tie_break, group.result(Best()).best) == (None, 1)
     assert "guard" in group.scores[0].reason
     assert len(engine.read) == 1
+
+
+@pytest.mark.parametrize("normalise", ["rank", "minmax", "zscore"])
+def test_in_an_ensemble_a_part_breaks_its_ties_as_it_does_by_itself(normalise):
+    """Of two candidates the default's consensus prefers neither, and an ensemble never asked its model."""
+    engine = Reads()
+    parts = [Default(engine), given(5, 5, 5, 5, 5)]
+    pairs, more = [("x", ["longer one", "short"]), ("z", ["a cat", "a cat"])], ("y", ["abc", "abc", "xyz!", "0"])
+    groups = scored(Ensemble(parts, normalise=normalise), *pairs, more)
+    assert sorted(engine.read) == ["longer one", "short"], "neither copies nor where consensus decides"
+    assert groups[0].result(Best()).text == "short"
+    assert groups[0].scores[1].parts[parts[0].name] == groups[0].scores[0].parts[parts[0].name], "rewards as they were"
+    assert groups[0].scores[1].usage.scorer_prompt_tokens > 0 == groups[1].scores[0].usage.scorer_prompt_tokens
+    assert groups[1].rewards[0] == groups[1].rewards[1]
+    prompt = "Write a haiku about autumn leaves."
+    [group] = scored(Ensemble(parts), (prompt, [prompt, "Red leaves drift and fall, and the wind forgets them all."]))
+    assert group.result(Best()).best == 1, "an echo, which the guard voids, is not the winner for being likelier"
+    assert "guard" in group.scores[0].reason
+    [group] = scored(Ensemble([Default(Reads(EngineError("gone"))), given(1, 2)]), ("x", ["one", "two"]))
+    assert (group.result(Best()).text, isinstance(group.scores[0].error, EngineError)) == ("two", True)
+    assert "gone" in group.scores[0].reason
 
 
 def test_the_credit_of_sentences_reads_nothing_to_tell_ties_apart():

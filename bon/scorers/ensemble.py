@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,9 +23,9 @@ class Ensemble(Compound):
     """Scores candidates by the weighted mean of several scorers' rewards.
 
     Each scorer's rewards are brought to one scale within the task, so that scales and signs of different kinds can be
-    added; a scorer that finds all candidates alike says nothing. Where a scorer has no reward for a candidate, it says
-    nothing about it either (its mean stands there), and the score's ``reason`` tells. The rewards as they were are in
-    ``Score.parts``.
+    added; a scorer that finds all candidates alike counts with what it breaks ties by, as ``default`` does for two
+    candidates, or says nothing. Where a scorer has no reward for a candidate, it says nothing about it either (its mean
+    stands there), and the score's ``reason`` tells. The rewards as they were are in ``Score.parts``.
 
     Args:
         scorers: specs, scorers or reward functions; a text divides them with " + ":
@@ -84,18 +85,22 @@ class Ensemble(Compound):
             async with aclosing(part.score(pending)) as scores:
                 async for position, score in scores:
                     found[-1][position] = score
-        for positions in by_group(pending):
-            rewards = [[scores[p].reward if p in scores else None for p in positions] for scores in found]
-            totals = np.average([_scaled(row, self.normalise) for row in rewards], axis=0, weights=self.weights)
+        groups = by_group(pending)
+        rewards = [await _told_apart(*given, pending, groups) for given in zip(self.parts, found, strict=True)]
+        for at, positions in enumerate(groups):
+            rows = [scaled(of_part[at], self.normalise) for of_part in rewards]
+            totals = np.average(rows, axis=0, weights=self.weights)
             for position, total in zip(positions, totals, strict=True):
                 yield position, self._score(float(total), [scores.get(position) for scores in found])
 
     def _score(self, total: float, scores: Sequence[Score | None]) -> Score:
         parts = dict(zip(self.part_names, (None if s is None else s.reward for s in scores), strict=True))
-        missing = []
+        missing, told = [], []
         for part, score in zip(self.parts, scores, strict=True):
             if score is None or score.reward is None:
                 missing.append(f"{part.name}: {'no score' if score is None else score.reason or score.status}")
+            elif score.reason:
+                told.append(f"{part.name}: {score.reason}")
         known = [score for score in scores if score is not None]
         common: dict[str, Any] = {
             "explanation": next((s.explanation for s in known if s.explanation is not None), None),
@@ -105,10 +110,42 @@ class Ensemble(Compound):
         }
         if len(missing) == len(scores):
             return Score(None, "failed", "; ".join(missing), **common)
-        return Score(total, "repaired" if missing else "ok", "; ".join(missing) or None, **common)
+        return Score(total, "repaired" if missing else "ok", "; ".join([*missing, *told]) or None, **common)
 
 
-def _scaled(rewards: Sequence[float | None], how: Normalise) -> list[float]:
+async def _told_apart(
+    part: Scorer, scores: dict[int, Score], pending: Sequence[Pending], groups: Sequence[Sequence[int]]
+) -> list[list[float | None]]:
+    """A part's rewards of each group; where they are all alike, what the part breaks ties by (``Scorer.settle``).
+
+    A candidate that loses the tie is as far below the others as these are apart. What was read counts as usage.
+    """
+    rewards = [[scores[p].reward if p in scores else None for p in positions] for positions in groups]
+    alike = [at for at, row in enumerate(rewards) if len({*row} - {None}) == 1]
+    texts = {
+        at: {str(pending[p].candidate.text): p for p in groups[at] if p in scores and scores[p].reward is not None}
+        for at in alike
+    }
+    tied = [(at, text) for at in alike for text in texts[at] if len(texts[at]) > 1]
+    told: dict[int, dict[str, float | None]] = {}
+    if tied:
+        async with aclosing(part.settle([pending[texts[at][text]] for at, text in tied])) as settled:
+            async for place, score in settled:
+                at, text = tied[place]
+                told.setdefault(at, {})[text] = score.reward
+                before = scores[texts[at][text]]
+                why: dict[str, Any] = {} if score.reward is not None else {"reason": score.reason, "error": score.error}
+                scores[texts[at][text]] = replace(before, usage=before.usage + score.usage, **why)
+    for at, found in told.items():
+        known = [reward for reward in found.values() if reward is not None]
+        if known:
+            least = min(known) - ((max(known) - min(known)) or 1.0)
+            lost = {text: least if reward is None else reward for text, reward in found.items()}
+            rewards[at] = [lost.get(str(pending[p].candidate.text)) for p in groups[at]]
+    return rewards
+
+
+def scaled(rewards: Sequence[float | None], how: Normalise) -> list[float]:
     """Rewards on a common scale; their mean for None, and 0 where all are alike."""
     known = np.array([reward for reward in rewards if reward is not None and math.isfinite(reward)])
     if not len(known) or np.ptp(known) <= 1e-12 * max(1.0, float(np.abs(known).max())):
