@@ -123,7 +123,10 @@ class Slot(ModelScorer):
             return unscored(error, usage)
         for word, one in zip(self.labels, rated, strict=True):
             if one.tokens != 1:
-                raise InputError(f"the label {word!r} is {one.tokens} tokens of {self._model_name}: choose one of one.")
+                raise InputError(
+                    f"the label {word!r} is {one.tokens} tokens of {self._model_name}, and each must be one: choose "
+                    'other words, for example labels=["A", "B"].'
+                )
         reward = _share(rated) - _share(empty)
         if not math.isfinite(reward):
             return Score(None, "failed", "the model gives the labels no finite probability", said, usage=usage)
