@@ -267,6 +267,34 @@ def test_rows_that_join_a_running_batch_get_the_logits_they_get_alone(
     torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_serves_rows_with_and_without_a_common_prefix(family: str, alone: bool) -> None:
+    """Rows of different lengths that shared nothing failed: "expected m1 and m2 to have the same dtype"."""
+    made = model(family, tokenizer("ascii")).to(torch.bfloat16)
+    prompts, copies = made_up(0)
+    if alone:
+        prompts, copies = [ids[::-1][: 9 + 5 * i] for i, ids in enumerate(prompts)], [1] * 7
+    plain = made.config._attn_implementation
+    with torch.inference_mode():
+        expected = run(PlainRows(Run(made)), prompts, copies, 1)
+        made.set_attn_implementation(NAME)
+        found = run(SharedRows(Run(made), Preamble(preamble(prompts))), prompts, copies, 1)
+        others = SharedRows(Run(made), Preamble(()))
+        others.prefill([(1, 2, 3)], [2])
+        rows = SharedRows(Run(made), Preamble(preamble(prompts)))
+        rows.prefill(prompts, copies)
+        rows.join(others)
+        joined = rows.step(torch.arange(sum(copies) + 2))[:-2].float()
+        made.set_attn_implementation(plain)
+        rows = PlainRows(Run(made))
+        rows.prefill(prompts, copies)
+        apart = joined - rows.step(torch.arange(sum(copies))).float()
+    assert float(apart.square().mean().sqrt() / joined.std()) < 0.3
+    for a, b in zip(expected, found, strict=True):
+        assert float((a.float() - b.float()).square().mean().sqrt() / a.float().std()) < 0.3
+
+
 def test_prompts_that_were_read_in_different_batches_are_resumed_together() -> None:
     """A round's prompts come from several rounds before it: only those that nobody read are read."""
     made, stats = small("Llama"), Stats()

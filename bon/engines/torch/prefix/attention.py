@@ -309,13 +309,11 @@ class Step:
     ) -> Tensor:
         """Attention of some of the rows: over their own columns, and joined with the parts over what they share."""
         keys, values = (held[layer][first:last, :, :columns] for held in (self.own.keys, self.own.values))
-        scores = _capped(
-            query[first:last] @ keys.transpose(2, 3), softcap
-        )  # (rows, kv heads, queries per head, columns)
+        scores = _capped(query[first:last] @ keys.transpose(2, 3), softcap)  # (rows, heads, queries per head, columns)
         if self.own.bias is not None:
             scores = scores + self.own.bias[first:last, ..., :columns]
         if not shared:
-            return scores.softmax(-1) @ values
+            return scores.softmax(-1).to(values.dtype) @ values
         # A shared part enters the row's own softmax as one more column: the log of its denominator.
         denominators = [log_sum[first:last].unsqueeze(-1) for _, log_sum in shared]
         weights = torch.cat([scores.float(), *denominators], -1).softmax(-1).to(values.dtype)
