@@ -340,6 +340,29 @@ def test_ratings_are_those_of_plain_rows(family: str) -> None:
         assert other == pytest.approx(expected, abs=1e-4 * 30)
 
 
+def test_continuations_of_one_context_are_read_once() -> None:
+    """Both labels of a slot are one token: each response was read twice, where a call had several tasks."""
+    made, stats = small("Llama"), Stats()
+    random = np.random.default_rng(0)
+    tasks = [random.integers(0, VOCABULARY, 30).tolist() for _ in range(2)]
+    contexts = [(*tasks[i % 2], *random.integers(0, VOCABULARY, 20 + i).tolist()) for i in range(4)]
+    asked = [(context, continuation) for context in contexts for continuation in ((1,), (2,), (1, 2), (3,), (1, 2, 4))]
+    asked = [asked[i] for i in arrange([(*a, *b[:-1]) for a, b in asked])]
+    plain = made.config._attn_implementation
+    with torch.inference_mode():
+        expected = PlainRows(Run(made)).rate(*zip(*asked, strict=True), token_logprobs)
+        made.set_attn_implementation(NAME)
+        for limits in ({}, SMALL):
+            rows = SharedRows(Run(made, stats, **limits), Preamble(()))
+            found = rows.rate(*zip(*asked, strict=True), token_logprobs)
+            assert found == pytest.approx(expected, abs=1e-3)
+            assert stats.computed <= sum(len(context) + 2 for context in contexts)
+            assert stats.computed + stats.cached == sum(len(a) + len(b) - 1 for a, b in asked)
+            assert all(some <= len(context) for some, (context, _) in zip(rows.cached, asked, strict=True))
+            stats.computed = stats.cached = 0
+        made.set_attn_implementation(plain)
+
+
 @pytest.mark.parametrize("family", ["Mistral", "Gemma3", "Gemma2"])
 def test_a_window_slides_over_passes_as_over_one(family: str) -> None:
     made = model(family, tokenizer("ascii"), sliding_window=12)
