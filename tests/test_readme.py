@@ -91,6 +91,22 @@ def test_the_figures_of_heads_on_real_text_are_those_recorded(file, opening, tol
         assert _share(rows["mean", pick]) in README.replace("\n", " ")
 
 
+def test_the_figures_of_rewards_of_a_larger_model_are_those_recorded():
+    recorded = json.loads((ROOT / "benchmarks/results/rewards_05b.json").read_text())["rows"]
+    lines = (ROOT / "benchmarks/README.md").read_text().replace("**", "").splitlines()
+    table = lines[
+        lines.index(
+            "| reward | IFEval | Arena-Hard | GSM8K | AlpacaEval | LLMBar natural | LLMBar adversarial | mean |"
+        )
+        + 2 :
+    ]
+    for spec, line in zip(dict.fromkeys(row["scorer"] for row in recorded), table, strict=False):
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert spec.partition(":")[0] in name
+        shares = [row for row in recorded if row["scorer"] == spec]
+        assert cells == [_share(row) for row in shares], spec
+
+
 def test_the_readmes_pass_rates_of_a_real_policy_are_those_recorded():
     lines = README.splitlines()
     [head] = [line for line in lines if line.startswith("| set (rows), best of |")]
