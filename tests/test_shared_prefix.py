@@ -340,6 +340,21 @@ def test_ratings_are_those_of_plain_rows(family: str) -> None:
         assert other == pytest.approx(expected, abs=1e-4 * 30)
 
 
+def test_a_context_is_whatever_neighbours_share_that_leaves_less_to_read() -> None:
+    """Ten values of each of several answers: all that counted was the question, and each answer was read ten times."""
+    question, tail = tuple(range(40)), tuple(range(200, 220))
+    answers = [tuple(range(1000 * k, 1000 * k + 30 + k)) for k in range(1, 5)]
+    values = [(*question, *answer, *tail, value) for answer in answers for value in (1, 2, 3)]
+    (contexts, rest), saved = tree(values, 0, [1] * 12)
+    assert [len(node.ids) for node in contexts] == [91, 92, 93, 94]
+    assert [node.ids for node in rest] == [(1,), (2,), (3,)] * 4
+    assert sum(saved) == sum(map(len, values)) - 12 - 370
+    alone = [(*question, *answer, 1) for answer in answers]
+    (contexts, rest), _ = tree(alone, 0, [1] * 4)
+    assert [node.ids for node in contexts] == [question]
+    assert [len(node.ids) for node in rest] == [32, 33, 34, 35]
+
+
 def test_continuations_of_one_context_are_read_once() -> None:
     """Both labels of a slot are one token: each response was read twice, where a call had several tasks."""
     made, stats = small("Llama"), Stats()

@@ -85,23 +85,47 @@ def tree(prompts: Sequence[Ids], skip: int, wanted: Sequence[int]) -> tuple[list
         the preamble another prompt computes.
     """
     shared = [common(a, b) for a, b in itertools.pairwise(prompts)]
-    runs: list[list[int]] = [[0]]
-    for i, length in enumerate(shared, 1):
-        if length >= skip + MIN_SHARED:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
+    most = [len(ids) - count for ids, count in zip(prompts, wanted, strict=True)]
+    # A context is what neighbours share at all, or all that they may share (several answers to one question, beside
+    # other questions that begin alike): whichever leaves less to read.
+    either = [
+        [skip + MIN_SHARED] * len(shared),
+        [max(skip + MIN_SHARED, min(pair)) for pair in itertools.pairwise(most)],
+    ]
+    runs = min((_divided(shared, least) for least in either), key=lambda runs: _to_read(runs, shared, most, skip))
     if len(runs) == len(prompts):
         return [[Node(ids[skip:], skip, 0) for ids in prompts]], [0] * len(prompts)
     contexts: list[Node] = []
     rest: list[Node] = []
     saved: list[int] = []
     for run in runs:
-        end = min([len(prompts[i]) - wanted[i] for i in run] + [shared[i] for i in run[:-1]])
+        end = _end(run, shared, most)
         rest += [Node(prompts[i][end:], end, len(contexts)) for i in run]
         contexts.append(Node(prompts[run[0]][skip:end], skip, 0))
         saved += [0] + [end - skip] * (len(run) - 1)
     return [contexts, rest], saved
+
+
+def _divided(shared: Sequence[int], least: Sequence[int]) -> list[list[int]]:
+    """Neighbours side by side that share so much."""
+    runs: list[list[int]] = [[0]]
+    for i, (length, enough) in enumerate(zip(shared, least, strict=True), 1):
+        if length >= enough:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _end(run: Sequence[int], shared: Sequence[int], most: Sequence[int]) -> int:
+    """Where the context of a run ends."""
+    return min([most[i] for i in run] + [shared[i] for i in run[:-1]])
+
+
+def _to_read(runs: Sequence[Sequence[int]], shared: Sequence[int], most: Sequence[int], skip: int) -> int:
+    """Tokens behind the preamble that are read, but for those that must not be shared."""
+    ends = [_end(run, shared, most) for run in runs]
+    return sum(end - skip + sum(most[i] - end for i in run) for run, end in zip(runs, ends, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
