@@ -379,7 +379,7 @@ def agreement(choices: Index, draft: Ids) -> int:
 
 
 def _covering(contexts: Sequence[Ids], inputs: Sequence[Ids]) -> tuple[list[int], list[int]]:
-    """Which inputs to read so that each is the beginning of one that is, behind the same context; and of which."""
+    """Which inputs to read, so that each is the beginning of one of them behind the same context; and of which one."""
     by: dict[int, int] = {}
     last = -1
     for i in sorted(range(len(inputs)), key=lambda i: (contexts[i], inputs[i]), reverse=True):
@@ -387,7 +387,8 @@ def _covering(contexts: Sequence[Ids], inputs: Sequence[Ids]) -> tuple[list[int]
             last = i
         by[i] = last
     read = sorted({*by.values()})
-    return read, [read.index(by[i]) for i in range(len(inputs))]
+    place = {i: at for at, i in enumerate(read)}
+    return read, [place[by[i]] for i in range(len(inputs))]
 
 
 def _fill(alive: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[Index, Index, Index]:
