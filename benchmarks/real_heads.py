@@ -54,10 +54,7 @@ class Half(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     """Read, train, compare; print a table and one JSON object."""
     options = _options(argv)
-    report = Report(
-        "real_heads",
-        conditions(model=Path(options.model).name.partition(",")[0], **{n: getattr(options, n) for n in SIZES}),
-    )
+    report = Report("real_heads", conditions(model=Path(options.model).name, **{n: getattr(options, n) for n in SIZES}))
     pool = ModelPool()
     try:
         sets = {name: [_half(name, part, options, pool) for part in ("choose", "report")] for name in options.sets}

@@ -279,13 +279,8 @@ class Group:
         self.usage += score.usage
         for index, known in self._scores.items():
             if self._candidates[index].text == candidate.text and known.reward is not None:
-                told = replace(known, error=known.error or score.error, finished=self._now())
-                if index == candidate.index:
-                    told = replace(told, usage=known.usage + score.usage)
-                if score.reward is None:
-                    reason = f"between equal rewards it was not rated: {score.reason or score.status}"
-                    told = replace(told, reason=known.reason or reason)
-                self._scores[index] = told if score.reward is None else replace(told, tie_break=score.reward)
+                told = score if index == candidate.index else replace(score, usage=Usage())
+                self._scores[index] = replace(known.settled(told), finished=self._now())
 
     def fail(self, error: BonError) -> None:
         """Note why the task has no result; the first reason stays."""

@@ -304,6 +304,15 @@ class Score:
         """Tokens that the scorer wrote for this score."""
         return self.usage.scorer_completion_tokens
 
+    def settled(self, told: Score) -> Score:
+        """With the reward of ``told`` as the tie-break between equal rewards; what could not be had says why."""
+        tie_break, reason = told.reward, self.reason
+        if tie_break is None:
+            tie_break = self.tie_break
+            reason = reason or f"between equal rewards it was not rated: {told.reason or told.status}"
+        usage, error = self.usage + told.usage, self.error or told.error
+        return dataclasses.replace(self, tie_break=tie_break, reason=reason, usage=usage, error=error)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything a reader of JSON needs; the fields of ``details`` stand beside the others."""
         hidden = ("details", "usage", "error")

@@ -256,6 +256,15 @@ def test_in_an_ensemble_a_part_breaks_its_ties_as_it_does_by_itself(normalise):
     assert (group.result(Best()).text, isinstance(group.scores[0].error, EngineError)) == ("two", True)
     assert "gone" in group.scores[0].reason
 
+    class Lost(Own):
+        async def settle(self, tied):
+            raise ConnectionError("lost the model")
+            yield
+
+    [group] = scored(Ensemble([Lost(lambda e: 1.0), given(1, 2)]), ("x", ["one", "two"]))
+    assert (group.result(Best()).text, None in group.rewards) == ("two", False), "a tie that stays costs no reward"
+    assert "lost the model" in group.scores[0].reason
+
 
 def test_the_credit_of_sentences_reads_nothing_to_tell_ties_apart():
     """Of two candidates consensus prefers neither, whichever sentence is left out: only rewards count there."""

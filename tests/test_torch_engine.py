@@ -173,12 +173,15 @@ def test_equal_prompts_without_a_seed_get_their_own_samples(llama: TorchEngine) 
     assert len({c.text for c in done}) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_layer_computes_what_the_layer_computes(rows: int, bias: bool) -> None:
+def test_a_packed_layer_computes_what_the_layer_computes(rows: int, bias: bool, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU multiplies no bfloat16")
     torch.manual_seed(rows)
-    layer = torch.nn.Linear(24, 60, bias=bias)
-    inputs = torch.randn(2, rows, 24)
+    layer = torch.nn.Linear(24, 60, bias=bias, dtype=dtype)
+    inputs = torch.randn(2, rows, 24, dtype=dtype)
     with torch.inference_mode():
         torch.testing.assert_close(PackedLinear(layer)(inputs), layer(inputs))
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from bon.errors import InputError, UnknownNameError, number
+from bon.errors import InputError, UnknownNameError, number, user_error
 from bon.scorers.base import Compound, Needs, Pending, Scorer, by_group
 from bon.scorers.function import RewardFunction
 from bon.spec import SCORERS
@@ -86,12 +85,14 @@ class Ensemble(Compound):
                 async for position, score in scores:
                     found[-1][position] = score
         groups = by_group(pending)
-        rewards = [await _told_apart(*given, pending, groups) for given in zip(self.parts, found, strict=True)]
-        for at, positions in enumerate(groups):
-            rows = [scaled(of_part[at], self.normalise) for of_part in rewards]
-            totals = np.average(rows, axis=0, weights=self.weights)
+        for part, of_part in zip(self.parts, found, strict=True):
+            await _settle(part, of_part, pending, groups)
+        for positions in groups:
+            texts = [pending[p].candidate.text for p in positions]
+            rewards = [_told_apart([of_part.get(p) for p in positions], texts) for of_part in found]
+            totals = np.average([scaled(row, self.normalise) for row in rewards], axis=0, weights=self.weights)
             for position, total in zip(positions, totals, strict=True):
-                yield position, self._score(float(total), [scores.get(position) for scores in found])
+                yield position, self._score(float(total), [of_part.get(position) for of_part in found])
 
     def _score(self, total: float, scores: Sequence[Score | None]) -> Score:
         parts = dict(zip(self.part_names, (None if s is None else s.reward for s in scores), strict=True))
@@ -113,36 +114,36 @@ class Ensemble(Compound):
         return Score(total, "repaired" if missing else "ok", "; ".join([*missing, *told]) or None, **common)
 
 
-async def _told_apart(
+async def _settle(
     part: Scorer, scores: dict[int, Score], pending: Sequence[Pending], groups: Sequence[Sequence[int]]
-) -> list[list[float | None]]:
-    """A part's rewards of each group; where they are all alike, what the part breaks ties by (``Scorer.settle``).
+) -> None:
+    """Let a part decide between the candidates of a group that it finds all alike; a tie that stays costs no reward."""
+    tied: list[int] = []
+    for positions in groups:
+        rewarded = [p for p in positions if p in scores and scores[p].reward is not None]
+        texts = {pending[p].candidate.text: p for p in rewarded}
+        if len(texts) > 1 and len({scores[p].reward for p in rewarded}) == 1:
+            tied += texts.values()
+    if not tied:
+        return
+    try:
+        async with aclosing(part.settle([pending[p] for p in tied])) as settled:
+            async for place, told in settled:
+                scores[tied[place]] = scores[tied[place]].settled(told)
+    except Exception as error:
+        said = user_error(f"the scorer {part.name!r}", error)
+        for p in tied:
+            scores[p] = scores[p].settled(Score(None, "failed", str(said), error=said))
 
-    A candidate that loses the tie is as far below the others as these are apart. What was read counts as usage.
-    """
-    rewards = [[scores[p].reward if p in scores else None for p in positions] for positions in groups]
-    alike = [at for at, row in enumerate(rewards) if len({*row} - {None}) == 1]
-    texts = {
-        at: {str(pending[p].candidate.text): p for p in groups[at] if p in scores and scores[p].reward is not None}
-        for at in alike
-    }
-    tied = [(at, text) for at in alike for text in texts[at] if len(texts[at]) > 1]
-    told: dict[int, dict[str, float | None]] = {}
-    if tied:
-        async with aclosing(part.settle([pending[texts[at][text]] for at, text in tied])) as settled:
-            async for place, score in settled:
-                at, text = tied[place]
-                told.setdefault(at, {})[text] = score.reward
-                before = scores[texts[at][text]]
-                why: dict[str, Any] = {} if score.reward is not None else {"reason": score.reason, "error": score.error}
-                scores[texts[at][text]] = replace(before, usage=before.usage + score.usage, **why)
-    for at, found in told.items():
-        known = [reward for reward in found.values() if reward is not None]
-        if known:
-            least = min(known) - ((max(known) - min(known)) or 1.0)
-            lost = {text: least if reward is None else reward for text, reward in found.items()}
-            rewards[at] = [lost.get(str(pending[p].candidate.text)) for p in groups[at]]
-    return rewards
+
+def _told_apart(scores: Sequence[Score | None], texts: Sequence[str]) -> list[float | None]:
+    """A part's rewards of a group; where they are all alike, its tie-breaks, and for who has none less than any."""
+    rewards = [None if score is None else score.reward for score in scores]
+    ties = {t: s.tie_break for t, s in zip(texts, scores, strict=True) if s is not None and s.tie_break is not None}
+    if len({*rewards} - {None}) != 1 or not ties:
+        return rewards
+    least = min(ties.values()) - ((max(ties.values()) - min(ties.values())) or 1.0)
+    return [None if reward is None else ties.get(text, least) for reward, text in zip(rewards, texts, strict=True)]
 
 
 def scaled(rewards: Sequence[float | None], how: Normalise) -> list[float]:

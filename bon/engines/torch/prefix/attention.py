@@ -294,10 +294,10 @@ class Step:
         """See ``Pass.attend``."""
         self._append(layer, key, value)
         shared = [_grouped_part(level, layer, query, softcap) for level in self.levels]
-        joined = [self._joined(layer, query, shared, softcap, *part) for part in self.own.parts]
+        joined = [self._of_rows(layer, query, shared, softcap, *part) for part in self.own.parts]
         return joined[0] if len(joined) == 1 else torch.cat(joined)
 
-    def _joined(
+    def _of_rows(
         self,
         layer: int,
         query: Tensor,

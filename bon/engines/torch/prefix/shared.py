@@ -253,29 +253,18 @@ class SharedRows:
         return kept.logits[at]
 
     def rate(self, contexts: Sequence[Ids], continuations: Sequence[Ids], measure: Measure) -> list[float]:
-        """See ``Rows.rate``. What continuations of a context begin with is read once, where one begins with another."""
+        """See ``Rows.rate``."""
         inputs = [(*a, *b[:-1]) for a, b in zip(contexts, continuations, strict=True)]
-        counts = np.array([len(c) for c in continuations])
-        read, row = _covering(contexts, inputs)
-        # Of each target, in the order of the continuations: which of all logits that are made is its own.
-        first = np.concatenate([[0], np.cumsum(counts[read])])[row]
-        place = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        counts = [len(c) for c in continuations]
         targets = torch.tensor([t for c in continuations for t in c], device=self._device)
-        found = torch.zeros(len(place), dtype=torch.float64)
+        found: list[Tensor] = []
         at = 0
-        for logits in self._read([inputs[i] for i in read], counts[read].tolist(), store=False):
-            which = np.flatnonzero((place >= at) & (place < at + len(logits)))
-            for some in np.array_split(which, -(-len(which) // len(logits))):  # so that copies of logits stay small
-                mine, of = torch.from_numpy(some).to(self._device), place[some] - at
-                own = logits if np.array_equal(of, np.arange(len(logits))) else logits[torch.from_numpy(of)]
-                found[some] = measure(own, targets[mine]).double().cpu()
+        for logits in self._read(inputs, counts, store=False):
+            found.append(measure(logits, targets[at : at + len(logits)]).double().cpu())
             at += len(logits)
-            del logits, own  # before the next pass makes as many
-        cached = self.cached
-        self.cached = [cached[row[i]] if read[row[i]] == i else len(context) for i, context in enumerate(contexts)]
-        self._stats.cached += sum(len(inputs[i]) for i in range(len(inputs)) if read[row[i]] != i)
+            del logits  # before the next pass makes as many
         self._note_prefix()
-        return [float(one.sum()) for one in torch.split(found, counts.tolist())]
+        return [float(one.sum()) for one in torch.split(torch.cat(found), counts)]
 
     def _read(self, prompts: Sequence[Ids], wanted: Sequence[int], *, store: bool) -> Iterator[Tensor]:
         """Read the prompts as a tree; yields the logits of the ``wanted`` last tokens of each, some at a time.
@@ -376,19 +365,6 @@ def agreement(choices: Index, draft: Ids) -> int:
     """How many tokens of a draft are the choices, from the first on."""
     departs = np.flatnonzero(choices[: len(draft)] != np.array(draft, dtype=np.int64))
     return int(departs[0]) if len(departs) else len(draft)
-
-
-def _covering(contexts: Sequence[Ids], inputs: Sequence[Ids]) -> tuple[list[int], list[int]]:
-    """Which inputs to read, so that each is the beginning of one of them behind the same context; and of which one."""
-    by: dict[int, int] = {}
-    last = -1
-    for i in sorted(range(len(inputs)), key=lambda i: (contexts[i], inputs[i]), reverse=True):
-        if last < 0 or contexts[i] != contexts[last] or inputs[last][: len(inputs[i])] != inputs[i]:
-            last = i
-        by[i] = last
-    read = sorted({*by.values()})
-    place = {i: at for at, i in enumerate(read)}
-    return read, [place[by[i]] for i in range(len(inputs))]
 
 
 def _fill(alive: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[Index, Index, Index]:
